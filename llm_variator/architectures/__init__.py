@@ -1,0 +1,28 @@
+"""Supported models: one table entry per family. To add one, write its entry and list it in `FAMILIES`."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from llm_variator.architectures.llama import LLAMA
+from llm_variator.architectures.site import Architecture
+from llm_variator.errors import VariatorError
+
+FAMILIES: tuple[Architecture, ...] = (LLAMA,)
+
+
+def architecture_of(base: PreTrainedModel) -> Architecture:
+    """The table entry for `base`; raises with the supported model types, or names the module it misses."""
+    model_type = base.config.model_type
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            family.check(base)
+            return family
+    supported = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise VariatorError(
+        f"model type {model_type!r} is not supported; supported are {supported}. To add it, describe where its "
+        "modules are in llm_variator/architectures (one table entry, see CONTRIBUTING.md)"
+    )
+
+
+__all__ = ["FAMILIES", "Architecture", "architecture_of"]

@@ -1,0 +1,45 @@
+"""Attention of per-token queries over compressed and dense keys. Knows tensors, no model.
+
+One rule covers every case: a query sees the entries whose column is not after the end of its own group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm_variator.groups import FILLER, Slices
+
+
+def visible(reach: Tensor, columns: Tensor) -> Tensor:
+    """Boolean mask (b, 1, queries, entries) from the last column each query may see and the entries' columns."""
+    reach, columns = reach[:, None, :, None], columns[:, None, None, :]
+    return (columns <= reach) & (columns != FILLER)
+
+
+def group_causal_attention(query: Tensor, key: Tensor, value: Tensor, grouping: Slices, scale: float) -> Tensor:
+    """Attention of a whole uniform prompt without a mask over its groups.
+
+    The k queries of a group see the same entries, so they act as k times more heads at the group's own
+    position, and plain causal attention over (head + groups) entries is exact. A dense head token is a
+    group whose other slots are not read. The tail is a second, small call.
+
+    query (b, H, n, d), key and value (b, H_kv, m, d) -> (b, n, H, d).
+    """
+    k, (head, groups, tail) = grouping.k, grouping.split
+    heads, start, front = query.shape[1], head + groups * k, head + groups
+    inner = query[:, :, head:start].unflatten(2, (groups, k)).transpose(2, 3)  # (b, H, k, groups, d)
+    if head:
+        first = query[:, :, None, :head].expand(-1, -1, k, -1, -1)
+        inner = torch.cat((first, inner), dim=3)
+    out = F.scaled_dot_product_attention(
+        inner.flatten(1, 2), key[:, :, :front], value[:, :, :front], is_causal=True, scale=scale, enable_gqa=True
+    ).unflatten(1, (heads, k))  # (b, H, k, head + groups, d)
+    parts = [out[:, :, 0, :head], out[:, :, :, head:].transpose(2, 3).flatten(2, 3)]
+    if tail:
+        mask = torch.ones(tail, front + tail, dtype=torch.bool, device=query.device).tril(front) if tail > 1 else None
+        parts.append(
+            F.scaled_dot_product_attention(query[:, :, start:], key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2)

@@ -1,0 +1,195 @@
+"""What a plugin is: one frozen, self-validating dataclass and its JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_variator.errors import VariatorError
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "variator_config.json"
+SITES = ("ffn", "attention", "kv")
+COMPRESSORS = ("weighted", "mean")
+DECOMPRESSORS = ("adapter", "copy")
+ACTIVATIONS = ("identity", "tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSignature:
+    """Which base model a plugin belongs to; all but `name` and `weights` must match when it is loaded."""
+
+    name: str
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    weights: str = ""
+    """Short hash of a few base weights: a difference (fine-tuned base) is worth a warning, not an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VariatorConfig:
+    """Settings of one compression plugin. Wrong values raise a `VariatorError` (a `ValueError`)."""
+
+    k: int | Mapping[str, int] = 2
+    """Compression ratio: neighbouring vectors merged into one; an int, or one per site."""
+    sites: Sequence[str] = ("ffn",)
+    """Where to compress: "ffn", "kv" (keys and values only) or "attention" (the whole self-attention)."""
+    r: int = 64
+    """Bottleneck width of the decompressing adapter."""
+    compressor: str = "weighted"
+    """"weighted" (learned, paper section 3.2) or "mean"."""
+    decompressor: str = "adapter"
+    """"adapter" (paper section 3.2) or "copy" (each token of a group gets the group's output)."""
+    activation: str = "identity"
+    """Inside the adapter: "identity" as printed in the paper, "tanh" as in its released code."""
+    layers: Sequence[int] | None = None
+    """Layers that get the plugin; None: all."""
+    k_per_layer: Mapping[str, Sequence[int]] | None = None
+    """Per site one ratio for every layer of the model, overriding `k`; 1: that layer stays dense."""
+    dense_head: int | None = None
+    """First tokens of a sequence kept uncompressed (attention sinks); None: 4 for decoders, 0 for encoders."""
+    dense_tail: int | None = None
+    """Least number of last prompt tokens kept uncompressed; None: 1 for decoders, 0 for encoders."""
+    base: BaseSignature | None = None
+    """The base model this plugin was made for; filled in when the plugin is attached."""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        def put(field: str, value: Any) -> None:
+            object.__setattr__(self, field, value)
+
+        if self.format_version != FORMAT_VERSION:
+            raise VariatorError(
+                f"format_version {self.format_version!r} is not supported: this version of llm_variator reads "
+                f"{FORMAT_VERSION}; install the version that wrote the plugin"
+            )
+        sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+        put("sites", tuple(sorted(sites, key=lambda site: SITES.index(site) if site in SITES else -1)))
+        for site in self.sites:
+            _one_of("site", site, SITES)
+        if not self.sites or len(set(self.sites)) != len(self.sites):
+            raise VariatorError(f"sites must name each of {', '.join(SITES)} at most once, at least one; got {sites}")
+        if "kv" in self.sites and "attention" in self.sites:
+            raise VariatorError('sites "kv" and "attention" exclude each other: "attention" compresses K and V too')
+
+        if isinstance(self.k, Mapping):
+            put("k", {site: self.k[site] for site in self._per_site("k", self.k, complete=True)})
+            for site, k in self.k.items():
+                _integer(f"k[{site!r}]", k, least=1)
+        else:
+            _integer("k", self.k, least=1)
+        _integer("r", self.r, least=1)
+        _one_of("compressor", self.compressor, COMPRESSORS)
+        _one_of("decompressor", self.decompressor, DECOMPRESSORS)
+        _one_of("activation", self.activation, ACTIVATIONS)
+
+        if self.layers is not None:
+            put("layers", tuple(self.layers))
+            for layer in self.layers:
+                _integer("layers", layer, least=0)
+            if not self.layers or len(set(self.layers)) != len(self.layers):
+                raise VariatorError(f"layers must be distinct and at least one (or None for all), got {self.layers}")
+        if self.k_per_layer is not None:
+            if not isinstance(self.k_per_layer, Mapping):
+                raise VariatorError(f'k_per_layer must map a site to a list, e.g. {{"ffn": [1, 2]}}; got {self.k_per_layer!r}')
+            sites = self._per_site("k_per_layer", self.k_per_layer)
+            put("k_per_layer", {site: tuple(self.k_per_layer[site]) for site in sites})
+            for site, ratios in self.k_per_layer.items():
+                for k in ratios:
+                    _integer(f"k_per_layer[{site!r}]", k, least=1)
+        for field in ("dense_head", "dense_tail"):
+            if getattr(self, field) is not None:
+                _integer(field, getattr(self, field), least=0)
+
+    @classmethod
+    def paper(cls, k: int = 4, **overrides: Any) -> VariatorConfig:
+        """What the paper describes: FFN sites, no dense head, a dense tail of one token, every layer."""
+        return cls(**{"k": k, "sites": ("ffn",), "dense_head": 0, "dense_tail": 1, **overrides})
+
+    def ratio(self, site: str, layer: int) -> int | None:
+        """Compression ratio of `site` in `layer`; None where that layer stays dense."""
+        if site not in self.sites or (self.layers is not None and layer not in self.layers):
+            return None
+        if self.k_per_layer is not None and site in self.k_per_layer:
+            k = self.k_per_layer[site][layer]
+            return k if k > 1 else None
+        return self.k[site] if isinstance(self.k, Mapping) else self.k
+
+    def resolved(self, base: BaseSignature, *, decoder: bool) -> VariatorConfig:
+        """This config with the defaults for `base` filled in. Raises where the two do not fit together."""
+        if self.base is not None:
+            for field in ("model_type", "hidden_size", "num_layers"):
+                theirs, ours = getattr(self.base, field), getattr(base, field)
+                if theirs != ours:
+                    raise VariatorError(
+                        f"the plugin was made for {self.base.name!r} ({field} {theirs}), but the model is "
+                        f"{base.name!r} ({field} {ours}); load it onto its own base model"
+                    )
+        if self.layers is not None and max(self.layers) >= base.num_layers:
+            raise VariatorError(f"layers names layer {max(self.layers)}, but {base.name!r} has {base.num_layers} layers")
+        for site, ratios in (self.k_per_layer or {}).items():
+            if len(ratios) != base.num_layers:
+                raise VariatorError(
+                    f"k_per_layer[{site!r}] has {len(ratios)} entries, but {base.name!r} has {base.num_layers} layers"
+                )
+        default_head, default_tail = (4, 1) if decoder else (0, 0)
+        return dataclasses.replace(
+            self,
+            dense_head=default_head if self.dense_head is None else self.dense_head,
+            dense_tail=default_tail if self.dense_tail is None else self.dense_tail,
+            base=self.base or base,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is the inverse."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VariatorConfig:
+        """Strict inverse of `to_dict`: unknown keys raise."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise VariatorError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        values = dict(values)
+        if values.get("base") is not None:
+            try:
+                values["base"] = BaseSignature(**values["base"])
+            except TypeError as error:
+                raise VariatorError(f"base: {error}") from None
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, file: Path) -> VariatorConfig:
+        """Read a `variator_config.json`; errors name the file."""
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise VariatorError(f"{file} not found: not a plugin folder") from None
+        except (OSError, ValueError) as error:
+            raise VariatorError(f"{file} is not readable JSON ({error}); save or download the plugin again") from None
+        if not isinstance(values, dict):
+            raise VariatorError(f"{file} must hold a JSON object")
+        try:
+            return cls.from_dict(values)
+        except (VariatorError, TypeError) as error:
+            raise VariatorError(f"{file}: {error}") from None
+
+    def _per_site(self, field: str, values: Mapping[str, Any], complete: bool = False) -> list[str]:
+        if (surplus := set(values) - set(self.sites)) or (complete and set(values) != set(self.sites)):
+            got = ", ".join(map(str, surplus or values))
+            raise VariatorError(f"{field} is given per site and must name {', '.join(self.sites)}; got {got}")
+        return [site for site in self.sites if site in values]
+
+
+def _integer(field: str, value: Any, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise VariatorError(f"{field} must be an integer >= {least}, got {value!r}")
+
+
+def _one_of(field: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise VariatorError(f"{field} must be one of {', '.join(choices)}; got {value!r}")

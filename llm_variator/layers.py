@@ -1,0 +1,73 @@
+"""The two trainable layers of the paper (section 3.2). They know groups of vectors, no model and no sequence.
+
+Symbols: d hidden width, k vectors per group, r bottleneck; h the group's vectors, g the merged vector,
+g° the frozen layer's output for g, o the restored outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class HiddenCompressor(nn.Module):
+    """Merge k neighbouring vectors into one: a = softmax(W_c concat(h) + b_c), g = sum_j a_j h_j.
+
+    Parameters: k²d + k (paper section 3.4), none if `mean`. Starts as the mean.
+    """
+
+    def __init__(self, dim: int, k: int, *, mean: bool = False) -> None:
+        super().__init__()
+        self.k = k
+        self.mean = mean
+        if not mean:
+            self.weight = nn.Parameter(torch.zeros(k, k * dim))  # W_c
+            self.bias = nn.Parameter(torch.zeros(k))  # b_c
+
+    def weights(self, groups: Tensor) -> Tensor:
+        """Merge weights a of `groups` (..., k, d), shape (..., k), summing to one."""
+        if self.mean:
+            return groups.new_full(groups.shape[:-1], 1 / self.k)
+        scores = F.linear(groups.flatten(-2), self.weight.to(groups.dtype), self.bias.to(groups.dtype))
+        return scores.softmax(-1)
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """(..., k, d) -> (..., d)."""
+        if self.k == 1:
+            return groups.squeeze(-2)
+        if self.mean:
+            return groups.mean(-2)
+        return (self.weights(groups).unsqueeze(-2) @ groups).squeeze(-2)
+
+
+class HiddenDecompressor(nn.Module):
+    """Give every token of a group its own output: o_j = g° + W_2 act(W_1 concat(g°, h_j) + b_1) + b_2.
+
+    Parameters: 3rd + r + d (paper section 3.4), none if `copy`. Starts as a copy of g°.
+    The g°-half of W_1 is applied once per group, the h-half once per token: the same arithmetic as on the
+    concatenation, without building it.
+    """
+
+    def __init__(self, dim: int, r: int, *, activation: str = "identity", copy: bool = False) -> None:
+        super().__init__()
+        self.copy = copy
+        self.activation = activation
+        if not copy:
+            self.down = nn.Linear(2 * dim, r)  # W_u^1, b_u^1; columns: g° first, then h
+            self.up = nn.Linear(r, dim)  # W_u^2, b_u^2
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+    def forward(self, merged: Tensor, groups: Tensor) -> Tensor:
+        """Restore `merged` g° (..., d) for the tokens `groups` h (..., k, d): (..., k, d)."""
+        merged = merged.unsqueeze(-2)
+        if self.copy:
+            return merged.expand_as(groups)
+        dtype, dim = groups.dtype, groups.shape[-1]
+        down, up = self.down.weight.to(dtype), self.up.weight.to(dtype)
+        inner = F.linear(groups, down[:, dim:])
+        inner = inner + F.linear(merged, down[:, :dim], self.down.bias.to(dtype))
+        if self.activation == "tanh":
+            inner = inner.tanh()
+        return merged + F.linear(inner, up, self.up.bias.to(dtype))

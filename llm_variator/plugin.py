@@ -1,0 +1,151 @@
+"""A compression plugin: the trainable layers of all its sites, and their files.
+
+Every parameter of a `CompressionPlugin` is trained and saved, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from llm_variator.config import CONFIG_FILE, VariatorConfig
+from llm_variator.errors import VariatorError
+from llm_variator.layers import HiddenCompressor, HiddenDecompressor
+
+WEIGHTS_FILE = "variator.safetensors"
+CARD_FILE = "README.md"
+
+Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
+
+
+class SiteLayers(nn.Module):
+    """The layers of one site in one decoder layer. The "kv" site restores nothing: queries stay per token."""
+
+    def __init__(self, config: VariatorConfig, site: str, dim: int, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.compressor = HiddenCompressor(dim, k, mean=config.compressor == "mean")
+        if site != "kv":
+            self.decompressor = HiddenDecompressor(
+                dim, config.r, activation=config.activation, copy=config.decompressor == "copy"
+            )
+
+
+class CompressionPlugin(nn.Module):
+    """All layers of one plugin. `at(site, layer)` finds them; the parameters are named `<site>.<layer>.…`."""
+
+    def __init__(self, config: VariatorConfig, ratios: Ratios, dim: int) -> None:
+        """`config` resolved for its base; `ratios` says what is attached where; `dim` is the hidden width."""
+        super().__init__()
+        self.config = config
+        for site, layers in ratios.items():
+            self.add_module(
+                site, nn.ModuleDict({str(i): SiteLayers(config, site, dim, k) for i, k in layers.items()})
+            )
+        # plain lookups: hooks ask at every layer of every pass
+        self._at = {(site, i): self.get_submodule(f"{site}.{i}") for site in ratios for i in ratios[site]}
+
+    def at(self, site: str, layer: int) -> SiteLayers | None:
+        """The layers of `site` in decoder layer `layer`; None where it stays dense."""
+        return self._at.get((site, layer))  # type: ignore[return-value]
+
+    @property
+    def compresses_cache(self) -> bool:
+        """Whether some layer's KV cache holds fewer entries than tokens."""
+        return any(site in ("kv", "attention") for site, _ in self._at)
+
+    def save(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, card: str | None = None
+    ) -> None:
+        """Write weights, config and model card into `folder`; each file appears whole or not at all."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise VariatorError(f"cannot write the plugin to {folder}: {error.strerror or error}") from None
+        weights = {
+            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
+            for name, value in self.state_dict().items()
+        }
+        settings = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        # the config comes last: a folder that has one is complete
+        _replace(folder / WEIGHTS_FILE, lambda file: save_file(weights, file, metadata={"format": "pt"}))
+        _replace(folder / CARD_FILE, lambda file: file.write_text(card or self.card(), encoding="utf-8"))
+        _replace(folder / CONFIG_FILE, lambda file: file.write_text(settings, encoding="utf-8"))
+
+    def load_weights(self, folder: Path) -> None:
+        """Strictly load `folder`'s weights: every key, shape and dtype must fit, or nothing changes."""
+        file = folder / WEIGHTS_FILE
+        own = self.state_dict()
+        if not file.is_file():
+            raise VariatorError(f"{file} not found: the plugin folder is incomplete; save or download it again")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                read = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise VariatorError(
+                f"{file} is not a whole safetensors file ({error}); save or download the plugin again"
+            ) from None
+        if missing := sorted(own.keys() - read.keys()):
+            raise VariatorError(f"{file} lacks {_some(missing)}; it does not fit its {CONFIG_FILE}, save it again")
+        if surplus := sorted(read.keys() - own.keys()):
+            raise VariatorError(f"{file} has surplus {_some(surplus)}; it does not fit its {CONFIG_FILE}, save it again")
+        for name, value in read.items():
+            if value.shape != own[name].shape:
+                raise VariatorError(
+                    f"{file}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}; "
+                    f"it does not fit its {CONFIG_FILE} or this base model"
+                )
+            if not value.is_floating_point():
+                raise VariatorError(f"{file}: {name} is {value.dtype}, expected floating point; save it again")
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(read[name])
+
+    def card(self, facts: Mapping[str, Any] | None = None) -> str:
+        """The model card (README.md): what this is, how to load it, how it was made (`facts`)."""
+        config = self.config
+        base = config.base.name if config.base else "its base model"
+        count = sum(parameter.numel() for parameter in self.parameters())
+        settings = {"k": config.k, "sites": ", ".join(config.sites), "r": config.r}
+        settings |= {"dense head": config.dense_head, "dense tail": config.dense_tail}
+        rows = [*settings.items(), ("parameters", f"{count:,}"), *(facts or {}).items()]
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+        return (
+            f"---\nlibrary_name: llm_variator\nbase_model: {base}\ntags: [variator, compression-plugin]\n---\n\n"
+            f"# Compression plugin for {base}\n\n"
+            "Merges neighbouring prompt vectors so that a long prompt costs less compute and KV cache; "
+            "the base model is untouched.\n\n"
+            "```python\nfrom llm_variator import VariatorModel\n\n"
+            f'model = VariatorModel.from_pretrained("{base}", "path/to/this/folder")\n```\n\n'
+            f"| | |\n|---|---|\n{table}\n"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _replace(file: Path, write: Any) -> None:
+    """Let `write` fill a temporary file beside `file`, then rename it over `file`."""
+    try:
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise VariatorError(f"cannot write {file}: {error.strerror or error}") from None
