@@ -85,13 +85,8 @@ class Slices:
     def columns(self) -> Tensor:
         head, groups, tail = self.split
         start = head + groups * self.k
-        return torch.cat(
-            (
-                torch.arange(head, device=self.device),
-                torch.arange(head + self.k - 1, start, self.k, device=self.device),
-                torch.arange(start, start + tail, device=self.device),
-            )
-        )[None]
+        first, last = torch.arange(head, device=self.device), torch.arange(tail, device=self.device) + start
+        return torch.cat((first, torch.arange(1, groups + 1, device=self.device) * self.k + head - 1, last))[None]
 
     @cached_property
     def reach(self) -> Tensor:
