@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from llm_variator.groups import Segment
 from llm_variator.loading import hub_reachable, load_model, resolve_plugin
 from llm_variator.plugin import CARD_FILE, WEIGHTS_FILE, CompressionPlugin, Ratios
 from llm_variator.session import Session, current, scope
+
+logger = logging.getLogger(__name__)
 
 # Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
 _scoped: ContextVar[Mapping[int, str | None]] = ContextVar("variator_scoped_plugins", default={})
@@ -55,7 +58,7 @@ class VariatorModel(nn.Module):
             raise VariatorError("this base already has a VariatorModel; use it, or call its unload() first")
         self.signature = _signature(self._host, len(blocks))
         self.base = base
-        self.plugins_by_name = nn.ModuleDict()
+        self._plugins: dict[str, CompressionPlugin] = {}
         self._default: str | None = None
         self._report: KVCacheReport | None = None
         self._checkpointing = False
@@ -103,6 +106,13 @@ class VariatorModel(nn.Module):
         except VariatorError as error:
             raise VariatorError(f"{folder}: {error}") from None
         built.load_weights(folder)
+        if config.base.weights and self.signature.weights not in ("", config.base.weights):
+            logger.warning(
+                "%s was trained on %s with other weights than this model's; expect lower quality unless this "
+                "model is fine-tuned from it",
+                folder,
+                config.base.name,
+            )
         return self._put(plugin_name, built.to(dtype or self._host.dtype))
 
     def delete_plugin(self, name: str) -> None:
@@ -110,7 +120,8 @@ class VariatorModel(nn.Module):
         self._check(name)
         if self._default == name:
             self._default = None
-        del self.plugins_by_name[name]
+        del self._plugins[name]
+        delattr(self, f"plugin_{name}")
 
     def set_plugin(self, name: str | None) -> None:
         """Activate a plugin for all threads; None: exactly the base model. A pointer moves, nothing else."""
@@ -139,7 +150,7 @@ class VariatorModel(nn.Module):
     @property
     def plugins(self) -> dict[str, VariatorConfig]:
         """The loaded plugins: name -> config."""
-        return {name: plugin.config for name, plugin in self.plugins_by_name.items()}
+        return {name: plugin.config for name, plugin in self._plugins.items()}
 
     def plugin(self, name: str | None = None) -> CompressionPlugin:
         """A plugin's module; by default the active one."""
@@ -147,15 +158,15 @@ class VariatorModel(nn.Module):
         if name is None:
             raise VariatorError("no plugin is active: name one, or call set_plugin first")
         self._check(name)
-        return self.plugins_by_name[name]  # type: ignore[return-value]
+        return self._plugins[name]
 
     def _active(self) -> CompressionPlugin | None:
         name = self.active_plugin
-        return None if name is None else self.plugins_by_name[name]  # type: ignore[return-value]
+        return None if name is None else self._plugins[name]
 
     def _check(self, name: str | None) -> None:
-        if name is not None and name not in self.plugins_by_name:
-            known = ", ".join(self.plugins_by_name) or "none"
+        if name is not None and name not in self._plugins:
+            known = ", ".join(self._plugins) or "none"
             raise VariatorError(f"no plugin named {name!r}; loaded: {known}")
 
     def _build(self, config: VariatorConfig) -> CompressionPlugin:
@@ -181,13 +192,14 @@ class VariatorModel(nn.Module):
         return ratios
 
     def _put(self, name: str, plugin: CompressionPlugin) -> CompressionPlugin:
-        if name in self.plugins_by_name:
+        if name in self._plugins:
             raise VariatorError(f"a plugin named {name!r} is loaded already; choose another name or delete it")
         if not name or "." in name:
             raise VariatorError(f"a plugin name must be non-empty and without dots, got {name!r}")
         for (_, layer), site in plugin._at.items():
             site.to(next(self._architecture.blocks(self._host)[layer].parameters()).device)
-        self.plugins_by_name[name] = plugin
+        self._plugins[name] = plugin
+        self.add_module(f"plugin_{name}", plugin)
         return plugin
 
     # -- running ----------------------------------------------------------------------------------------------
@@ -325,7 +337,7 @@ class VariatorModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base", "_host"):  # not set yet: the base could not be loaded
+            if name in ("base", "_host", "_plugins"):  # not set yet: the base could not be loaded
                 raise
             return getattr(self.base, name)
 

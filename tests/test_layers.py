@@ -1,0 +1,64 @@
+"""The two layers against the paper's equations in fp64, and the paper's counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import randomise
+
+from llm_variator.layers import HiddenCompressor, HiddenDecompressor
+
+
+def test_compressor_is_the_equation():
+    layer = HiddenCompressor(6, 3).double()
+    randomise(layer, 1.0)
+    h = torch.randn(4, 5, 3, 6, dtype=torch.float64)
+    for b in range(4):
+        for i in range(5):
+            concat = torch.cat([h[b, i, j] for j in range(3)])
+            a = torch.softmax(layer.weight @ concat + layer.bias, 0)
+            expected = sum(a[j] * h[b, i, j] for j in range(3))
+            torch.testing.assert_close(layer(h)[b, i], expected)
+            torch.testing.assert_close(layer.weights(h)[b, i], a)
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+def test_decompressor_is_the_equation(activation):
+    """On the concatenation, as printed, though the layer never builds it."""
+    layer = HiddenDecompressor(6, 4, activation=activation).double()
+    randomise(layer, 1.0)
+    g, h = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 3, 6, dtype=torch.float64)
+    for i in range(5):
+        for j in range(3):
+            inner = layer.down.weight @ torch.cat((g[i], h[i, j])) + layer.down.bias
+            inner = inner.tanh() if activation == "tanh" else inner
+            expected = g[i] + layer.up.weight @ inner + layer.up.bias
+            torch.testing.assert_close(layer(g, h)[i, j], expected)
+
+
+def test_layers_start_as_mean_and_copy():
+    h, g = torch.randn(5, 4, 6), torch.randn(5, 6)
+    torch.testing.assert_close(HiddenCompressor(6, 4)(h), h.mean(-2))
+    torch.testing.assert_close(HiddenCompressor(6, 4, mean=True)(h), h.mean(-2))
+    torch.testing.assert_close(HiddenDecompressor(6, 2)(g, h), g[:, None].expand(5, 4, 6))
+    torch.testing.assert_close(HiddenDecompressor(6, 2, copy=True)(g, h), g[:, None].expand(5, 4, 6))
+
+
+def test_parameter_counts_of_the_paper():
+    """Section 3.4: k²d + k and 3rd + r + d; for k=4, r=64, d=768 they are 3.4 % of an FFN's 8d²."""
+    k, r, d = 4, 64, 768
+    compressor = sum(p.numel() for p in HiddenCompressor(d, k).parameters())
+    decompressor = sum(p.numel() for p in HiddenDecompressor(d, r).parameters())
+    assert compressor == k * k * d + k
+    assert decompressor == 3 * r * d + r + d
+    assert round((compressor + decompressor) / (8 * d * d), 3) == 0.034
+    assert not list(HiddenCompressor(d, k, mean=True).parameters())
+    assert not list(HiddenDecompressor(d, r, copy=True).parameters())
+
+
+def test_master_weights_may_be_finer_than_the_model():
+    h, g = torch.randn(5, 4, 6).bfloat16(), torch.randn(5, 6).bfloat16()
+    merge, restore = HiddenCompressor(6, 4), HiddenDecompressor(6, 2)
+    assert merge(h).dtype == restore(g, h).dtype == torch.bfloat16
+    (merge(h).sum() + restore(g, h).sum()).backward()
+    assert restore.up.weight.grad.dtype == torch.float32
