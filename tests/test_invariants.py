@@ -18,7 +18,9 @@ CONFIGS = {
     "attention": VariatorConfig(k=3, sites=("attention",), r=5, dense_head=1, dense_tail=2),
     "ffn+attention": VariatorConfig(k=2, sites=("ffn", "attention"), r=5, activation="tanh"),
     "paper": VariatorConfig.paper(4, r=5),
-    "per layer": VariatorConfig(k=2, sites=("ffn", "kv"), r=5, k_per_layer={"ffn": (1, 2, 5), "kv": (3, 1, 2)}),
+    "per layer": VariatorConfig(
+        k=2, sites=("ffn", "kv"), r=5, k_per_layer={"ffn": (1, 2, 5), "kv": (3, 1, 2)}
+    ),
 }
 
 
@@ -90,7 +92,9 @@ def test_no_token_moves_what_comes_before_its_group(decoder, config):
     (ids,) = prompts(40)
     resolved, prompt = model.plugin().config, 33
     changed = ids.repeat(40, 1)
-    changed[torch.arange(40), torch.arange(40)] = (ids[0] - 2) % 90 + 3  # another token than before, in each row
+    changed[torch.arange(40), torch.arange(40)] = (
+        ids[0] - 2
+    ) % 90 + 3  # another token than before, in each row
     with torch.no_grad():
         before = model(ids.repeat(40, 1), prompt_length=prompt).logits
         after = model(changed, prompt_length=prompt).logits
@@ -134,7 +138,9 @@ def test_stepwise_equals_teacher_forced(decoder, config, length):
 def test_padding_never_changes_a_result(decoder, config):
     model = make_variator(decoder, config)
     rows = prompts(1, 3, 7, 12, 18, 23, 30, 41)
-    alone = [model.generate(input_ids=row, max_new_tokens=8, do_sample=False)[0, row.shape[1] :] for row in rows]
+    alone = [
+        model.generate(input_ids=row, max_new_tokens=8, do_sample=False)[0, row.shape[1] :] for row in rows
+    ]
     for side in ("left", "right"):
         batch = pad(rows, side)
         together = model.generate(**batch, max_new_tokens=8, do_sample=False)
@@ -164,7 +170,9 @@ def test_cache_holds_exactly_the_entries(site, k):
     base = make_decoder("llama", num_hidden_layers=1)
     for head in (0, 4):
         for tail in (1, 16):
-            model = VariatorModel(base, VariatorConfig(k=k, sites=(site,), r=2, dense_head=head, dense_tail=tail))
+            model = VariatorModel(
+                base, VariatorConfig(k=k, sites=(site,), r=2, dense_head=head, dense_tail=tail)
+            )
             for n in range(1, 301):
                 (ids,) = prompts(n)
                 cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values

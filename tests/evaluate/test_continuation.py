@@ -1,0 +1,86 @@
+"""`python -m llm_variator.evaluate continuation` on a tiny decoder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import randomise
+from tiny import model_folder
+
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.corpora import EMBEDDED, read_windows
+from llm_variator.evaluate.__main__ import main
+from llm_variator.groups import split
+from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.metrics import continuation_cross_entropy
+
+CONTEXT, CONTINUATION, WINDOWS = 30, 10, 4
+CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=5)
+
+
+@pytest.fixture(scope="module")
+def model() -> VariatorModel:
+    model = VariatorModel(load_model(model_folder()), CONFIG)
+    randomise(model.plugin(), std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plugin(model, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("plugin") / "k3"
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def words(*more: str) -> list[str]:
+    sizes = ["--context", CONTEXT, "--continuation", CONTINUATION, "--windows", WINDOWS, "--batch-size", 3]
+    return ["continuation", "--model", model_folder(), *map(str, sizes), *more]
+
+
+def test_table_and_file_hold_the_metric_of_every_condition(model, plugin, tmp_path, capsys):
+    main(words("--plugin", "none", plugin, "--untrained", "--json", str(tmp_path / "r.json")))
+    result = json.loads((tmp_path / "r.json").read_text())
+    scores = {score["prompt"]: score for score in result["figures"]["scores"]}
+    assert list(scores) == ["dense", "no context", "k3", "k3 (untrained)"]
+
+    windows = read_windows(EMBEDDED, load_tokenizer(model_folder()), seq_length=CONTEXT + CONTINUATION)
+    chosen = windows[torch.linspace(0, len(windows) - 1, WINDOWS).long()]
+    assert scores["k3"]["cross_entropy"] == pytest.approx(
+        continuation_cross_entropy(model, chosen, CONTEXT), abs=1e-5
+    )
+    with model.disable_plugin():
+        dense = continuation_cross_entropy(model, chosen, CONTEXT)
+    assert scores["dense"]["cross_entropy"] == pytest.approx(dense, abs=1e-5)
+    entries = split(CONTEXT, 3, 2, 5).entries
+    assert (
+        scores["k3"]["kv_share"] == scores["k3 (untrained)"]["kv_share"] == pytest.approx(entries / CONTEXT)
+    )
+    assert scores["k3"]["cross_entropy"] != scores["k3 (untrained)"]["cross_entropy"]
+    assert len(result["figures"]["configs"]) == 2
+    assert result["command"].startswith("python -m llm_variator.evaluate continuation --model ")
+
+    printed = capsys.readouterr().out
+    assert f"{scores['k3']['cross_entropy']:.4f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--windows", "1000000"], "holds only"),
+        (["--context", "600000"], "fewer than one window"),
+        (["--context", "0"], "--context: expected a whole number of at least 1"),
+        (["--plugin", "nowhere"], "nowhere"),
+        (["--data", "missing.csv/"], "missing.csv"),
+    ],
+)
+def test_wrong_input(more, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(VariatorError, match=message):
+        main(words(*more))
+
+
+def test_a_command_is_needed():
+    with pytest.raises(VariatorError, match="COMMAND"):
+        main([])

@@ -1,0 +1,62 @@
+"""Every recipe opens with its launch command, and that command accepts it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llm_variator import VariatorConfig, cli
+from llm_variator.config import BaseSignature
+from llm_variator.loading import load_config
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
+
+
+def launch(recipe: str, monkeypatch):
+    """The namespace that the command in the recipe's first line makes."""
+    monkeypatch.chdir(ROOT)
+    command = (ROOT / recipe).read_text(encoding="utf-8").splitlines()[0]
+    words = shlex.split(command.removeprefix("#"))
+    assert words[:2] == ["python", "-m"]
+    assert recipe in words, "the launch command names the recipe itself"
+    parser = importlib.import_module(f"{words[2]}.__main__").build_parser()
+    return cli.parse(parser, words[3:])
+
+
+def test_there_are_recipes():
+    assert {"recipes/demo.yaml", "recipes/smollm2-135m/k2.yaml", "recipes/llama-7b/k2.yaml"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_launch_command_reads_every_key(recipe, monkeypatch):
+    args = launch(recipe, monkeypatch)
+    for key, value in cli.read_recipe(ROOT / recipe).items():
+        read = getattr(args, key)
+        assert (list(read) if isinstance(read, tuple) else read) == value or str(read) == str(value), key
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_plugin_fits_the_model(recipe, monkeypatch):
+    args = launch(recipe, monkeypatch)
+    config = cli.variator_config_from(args)
+    model = load_config(args.model)
+    signature = BaseSignature("base", model.model_type, model.hidden_size, model.num_hidden_layers)
+    assert isinstance(config.resolved(signature, decoder=True), VariatorConfig)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_flags_go_before_the_recipe(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parser = importlib.import_module("llm_variator.train.__main__").build_parser()
+    args = cli.parse(parser, ["--config", recipe, "--max-steps", "7", "--k", "3"])
+    assert (args.max_steps, args.k) == (7, 3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_machine_path(recipe):
+    assert not re.search(r"(?<![\w.])(/|~/)\w", (ROOT / recipe).read_text(encoding="utf-8"))

@@ -1,0 +1,100 @@
+"""Wrong input of `python -m llm_variator.train`: one clear error each, nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from tiny import train, words
+
+from llm_variator import VariatorError
+from llm_variator.train.__main__ import build_parser, main
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(k=0), "k must be an integer >= 1, got 0"),
+        (dict(k=-2), "k must be an integer >= 1"),
+        (dict(sites="ffn,mlp"), "site must be one of"),
+        (dict(compressor="max"), "compressor must be one of"),
+        (dict(layers="7"), "layers names layer 7"),
+        (dict(k_per_layer='{"ffn": [1, 2]}'), "has 2 entries"),
+        (dict(max_steps=0), "--max-steps: expected a whole number of at least 1"),
+        (dict(batch_size=-1), "--batch-size"),
+        (dict(learning_rate=0), "--learning-rate: expected a number above 0"),
+        (dict(schedule="step"), "--schedule"),
+        (dict(loss="l1"), "--loss"),
+        (dict(stage="adapt"), "--stage"),
+        (dict(seq_length=8), "leaves no prompt before --continuation 8"),
+        (dict(prompt_tokens=(12, 8)), "--prompt-tokens 12 8 must rise, to 16 at most"),
+        (dict(prompt_tokens=(8, 17)), "--prompt-tokens 8 17 must rise, to 16 at most"),
+        (dict(dense_tail=7), "prompts of 8 tokens hold no group of 2"),
+        (dict(k=9), "prompts of 8 tokens hold no group of 9"),
+        (dict(compressor="mean", decompressor="copy"), "nothing to train"),
+        (dict(seq_length=700_000), "too few to train on windows"),
+        (dict(data="a=0"), "weight must be a number above 0"),
+        (dict(data_dir="nowhere"), "data folder nowhere does not exist"),
+        (dict(plugin="nowhere"), "--plugin keeps its own configuration: leave out --k, --r, --dense-head"),
+        (dict(plugin="nowhere", k=None, r=None, dense_head=None), "nowhere"),
+        (dict(model="no-such-model/at all"), "no such folder"),
+        (dict(model=None), "--model"),
+        (dict(dtype="int3"), "unknown dtype 'int3'"),
+        (dict(num_layers=1), "add --random-init"),
+        (dict(config="nowhere.yaml"), "recipe nowhere.yaml: cannot be read"),
+    ],
+)
+def test_wrong_flag(tmp_path, changes, message):
+    with pytest.raises(VariatorError, match=message):
+        train(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(VariatorError, match="holds no text"):
+        train(tmp_path / "run", data=tmp_path / "a.txt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_under_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VariatorError, match=r"cannot write to .*file/run: choose another --output"):
+        train(tmp_path / "file" / "run")
+
+
+def test_resume_from_nothing(tmp_path):
+    with pytest.raises(VariatorError, match="nothing to resume"):
+        train(tmp_path / "run", "--resume")
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_are_not_overwritten_by_accident(tmp_path):
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(VariatorError, match="holds checkpoints: add --resume"):
+        train(tmp_path / "run")
+
+
+def test_default_output_is_named_after_the_plugin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(words(None, max_steps=1, k="ffn=2,kv=3", sites="ffn,kv"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-k2-3-ffn-kv")
+    assert (folder / "variator.safetensors").is_file()
+
+
+def test_process_prints_one_line_and_exits_with_2(tmp_path):
+    command = [sys.executable, "-m", "llm_variator.train", *words(tmp_path / "run", seq_length=8)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --seq-length 8 leaves no prompt")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_help_names_every_flag():
+    text = build_parser().format_help()
+    for action in build_parser()._actions:
+        assert action.help, action.dest
+        assert action.option_strings[-1] in text
