@@ -18,7 +18,9 @@ def visible(reach: Tensor, columns: Tensor) -> Tensor:
     return (columns <= reach) & (columns != FILLER)
 
 
-def group_causal_attention(query: Tensor, key: Tensor, value: Tensor, grouping: Slices, scale: float) -> Tensor:
+def group_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, grouping: Slices, scale: float
+) -> Tensor:
     """Attention of a whole uniform prompt without a mask over its groups.
 
     The k queries of a group see the same entries, so they act as k times more heads at the group's own
@@ -34,12 +36,23 @@ def group_causal_attention(query: Tensor, key: Tensor, value: Tensor, grouping: 
         first = query[:, :, None, :head].expand(-1, -1, k, -1, -1)
         inner = torch.cat((first, inner), dim=3)
     out = F.scaled_dot_product_attention(
-        inner.flatten(1, 2), key[:, :, :front], value[:, :, :front], is_causal=True, scale=scale, enable_gqa=True
+        inner.flatten(1, 2),
+        key[:, :, :front],
+        value[:, :, :front],
+        is_causal=True,
+        scale=scale,
+        enable_gqa=True,
     ).unflatten(1, (heads, k))  # (b, H, k, head + groups, d)
     parts = [out[:, :, 0, :head], out[:, :, :, head:].transpose(2, 3).flatten(2, 3)]
     if tail:
-        mask = torch.ones(tail, front + tail, dtype=torch.bool, device=query.device).tril(front) if tail > 1 else None
+        mask = (
+            torch.ones(tail, front + tail, dtype=torch.bool, device=query.device).tril(front)
+            if tail > 1
+            else None
+        )
         parts.append(
-            F.scaled_dot_product_attention(query[:, :, start:], key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+            F.scaled_dot_product_attention(
+                query[:, :, start:], key, value, attn_mask=mask, scale=scale, enable_gqa=True
+            )
         )
     return torch.cat(parts, dim=2).transpose(1, 2)

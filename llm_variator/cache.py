@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping
@@ -28,13 +28,15 @@ class CompressedLayer(DynamicLayer):
         super().__init__()
         self.tokens = 0
         self.has_fillers = False
-        self._columns: Tensor | None = None  # of the prompt entries; the dense ones after them follow from `tokens`
+        self._columns: Tensor | None = (
+            None  # of the prompt entries; the dense ones after them follow from `tokens`
+        )
 
     @classmethod
     def from_dense(cls, layer: DynamicLayer) -> CompressedLayer:
         """Take over a stock layer (empty or not): one entry per column."""
         new = cls()
-        if layer.get_seq_length():
+        if layer.keys is not None and layer.values is not None and layer.get_seq_length():
             new.update(layer.keys, layer.values)
         return new
 
@@ -46,12 +48,15 @@ class CompressedLayer(DynamicLayer):
     @property
     def columns(self) -> Tensor:
         """(b or 1, entries) column of each entry in the whole sequence, `FILLER` where there is none."""
+        assert self.keys is not None
         known = self._columns if self._columns is not None else self.keys.new_empty(1, 0, dtype=torch.long)
         rest = self.entries - known.shape[1]
         dense = torch.arange(self.tokens - rest, self.tokens, device=known.device)
         return torch.cat((known, dense.expand(len(known), -1)), dim=1)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append dense tokens."""
         self.tokens += key_states.shape[-2]
         return super().update(key_states, value_states)
@@ -86,7 +91,7 @@ class CompressedLayer(DynamicLayer):
         super().reset()
         self.tokens, self._columns, self.has_fillers = 0, None, False
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows, for beam search."""
         self._rows(beam_idx)
         super().reorder_cache(beam_idx)
@@ -126,6 +131,7 @@ def adopt(cache: Cache, layers: Iterable[int], num_layers: int) -> None:
         cache.layers.append(DynamicLayer())
     for index in layers:
         layer = cache.layers[index]
+        assert isinstance(layer, DynamicLayer), "sliding and linear layers are never compressed"
         if not isinstance(layer, CompressedLayer):
             cache.layers[index] = CompressedLayer.from_dense(layer)
 
@@ -151,8 +157,10 @@ class KVCacheReport:
         """Measure the tensors that `cache` holds now."""
         layers = []
         for layer in cache.layers:
-            held = layer.keys.shape[-2] if layer.is_initialized and layer.keys.numel() else 0
-            size = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values)) if held else 0
+            assert isinstance(layer, CacheLayerMixin)
+            tensors = [t for t in (layer.keys, layer.values) if t is not None and t.numel()]
+            held = tensors[0].shape[-2] if tensors else 0
+            size = sum(t.numel() * t.element_size() for t in tensors)
             dense = layer.tokens if isinstance(layer, CompressedLayer) else held
             layers.append(LayerReport(held, size, dense, size // held * dense if held else 0))
         return cls(tuple(layers))
@@ -169,6 +177,9 @@ class KVCacheReport:
 
     def __str__(self) -> str:
         ratio = self.bytes / self.dense_bytes if self.dense_bytes else 1.0
-        lines = [f"KV cache {self.bytes:,} bytes, dense {self.dense_bytes:,} ({ratio:.1%})", "layer entries dense"]
+        lines = [
+            f"KV cache {self.bytes:,} bytes, dense {self.dense_bytes:,} ({ratio:.1%})",
+            "layer entries dense",
+        ]
         lines += [f"{i:5} {layer.entries:7} {layer.dense_entries:5}" for i, layer in enumerate(self.layers)]
         return "\n".join(lines)

@@ -72,9 +72,13 @@ class VariatorConfig:
         for site in self.sites:
             _one_of("site", site, SITES)
         if not self.sites or len(set(self.sites)) != len(self.sites):
-            raise VariatorError(f"sites must name each of {', '.join(SITES)} at most once, at least one; got {sites}")
+            raise VariatorError(
+                f"sites must name each of {', '.join(SITES)} at most once, at least one; got {sites}"
+            )
         if "kv" in self.sites and "attention" in self.sites:
-            raise VariatorError('sites "kv" and "attention" exclude each other: "attention" compresses K and V too')
+            raise VariatorError(
+                'sites "kv" and "attention" exclude each other: "attention" compresses K and V too'
+            )
 
         if isinstance(self.k, Mapping):
             put("k", {site: self.k[site] for site in self._per_site("k", self.k, complete=True)})
@@ -92,12 +96,16 @@ class VariatorConfig:
             for layer in self.layers:
                 _integer("layers", layer, least=0)
             if not self.layers or len(set(self.layers)) != len(self.layers):
-                raise VariatorError(f"layers must be distinct and at least one (or None for all), got {self.layers}")
+                raise VariatorError(
+                    f"layers must be distinct and at least one (or None for all), got {self.layers}"
+                )
         if self.k_per_layer is not None:
             if not isinstance(self.k_per_layer, Mapping):
-                raise VariatorError(f'k_per_layer must map a site to a list, e.g. {{"ffn": [1, 2]}}; got {self.k_per_layer!r}')
-            sites = self._per_site("k_per_layer", self.k_per_layer)
-            put("k_per_layer", {site: tuple(self.k_per_layer[site]) for site in sites})
+                raise VariatorError(
+                    f'k_per_layer must map a site to a list, e.g. {{"ffn": [1, 2]}}; got {self.k_per_layer!r}'
+                )
+            given = self._per_site("k_per_layer", self.k_per_layer)
+            put("k_per_layer", {site: tuple(self.k_per_layer[site]) for site in given})
             for site, ratios in self.k_per_layer.items():
                 for k in ratios:
                     _integer(f"k_per_layer[{site!r}]", k, least=1)
@@ -130,7 +138,9 @@ class VariatorConfig:
                         f"{base.name!r} ({field} {ours}); load it onto its own base model"
                     )
         if self.layers is not None and max(self.layers) >= base.num_layers:
-            raise VariatorError(f"layers names layer {max(self.layers)}, but {base.name!r} has {base.num_layers} layers")
+            raise VariatorError(
+                f"layers names layer {max(self.layers)}, but {base.name!r} has {base.num_layers} layers"
+            )
         for site, ratios in (self.k_per_layer or {}).items():
             if len(ratios) != base.num_layers:
                 raise VariatorError(
@@ -170,7 +180,9 @@ class VariatorConfig:
         except FileNotFoundError:
             raise VariatorError(f"{file} not found: not a plugin folder") from None
         except (OSError, ValueError) as error:
-            raise VariatorError(f"{file} is not readable JSON ({error}); save or download the plugin again") from None
+            raise VariatorError(
+                f"{file} is not readable JSON ({error}); save or download the plugin again"
+            ) from None
         if not isinstance(values, dict):
             raise VariatorError(f"{file} must hold a JSON object")
         try:

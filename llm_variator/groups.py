@@ -48,12 +48,21 @@ def split(n: int, k: int, head: int, tail: int) -> Split:
 class Grouping(Protocol):
     """How the n columns of a batch become m entries and come back. All shapes: b rows, hidden width d."""
 
-    columns: Tensor
-    """(b or 1, m) column of every entry, `FILLER` where a row has fewer entries."""
-    reach: Tensor
-    """(b or 1, n) last column that the token in a column may see: the end of its own group."""
-    has_groups: bool
-    has_fillers: bool
+    @property
+    def columns(self) -> Tensor:
+        """(b or 1, m) column of every entry, `FILLER` where a row has fewer entries."""
+
+    @property
+    def reach(self) -> Tensor:
+        """(b or 1, n) last column that the token in a column may see: the end of its own group."""
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether anything is merged."""
+
+    @property
+    def has_fillers(self) -> bool:
+        """Whether some row has fewer entries than another."""
 
     def compress(self, x: Tensor, merge: Merge) -> Tensor:
         """(b, n, d) -> (b, m, d): dense vectors as they are, groups merged."""
@@ -86,7 +95,9 @@ class Slices:
         head, groups, tail = self.split
         start = head + groups * self.k
         first, last = torch.arange(head, device=self.device), torch.arange(tail, device=self.device) + start
-        return torch.cat((first, torch.arange(1, groups + 1, device=self.device) * self.k + head - 1, last))[None]
+        return torch.cat((first, torch.arange(1, groups + 1, device=self.device) * self.k + head - 1, last))[
+            None
+        ]
 
     @cached_property
     def reach(self) -> Tensor:
@@ -124,7 +135,9 @@ class Slices:
             return x
         head, groups, tail = self.split
         start = head + groups * self.k
-        inner = x.narrow(dim, head, groups * self.k).unflatten(dim, (groups, self.k)).select(dim + 1, self.k - 1)
+        inner = (
+            x.narrow(dim, head, groups * self.k).unflatten(dim, (groups, self.k)).select(dim + 1, self.k - 1)
+        )
         return torch.cat((x.narrow(dim, 0, head), inner, x.narrow(dim, start, tail)), dim=dim)
 
 

@@ -10,26 +10,28 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.architectures import architecture_of
-from llm_variator.cache import KVCacheReport, adopt, is_compressed
+from llm_variator.cache import KVCacheReport, is_compressed
 from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
 from llm_variator.errors import VariatorError
-from llm_variator.groups import Segment
 from llm_variator.loading import hub_reachable, load_model, resolve_plugin
 from llm_variator.plugin import CARD_FILE, WEIGHTS_FILE, CompressionPlugin, Ratios
-from llm_variator.session import Session, current, scope
+from llm_variator.session import Session, begin_pass, current, scope
 
 logger = logging.getLogger(__name__)
 
 # Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
-_scoped: ContextVar[Mapping[int, str | None]] = ContextVar("variator_scoped_plugins", default={})
+_scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
+    "variator_scoped_plugins", default=MappingProxyType({})
+)
 
 _UNSUPPORTED_GENERATION = {
     "assistant_model": "assisted decoding",
@@ -49,7 +51,8 @@ class VariatorModel(nn.Module):
             VariatorError: `base` is not a supported model, or `config` does not fit it.
         """
         super().__init__()
-        self._host: PreTrainedModel = base.get_base_model() if hasattr(base, "get_base_model") else base
+        host: Any = base
+        self._host: Any = host.get_base_model() if hasattr(host, "get_base_model") else host
         if not isinstance(self._host, PreTrainedModel):
             raise VariatorError(f"the base must be a loaded Hugging Face model, got {type(base).__name__}")
         self._architecture = architecture_of(self._host)
@@ -57,7 +60,7 @@ class VariatorModel(nn.Module):
         if getattr(self._host, "_variator_attached", False):
             raise VariatorError("this base already has a VariatorModel; use it, or call its unload() first")
         self.signature = _signature(self._host, len(blocks))
-        self.base = base
+        self.base: Any = base
         self._plugins: dict[str, CompressionPlugin] = {}
         self._default: str | None = None
         self._report: KVCacheReport | None = None
@@ -71,14 +74,18 @@ class VariatorModel(nn.Module):
         base.eval()
         self._host._variator_attached = True  # type: ignore[assignment]
         self._handles = self._architecture.attach(self._host)
-        self._handles.append(self._host.register_forward_pre_hook(_begin_pass, with_kwargs=True))
+        self._handles.append(self._host.register_forward_pre_hook(begin_pass, with_kwargs=True))
         self._default = "default" if config is not None else None
 
     # -- plugins ----------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, base: PreTrainedModel | str, plugin: str | os.PathLike[str], plugin_name: str = "default", **kwargs: Any
+        cls,
+        base: PreTrainedModel | str,
+        plugin: str | os.PathLike[str],
+        plugin_name: str = "default",
+        **kwargs: Any,
     ) -> VariatorModel:
         """Attach a saved plugin (folder, hub id or shipped name such as "smollm2-135m/k2") and activate it.
 
@@ -174,8 +181,7 @@ class VariatorModel(nn.Module):
         return CompressionPlugin(config, self._ratios(config), self.signature.hidden_size)
 
     def _ratios(self, config: VariatorConfig) -> Ratios:
-        """What is attached where. Layers with a sliding window keep their attention dense (DESIGN: their cache is
-        bounded already)."""
+        """What is attached where. Layers with a sliding window keep their attention dense: its cache is short."""
         ratios: dict[str, dict[int, int]] = {}
         for site in config.sites:
             ratios[site] = {
@@ -193,10 +199,12 @@ class VariatorModel(nn.Module):
 
     def _put(self, name: str, plugin: CompressionPlugin) -> CompressionPlugin:
         if name in self._plugins:
-            raise VariatorError(f"a plugin named {name!r} is loaded already; choose another name or delete it")
+            raise VariatorError(
+                f"a plugin named {name!r} is loaded already; choose another name or delete it"
+            )
         if not name or "." in name:
             raise VariatorError(f"a plugin name must be non-empty and without dots, got {name!r}")
-        for (_, layer), site in plugin._at.items():
+        for (_, layer), site in plugin.sites.items():
             site.to(next(self._architecture.blocks(self._host)[layer].parameters()).device)
         self._plugins[name] = plugin
         self.add_module(f"plugin_{name}", plugin)
@@ -217,7 +225,8 @@ class VariatorModel(nn.Module):
             return self.base(*args, **kwargs)
         if self.training:
             kwargs.setdefault("use_cache", False)
-        session = Session(plugin, prompts=prompt_length)
+        prompts = prompt_length.tolist() if isinstance(prompt_length, Tensor) else prompt_length
+        session = Session(plugin, prompts)
         with scope(session):
             output = self.base(*args, **kwargs)
         self._remember(session)
@@ -252,7 +261,9 @@ class VariatorModel(nn.Module):
         if cache is not None:
             return KVCacheReport.of(cache)
         if self._report is None:
-            raise VariatorError("no cache to report yet: run generate or forward(use_cache=True) with a plugin first")
+            raise VariatorError(
+                "no cache to report yet: run generate or forward(use_cache=True) with a plugin first"
+            )
         return self._report
 
     def _remember(self, session: Session) -> None:
@@ -271,7 +282,9 @@ class VariatorModel(nn.Module):
                     module.training = mode
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         """Recompute the base's layers in the backward pass, with the plugin that the forward pass used."""
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if options["use_reentrant"]:
@@ -310,7 +323,9 @@ class VariatorModel(nn.Module):
         plugin = self.plugin(plugin_name)
         plugin.save(folder, dtype=dtype, card=plugin.card(facts))
 
-    def push_to_hub(self, repo_id: str, *, plugin_name: str | None = None, private: bool | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, plugin_name: str | None = None, private: bool | None = None
+    ) -> str:
         """Upload a plugin to the Hugging Face hub; returns the commit's address."""
         from huggingface_hub import HfApi
 
@@ -342,77 +357,20 @@ class VariatorModel(nn.Module):
             return getattr(self.base, name)
 
 
-def _begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Pre-hook of the base model: find out which tokens of this pass are prompt, and prepare the cache."""
-    session, cache = current(), kwargs.get("past_key_values")
-    if session is None:
-        if is_compressed(cache):
-            raise VariatorError("this KV cache is compressed: pass it to the VariatorModel, not to its base model")
-        return None
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        return None  # the model raises its own error
-    config = session.plugin.config if session.plugin else None
-    if session.plugin is not None and session.plugin.compresses_cache:
-        wanted = kwargs.get("use_cache")
-        if cache is None and (host.config.use_cache if wanted is None else wanted):
-            cache = kwargs["past_key_values"] = DynamicCache(config=host.config)
-        if cache is not None:
-            layers = {layer for site, layer in session.plugin._at if site != "ffn"}
-            adopt(cache, layers, session.plugin.config.base.num_layers)  # type: ignore[union-attr]
-    past = cache.get_seq_length() if cache is not None else 0
-    session.segment = None
-    if tokens.shape[1] != 1:
-        head = config.dense_head if config else 0
-        if past:  # a generated token that no pass has read yet belongs to the continuation: keep it dense
-            head = int(getattr(cache, "ends_before_last_token", False))
-        session.segment = _segment(session, tokens, kwargs.get("attention_mask"), past, head or 0)
-    if past == 0 and cache is not None:
-        cache.ends_before_last_token = False
-    session.cache = cache
-    session.passes += 1
-    return args, kwargs
-
-
-def _segment(session: Session, tokens: Tensor, mask: Any, past: int, head: int) -> Segment:
-    rows, width = tokens.shape[:2]
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise VariatorError("attention_mask must be a 2D tensor (batch, tokens) when a plugin is active")
-    valid = None if mask is None else mask[:, -width:].bool()
-    if width == 0 or (valid is not None and not past and not bool(valid.any(1).all())):
-        raise VariatorError("the prompt is empty: every row needs at least one token")
-    if session.generating:
-        if session.passes == 0:
-            counts = [width] * rows if valid is None else valid.sum(1).tolist()
-            session.prompts = torch.tensor(counts)
-        elif past:
-            raise VariatorError("this decoding strategy reads several tokens at once; with a plugin use plain decoding")
-    prompts = session.prompts
-    if session.plugin is None:
-        return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
-    if prompts is None:
-        prompts = width
-    if isinstance(prompts, Tensor):
-        prompts = prompts.tolist()
-        if isinstance(prompts, list) and len(prompts) != rows:
-            raise VariatorError(f"prompt_length has {len(prompts)} entries for {rows} rows")
-    if min(prompts if isinstance(prompts, list) else [prompts]) < 0:
-        raise VariatorError(f"prompt_length must not be negative, got {prompts}")
-    if max(prompts if isinstance(prompts, list) else [prompts]) > width:
-        raise VariatorError(f"prompt_length {prompts} exceeds the {width} tokens given")
-    tail = session.plugin.config.dense_tail or 0
-    return Segment(width, prompts, head=head, tail=tail, device=tokens.device, valid=valid)
-
-
-def _check_generation(host: PreTrainedModel, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]) -> None:
+def _check_generation(
+    host: PreTrainedModel, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]
+) -> None:
     config = kwargs.get("generation_config") or host.generation_config
     for name, what in _UNSUPPORTED_GENERATION.items():
         if kwargs.get(name) or getattr(config, name, None):
-            raise VariatorError(f"{what} ({name}) does not work with a compressed prompt; leave it out or disable the plugin")
+            raise VariatorError(
+                f"{what} ({name}) does not work with a compressed prompt; leave it out or disable the plugin"
+            )
     implementation = kwargs.get("cache_implementation") or config.cache_implementation
-    if plugin is not None and plugin.compresses_cache and implementation not in (None, "dynamic"):
-        raise VariatorError(f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out")
+    if plugin is not None and plugin.cache_layers and implementation not in (None, "dynamic"):
+        raise VariatorError(
+            f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"
+        )
 
 
 def _pad_left(kwargs: dict[str, Any]) -> None:
@@ -424,7 +382,7 @@ def _pad_left(kwargs: dict[str, Any]) -> None:
     kwargs["input_ids"], kwargs["attention_mask"] = ids.gather(1, order), mask.gather(1, order)
 
 
-def _signature(host: PreTrainedModel, num_layers: int) -> BaseSignature:
+def _signature(host: Any, num_layers: int) -> BaseSignature:
     config = host.config
     name = getattr(config, "_name_or_path", "") or config.model_type
     if Path(name).is_absolute():
@@ -432,7 +390,9 @@ def _signature(host: PreTrainedModel, num_layers: int) -> BaseSignature:
     weight = host.get_input_embeddings().weight
     sample = b""
     if weight.device.type != "meta" and weight.is_floating_point():
-        sample = weight.detach()[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+        sample = (
+            weight.detach()[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+        )
     digest = hashlib.sha256(sample).hexdigest()[:16] if sample else ""
     return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)
 
@@ -449,4 +409,6 @@ def _folder(plugin: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(found, allow_patterns=files, local_files_only=not hub_reachable()))
     except (OSError, ValueError) as error:  # all of the hub's errors are one of these
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise VariatorError(f"plugin {found!r} could not be fetched ({reason}); give a local folder") from error
+        raise VariatorError(
+            f"plugin {found!r} could not be fetched ({reason}); give a local folder"
+        ) from error

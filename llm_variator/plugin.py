@@ -41,7 +41,13 @@ class SiteLayers(nn.Module):
 
 
 class CompressionPlugin(nn.Module):
-    """All layers of one plugin. `at(site, layer)` finds them; the parameters are named `<site>.<layer>.…`."""
+    """All layers of one plugin; the parameters are named `<site>.<layer>.…`.
+
+    Attributes:
+        config: resolved for the base.
+        sites: (site, layer) -> its trainable layers.
+        cache_layers: the layers whose KV cache holds fewer entries than tokens.
+    """
 
     def __init__(self, config: VariatorConfig, ratios: Ratios, dim: int) -> None:
         """`config` resolved for its base; `ratios` says what is attached where; `dim` is the hidden width."""
@@ -52,16 +58,17 @@ class CompressionPlugin(nn.Module):
                 site, nn.ModuleDict({str(i): SiteLayers(config, site, dim, k) for i, k in layers.items()})
             )
         # plain lookups: hooks ask at every layer of every pass
-        self._at = {(site, i): self.get_submodule(f"{site}.{i}") for site in ratios for i in ratios[site]}
+        self.sites = {(site, i): self._site(site, i) for site in ratios for i in ratios[site]}
+        self.cache_layers = sorted({layer for site, layer in self.sites if site != "ffn"})
 
     def at(self, site: str, layer: int) -> SiteLayers | None:
         """The layers of `site` in decoder layer `layer`; None where it stays dense."""
-        return self._at.get((site, layer))  # type: ignore[return-value]
+        return self.sites.get((site, layer))
 
-    @property
-    def compresses_cache(self) -> bool:
-        """Whether some layer's KV cache holds fewer entries than tokens."""
-        return any(site in ("kv", "attention") for site, _ in self._at)
+    def _site(self, site: str, layer: int) -> SiteLayers:
+        module = self.get_submodule(f"{site}.{layer}")
+        assert isinstance(module, SiteLayers)
+        return module
 
     def save(
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, card: str | None = None
@@ -87,7 +94,9 @@ class CompressionPlugin(nn.Module):
         file = folder / WEIGHTS_FILE
         own = self.state_dict()
         if not file.is_file():
-            raise VariatorError(f"{file} not found: the plugin folder is incomplete; save or download it again")
+            raise VariatorError(
+                f"{file} not found: the plugin folder is incomplete; save or download it again"
+            )
         try:
             with safe_open(file, framework="pt") as opened:
                 read = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
@@ -96,9 +105,13 @@ class CompressionPlugin(nn.Module):
                 f"{file} is not a whole safetensors file ({error}); save or download the plugin again"
             ) from None
         if missing := sorted(own.keys() - read.keys()):
-            raise VariatorError(f"{file} lacks {_some(missing)}; it does not fit its {CONFIG_FILE}, save it again")
+            raise VariatorError(
+                f"{file} lacks {_some(missing)}; it does not fit its {CONFIG_FILE}, save it again"
+            )
         if surplus := sorted(read.keys() - own.keys()):
-            raise VariatorError(f"{file} has surplus {_some(surplus)}; it does not fit its {CONFIG_FILE}, save it again")
+            raise VariatorError(
+                f"{file} has surplus {_some(surplus)}; it does not fit its {CONFIG_FILE}, save it again"
+            )
         for name, value in read.items():
             if value.shape != own[name].shape:
                 raise VariatorError(
@@ -106,7 +119,9 @@ class CompressionPlugin(nn.Module):
                     f"it does not fit its {CONFIG_FILE} or this base model"
                 )
             if not value.is_floating_point():
-                raise VariatorError(f"{file}: {name} is {value.dtype}, expected floating point; save it again")
+                raise VariatorError(
+                    f"{file}: {name} is {value.dtype}, expected floating point; save it again"
+                )
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(read[name])
@@ -116,7 +131,7 @@ class CompressionPlugin(nn.Module):
         config = self.config
         base = config.base.name if config.base else "its base model"
         count = sum(parameter.numel() for parameter in self.parameters())
-        settings = {"k": config.k, "sites": ", ".join(config.sites), "r": config.r}
+        settings: dict[str, Any] = {"k": config.k, "sites": ", ".join(config.sites), "r": config.r}
         settings |= {"dense head": config.dense_head, "dense tail": config.dense_tail}
         rows = [*settings.items(), ("parameters", f"{count:,}"), *(facts or {}).items()]
         table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor
-from transformers import Cache
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedConfig
 
+from llm_variator.cache import adopt, is_compressed
+from llm_variator.errors import VariatorError
 from llm_variator.groups import Segment
 from llm_variator.plugin import CompressionPlugin
 
@@ -20,14 +22,15 @@ class Session:
     """State of one `VariatorModel.forward` or `generate`, from its first layer to its last token."""
 
     plugin: CompressionPlugin | None
-    prompts: Tensor | int | None = None
-    """Prompt tokens of each row; None: every token of the first pass is prompt."""
+    """None: the base model, going on from a cache that a plugin compressed."""
+    prompts: int | list[int] | None = None
+    """Prompt tokens of every row, or of each; None: every token of the first pass is prompt."""
     generating: bool = False
     """Inside `generate`: after the first pass all tokens are continuation."""
-    segment: Segment | None = None
-    """Tokens of the current pass; None when each row has one token, which is always dense."""
-    cache: Cache | None = None
     passes: int = 0
+    segment: Segment | None = None
+    """Tokens of the current pass; None where each row has one token, which is always dense."""
+    cache: Cache | None = None
     stash: dict[Any, Any] = dataclasses.field(default_factory=dict)
     """What a layer's first hook leaves for its later ones."""
 
@@ -48,3 +51,72 @@ def scope(session: Session | None) -> Iterator[Session | None]:
         yield session
     finally:
         _session.reset(token)
+
+
+def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Pre-hook of the base model: find out which tokens of this pass are prompt, and prepare the cache.
+
+    Raises:
+        VariatorError: the input does not suit a compressed prompt.
+    """
+    session, cache = current(), kwargs.get("past_key_values")
+    if session is None:
+        if is_compressed(cache):
+            raise VariatorError(
+                "this KV cache is compressed: pass it to the VariatorModel, not to its base model"
+            )
+        return None
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        return None  # the model raises its own error
+    plugin, config = session.plugin, host.config
+    assert isinstance(config, PreTrainedConfig)
+    if plugin is not None and plugin.cache_layers:
+        wanted = kwargs.get("use_cache")
+        if cache is None and (config.use_cache if wanted is None else wanted):
+            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        if cache is not None:
+            adopt(cache, plugin.cache_layers, config.num_hidden_layers)
+    past = cache.get_seq_length() if cache is not None else 0
+    session.segment, session.cache = None, cache
+    if tokens.shape[1] != 1:
+        session.segment = _segment(session, tokens, kwargs.get("attention_mask"), past)
+    if cache is not None:
+        cache.ends_before_last_token = False
+    session.passes += 1
+    return args, kwargs
+
+
+def _segment(session: Session, tokens: Tensor, mask: Any, past: int) -> Segment:
+    """The tokens (rows, width, ...) of a pass after `past` columns of cache, `mask` over both."""
+    rows, width = tokens.shape[:2]
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise VariatorError("attention_mask must be a 2D tensor (batch, tokens) when a plugin is active")
+    valid = None if mask is None else mask[:, -width:].bool()
+    if width == 0 or (valid is not None and not past and not bool(valid.any(1).all())):
+        raise VariatorError("the prompt is empty: every row needs at least one token")
+    if session.plugin is None:
+        return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
+
+    if session.generating and session.passes == 0:
+        session.prompts = width if valid is None else valid.sum(1).tolist()
+    elif session.generating and past:
+        raise VariatorError(
+            "this decoding strategy reads several tokens at once; with a plugin use plain decoding"
+        )
+    prompts = width if session.prompts is None else session.prompts
+    each = [prompts] if isinstance(prompts, int) else prompts
+    if isinstance(prompts, list) and len(prompts) != rows:
+        raise VariatorError(f"prompt_length has {len(prompts)} entries for {rows} rows")
+    if min(each) < 0:
+        raise VariatorError(f"prompt_length must not be negative, got {prompts}")
+    if max(each) > width:
+        raise VariatorError(f"prompt_length {prompts} exceeds the {width} tokens given")
+
+    config = session.plugin.config
+    assert config.dense_head is not None
+    assert config.dense_tail is not None
+    # after a cache: a generated token that no pass has read yet belongs to the continuation, keep it dense
+    head = int(getattr(session.cache, "ends_before_last_token", False)) if past else config.dense_head
+    return Segment(width, prompts, head=head, tail=config.dense_tail, device=tokens.device, valid=valid)

@@ -47,7 +47,9 @@ def make_decoder(name: str, **overrides) -> PreTrainedModel:
     """A tiny decoder with random weights, its norms and biases random too, in fp32 and evaluation mode."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**SHAPE | DECODERS[name] | overrides)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=overrides.get("attn_implementation", "sdpa"))
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=overrides.get("attn_implementation", "sdpa")
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)

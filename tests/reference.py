@@ -90,14 +90,18 @@ def logits(base, plugin, ids: Tensor, prompt: int) -> Tensor:
 
         h = layer.input_layernorm(x)
         kept = at(site, index)
-        last = {i: entry.positions[-1] for entry in kept for i in entry.positions}  # end of each token's group
+        last = {
+            i: entry.positions[-1] for entry in kept for i in entry.positions
+        }  # end of each token's group
         keys = [heads(vector(e, f"{site}.{index}", h), "k", e.positions[-1]) for e in kept]
         values = [heads(vector(e, f"{site}.{index}", h), "v", e.positions[-1]) for e in kept]
         outputs = []
         for entry in kept if whole else [Entry([i], False) for i in range(n)]:
             position = entry.positions[-1]
             query = heads(vector(entry, f"{site}.{index}", h), "q", position)
-            seen = [m for m, e in enumerate(kept) if last[position] - window < e.positions[-1] <= last[position]]
+            seen = [
+                m for m, e in enumerate(kept) if last[position] - window < e.positions[-1] <= last[position]
+            ]
             share, out = query.shape[0] // keys[0].shape[0], []
             for head in range(query.shape[0]):
                 scores = torch.stack([keys[m][head // share] @ query[head] for m in seen]) * attention.scaling

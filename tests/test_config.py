@@ -51,7 +51,12 @@ def test_wrong_settings_are_refused(settings, message):
 def test_paper_preset():
     config = VariatorConfig.paper(4)
     assert (config.k, config.sites, config.dense_head, config.dense_tail) == (4, ("ffn",), 0, 1)
-    assert (config.r, config.compressor, config.decompressor, config.activation) == (64, "weighted", "adapter", "identity")
+    assert (config.r, config.compressor, config.decompressor, config.activation) == (
+        64,
+        "weighted",
+        "adapter",
+        "identity",
+    )
     assert VariatorConfig.paper(2, r=8).r == 8
 
 
@@ -78,7 +83,10 @@ def test_ratio_of_a_layer():
     [
         (VariatorConfig(layers=(3,)), "layer 3, but 'base' has 3 layers"),
         (VariatorConfig(k_per_layer={"ffn": (2, 2)}), "2 entries, but 'base' has 3 layers"),
-        (VariatorConfig(base=BaseSignature("other", "mistral", 32, 3)), "made for 'other' \\(model_type mistral\\)"),
+        (
+            VariatorConfig(base=BaseSignature("other", "mistral", 32, 3)),
+            "made for 'other' \\(model_type mistral\\)",
+        ),
         (VariatorConfig(base=BaseSignature("other", "llama", 64, 3)), "hidden_size 64"),
         (VariatorConfig(base=BaseSignature("other", "llama", 32, 4)), "num_layers 4"),
     ],
@@ -90,7 +98,11 @@ def test_config_and_model_must_fit(config, message):
 
 def test_json_round_trip(tmp_path):
     config = VariatorConfig(
-        k={"ffn": 2, "kv": 4}, sites=("ffn", "kv"), layers=(0, 1), k_per_layer={"ffn": (1, 2, 3)}, activation="tanh"
+        k={"ffn": 2, "kv": 4},
+        sites=("ffn", "kv"),
+        layers=(0, 1),
+        k_per_layer={"ffn": (1, 2, 3)},
+        activation="tanh",
     ).resolved(BASE, decoder=True)
     file = tmp_path / "variator_config.json"
     file.write_text(json.dumps(config.to_dict()))

@@ -42,9 +42,13 @@ def test_beam_search_finds_what_a_search_by_hand_finds(model):
         grown = []
         for score, row in beams:
             logits = model(row, prompt_length=20).logits[0, -1].log_softmax(-1)
-            grown += [(score + float(logits[t]), torch.cat((row, torch.tensor([[t]])), 1)) for t in range(VOCAB)]
+            grown += [
+                (score + float(logits[t]), torch.cat((row, torch.tensor([[t]])), 1)) for t in range(VOCAB)
+            ]
         beams = sorted(grown, key=lambda beam: -beam[0])[:3]
-    out = model.generate(input_ids=ids, num_beams=3, max_new_tokens=4, do_sample=False, num_return_sequences=3)
+    out = model.generate(
+        input_ids=ids, num_beams=3, max_new_tokens=4, do_sample=False, num_return_sequences=3
+    )
     assert torch.equal(out, torch.cat([row for _, row in beams]))
 
 
@@ -81,9 +85,7 @@ def test_streaming_yields_the_generated_text(model):
 
 def test_decoding_without_a_cache(model):
     batch = pad(prompts(9, 25), "left")
-    assert torch.equal(
-        model.generate(**batch, use_cache=False, **GREEDY), model.generate(**batch, **GREEDY)
-    )
+    assert torch.equal(model.generate(**batch, use_cache=False, **GREEDY), model.generate(**batch, **GREEDY))
 
 
 def test_positional_ids_and_missing_mask(model):
@@ -172,7 +174,9 @@ def test_a_plugin_may_change_between_turns():
     with model.disable_plugin():
         one, many = copy.deepcopy(cache), copy.deepcopy(cache)
         together = model(whole[:, 25:], past_key_values=one).logits[0]
-        steps = [model(whole[:, i : i + 1], past_key_values=many).logits[0, 0] for i in range(25, whole.shape[1])]
+        steps = [
+            model(whole[:, i : i + 1], past_key_values=many).logits[0, 0] for i in range(25, whole.shape[1])
+        ]
     torch.testing.assert_close(torch.stack(steps), together, atol=1e-4, rtol=0)
 
 
@@ -250,7 +254,9 @@ def test_unknown_architecture_names_the_supported_ones():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     base = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(VariatorError, match=r"'gpt2' is not supported; supported are llama, mistral.*CONTRIBUTING"):
+    with pytest.raises(
+        VariatorError, match=r"'gpt2' is not supported; supported are llama, mistral.*CONTRIBUTING"
+    ):
         VariatorModel(base, CONFIG)
     with pytest.raises(VariatorError, match="language-model head"):
         VariatorModel(make_decoder("llama").model, CONFIG)

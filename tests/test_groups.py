@@ -32,7 +32,9 @@ def test_every_operation_equals_a_loop(data, width, k, head, tail):
     """Random rows: padding anywhere, any prompt length."""
     rows = data.draw(st.integers(1, 3))
     padded = data.draw(st.booleans())
-    valid = torch.tensor([[not padded or data.draw(st.booleans()) for _ in range(width)] for _ in range(rows)])
+    valid = torch.tensor(
+        [[not padded or data.draw(st.booleans()) for _ in range(width)] for _ in range(rows)]
+    )
     counts = valid.sum(1).tolist()
     lengths = [data.draw(st.integers(0, count)) for count in counts]
     segment = Segment(width, lengths, head=head, tail=tail, device=CPU, valid=valid)
@@ -63,7 +65,9 @@ def test_every_operation_equals_a_loop(data, width, k, head, tail):
             assert torch.equal(taken[row, slot], x[row, own[-1]])
             for column in own:
                 assert reach[row, column] == own[-1]
-                torch.testing.assert_close(restored[row, column], expected + x[row, column] if merged else expected)
+                torch.testing.assert_close(
+                    restored[row, column], expected + x[row, column] if merged else expected
+                )
     assert compressed.shape[1] == most
     assert grouping.has_groups == some
     assert grouping.has_fillers == bool((columns == FILLER).any())

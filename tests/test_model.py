@@ -108,7 +108,11 @@ def test_cache_report_counts_real_tensors(model):
     assert [layer.entries for layer in report.layers] == [entries] * 3
     assert [layer.dense_entries for layer in report.layers] == [34] * 3
     per_entry = 2 * 2 * 8 * 4 * 2  # K and V, KV heads, head width, fp32, rows
-    assert report.bytes == 3 * entries * per_entry == sum(2 * t.numel() * 4 for t in [x.keys for x in cache.layers])
+    assert (
+        report.bytes
+        == 3 * entries * per_entry
+        == sum(2 * t.numel() * 4 for t in [x.keys for x in cache.layers])
+    )
     assert report.dense_bytes == 3 * 34 * per_entry
     assert f"{report.bytes:,} bytes" in str(report)
 

@@ -16,7 +16,12 @@ from llm_variator import VariatorConfig, VariatorError, VariatorModel
 CONFIG = VariatorConfig(k=2, sites=("ffn", "kv"), r=5, layers=(0, 2))
 KEYS = {
     *(f"ffn.{i}.compressor.{name}" for i in (0, 2) for name in ("weight", "bias")),
-    *(f"ffn.{i}.decompressor.{half}.{name}" for i in (0, 2) for half in ("down", "up") for name in ("weight", "bias")),
+    *(
+        f"ffn.{i}.decompressor.{half}.{name}"
+        for i in (0, 2)
+        for half in ("down", "up")
+        for name in ("weight", "bias")
+    ),
     *(f"kv.{i}.compressor.{name}" for i in (0, 2) for name in ("weight", "bias")),
 }
 
@@ -31,7 +36,11 @@ def saved(tmp_path):
 
 def test_exactly_the_plugin_is_saved(saved):
     model, folder = saved
-    assert {file.name for file in folder.iterdir()} == {"variator_config.json", "variator.safetensors", "README.md"}
+    assert {file.name for file in folder.iterdir()} == {
+        "variator_config.json",
+        "variator.safetensors",
+        "README.md",
+    }
     weights = load_file(folder / "variator.safetensors")
     assert set(weights) == KEYS
     trained = {name for name, parameter in model.plugin().named_parameters() if parameter.requires_grad}
@@ -56,9 +65,11 @@ def test_round_trip(saved):
 
 
 def test_weights_take_the_dtype_asked_for(saved, tmp_path):
-    model, folder = saved
+    model, _ = saved
     model.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
-    assert {value.dtype for value in load_file(tmp_path / "half/variator.safetensors").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_file(tmp_path / "half/variator.safetensors").values()} == {
+        torch.bfloat16
+    }
     model.load_plugin(tmp_path / "half", "half")
     assert {p.dtype for p in model.plugin("half").parameters()} == {torch.float32}  # the base's
     model.load_plugin(tmp_path / "half", "kept", dtype=torch.bfloat16)
@@ -109,7 +120,10 @@ DAMAGE = {
         lambda f: (f / "variator.safetensors").write_bytes(pickle.dumps({"a": 1})),
         "not a whole safetensors file",
     ),
-    "torch file": (lambda f: torch.save({"a": 1}, f / "variator.safetensors"), "not a whole safetensors file"),
+    "torch file": (
+        lambda f: torch.save({"a": 1}, f / "variator.safetensors"),
+        "not a whole safetensors file",
+    ),
     "absurd header": (
         lambda f: (f / "variator.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"),
         "not a whole safetensors file",

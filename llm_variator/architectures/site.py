@@ -24,6 +24,7 @@ from llm_variator.attention import group_causal_attention, visible
 from llm_variator.cache import CompressedLayer
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping, Slices
+from llm_variator.plugin import SiteLayers
 from llm_variator.session import current
 
 ATTENTION_FUNCTION = "variator"  # the name under which transformers finds `attention_forward`
@@ -55,7 +56,12 @@ class Architecture:
             raise VariatorError(
                 f"{kind} has no {self.layers!r}: load it with its language-model head (AutoModelForCausalLM)"
             ) from None
-        for path in (self.ffn, self.attention, f"{self.attention}.{self.key}", f"{self.attention}.{self.value}"):
+        for path in (
+            self.ffn,
+            self.attention,
+            f"{self.attention}.{self.key}",
+            f"{self.attention}.{self.value}",
+        ):
             for index, block in enumerate(blocks):
                 try:
                     block.get_submodule(path)
@@ -117,7 +123,7 @@ class _AttentionCall:
     """None: one dense token per row."""
     held: CompressedLayer | None
     width: int
-    site: Any = None
+    site: SiteLayers | None = None
     whole: bool = False
     """Site "attention": queries are entries too."""
     hidden: Tensor | None = None
@@ -127,7 +133,9 @@ class _AttentionCall:
     def __post_init__(self) -> None:
         self.past = self.held.tokens if self.held is not None else 0
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self.grouping is None:
             assert self.held is not None
             return self.held.update(key, value)
@@ -140,7 +148,11 @@ class _AttentionCall:
     @property
     def plain_causal(self) -> bool:
         """Whether queries and keys are the same uniform entries."""
-        return isinstance(self.grouping, Slices) and not self.past and (self.whole or not self.grouping.has_groups)
+        return (
+            isinstance(self.grouping, Slices)
+            and not self.past
+            and (self.whole or not self.grouping.has_groups)
+        )
 
     def mask(self) -> Tensor | None:
         """(b or 1, 1, queries, entries) bool; None where a single query sees everything."""
@@ -152,18 +164,20 @@ class _AttentionCall:
         return visible(torch.where(reach == FILLER, FILLER, reach + self.past), columns)
 
 
+def _compressed_layer(cache: Any, layer: int) -> CompressedLayer | None:
+    held = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
+    return held if isinstance(held, CompressedLayer) else None
+
+
 def _hook_attention(attention: nn.Module, projections: list[nn.Module], layer: int) -> list[RemovableHandle]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         session = current()
         if session is None:
             return None
-        cache = kwargs.get("past_key_values")
-        held = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
-        held = held if isinstance(held, CompressedLayer) else None
+        held = _compressed_layer(kwargs.get("past_key_values"), layer)
         plugin = session.plugin
-        kv = plugin.at("kv", layer) if plugin else None
         whole = plugin.at("attention", layer) if plugin else None
-        site = kv or whole
+        site = whole or (plugin.at("kv", layer) if plugin else None)
         if site is None and held is None:
             return None
         if session.segment is None and held is None:
@@ -173,11 +187,13 @@ def _hook_attention(attention: nn.Module, projections: list[nn.Module], layer: i
         hidden = kwargs["hidden_states"]
         grouping = session.segment.grouping(site.k if site else 1) if session.segment else None
         call = _AttentionCall(grouping, held, hidden.shape[1], site, whole is not None, hidden)
-        if grouping is not None and grouping.has_groups:
+        if site is not None and grouping is not None and grouping.has_groups:
             entries = grouping.compress(hidden, site.compressor)
             if whole:
                 kwargs["hidden_states"] = entries
-                kwargs["position_embeddings"] = tuple(grouping.take(t, 1) for t in kwargs["position_embeddings"])
+                kwargs["position_embeddings"] = tuple(
+                    grouping.take(t, 1) for t in kwargs["position_embeddings"]
+                )
             else:
                 call.entries = entries
         else:
@@ -200,7 +216,10 @@ def _hook_attention(attention: nn.Module, projections: list[nn.Module], layer: i
     def after_projection(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         session = current()
         call = session.stash.get(("attention", layer)) if session else None
-        return None if call is None or call.entries is None else call.grouping.place(output)
+        if call is None or call.entries is None:
+            return None
+        assert call.grouping is not None
+        return call.grouping.place(output)
 
     handles = [
         attention.register_forward_pre_hook(before, with_kwargs=True),
@@ -220,7 +239,7 @@ class _OwnAttentionFunction:
     def __init__(self, attention: nn.Module) -> None:
         AttentionInterface.register(ATTENTION_FUNCTION, attention_forward)
         self.attention, self.stock = attention, attention.config
-        own = copy.copy(self.stock)
+        own: Any = copy.copy(self.stock)
         own._attn_implementation_internal = ATTENTION_FUNCTION
         own.variator_stock = self.stock
         attention.config = own
@@ -231,7 +250,7 @@ class _OwnAttentionFunction:
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention function of the hooked layers: the model's own where nothing is compressed.
 

@@ -1,0 +1,125 @@
+"""The invariants once more on a real model: SmolLM2-135M in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import pad, randomise
+
+from llm_variator import VariatorConfig, VariatorModel
+from llm_variator.loading import shipped_plugins
+
+TEXTS = [
+    "The capital of France is",
+    "Water boils at one hundred degrees, and it freezes at",
+    "Once upon a time there was a king who had three daughters. The eldest was proud, the second was clever, and",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "A long sentence, which began in the morning, went on through the afternoon, and ended only in the evening, when "
+    "everybody had gone home, the lamps were lit, and the streets were empty, was finally",
+    "One, two, three, four, five, six,",
+    "Photosynthesis is the process by which plants turn light into chemical energy. In most plants it takes place in",
+    "To be, or not to be,",
+]
+GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=2)
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    """Plugins "k1" (identity) and "k2" (ffn+kv, slightly random)."""
+    base, _ = smollm2
+    model = VariatorModel(base)
+    model.add_plugin("k1", VariatorConfig(k=1, sites=("ffn", "kv"), compressor="mean", decompressor="copy"))
+    randomise(model.add_plugin("k2", VariatorConfig(k=2, sites=("ffn", "kv"), r=8)), 0.01)
+    yield model
+    model.unload()
+
+
+@pytest.fixture(scope="module")
+def rows(smollm2):
+    return [smollm2[1](text, return_tensors="pt").input_ids for text in TEXTS]
+
+
+def test_plugin_off_and_identity(model, rows):
+    row = rows[4]
+    with model.disable_plugin():
+        expected, tokens = model(row).logits, model.generate(row, max_new_tokens=64, **GREEDY)
+        assert torch.equal(model.base(row).logits, expected)
+        assert torch.equal(model.base.generate(row, max_new_tokens=64, **GREEDY), tokens)
+    with model.use_plugin("k1"):
+        torch.testing.assert_close(model(row).logits, expected, atol=1e-4, rtol=0)
+        assert torch.equal(model.generate(row, max_new_tokens=64, **GREEDY), tokens)
+
+
+def test_stepwise_equals_teacher_forced(model, rows):
+    with model.use_plugin("k2"):
+        out = model.generate(
+            rows[4], max_new_tokens=16, output_logits=True, return_dict_in_generate=True, **GREEDY
+        )
+        n = rows[4].shape[1]
+        forced = model(out.sequences, prompt_length=n).logits[:, n - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), forced, atol=1e-4, rtol=0)
+    report = model.kv_cache_report(out.past_key_values)
+    groups = (n - 4 - 1) // 2
+    assert {layer.entries for layer in report.layers} == {groups + (n - 2 * groups) + 15}
+
+
+def test_padding_never_changes_a_result(model, rows):
+    with model.use_plugin("k2"):
+        alone = [model.generate(row, max_new_tokens=10, **GREEDY)[0, -10:] for row in rows]
+        for side in ("left", "right"):
+            together = model.generate(**pad(rows, side, 2), max_new_tokens=10, **GREEDY)
+            assert torch.equal(together[:, -10:], torch.stack(alone)), side
+
+
+def test_no_token_moves_what_comes_before_its_group(model, rows):
+    ids = rows[4][:, :40].repeat(40, 1)
+    changed = ids.clone()
+    changed[torch.arange(40), torch.arange(40)] += 1
+    with model.use_plugin("k2"), torch.no_grad():
+        before, after = (model(x, prompt_length=33).logits for x in (ids, changed))
+    for j in range(40):
+        grouped = 4 <= j < 32  # (33 - 4 - 1) // 2 = 14 pairs from 4 on
+        start = j - (j - 4) % 2 if grouped else j
+        assert torch.equal(before[j, :start], after[j, :start]), j
+        assert not torch.equal(before[j, j], after[j, j]), j
+
+
+def test_chat_template_and_turns(model, smollm2):
+    """Two chat turns over one cache: with groups of one, token for token what the base model says."""
+    tokenizer = smollm2[1]
+
+    def template(*chat):
+        turns = [{"role": role, "content": content} for role, content in chat]
+        return tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+    first = template(("user", "What is the capital of France?"))
+    second = template(("user", "Name a river in that country."))["input_ids"]
+    answers = {}
+    for name in (None, "k1"):
+        with model.use_plugin(name):
+            out = model.generate(**first, return_dict_in_generate=True, max_new_tokens=12, do_sample=False)
+            ids = torch.cat((out.sequences, second), dim=1)
+            answers[name] = model.generate(
+                ids, past_key_values=out.past_key_values, max_new_tokens=12, **GREEDY
+            )
+    assert "Paris" in tokenizer.decode(answers["k1"][0])
+    assert torch.equal(answers["k1"], answers[None])
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_plugins() if name.startswith("smollm2-135m/")])
+def test_shipped_plugins_load_and_beat_their_untrained_selves(model, rows, name):
+    plugin = model.load_plugin(name, "shipped")
+    try:
+        model.add_plugin("untrained", plugin.config)
+        text = torch.cat(rows, dim=1).repeat(1, 2)[:, :320]
+        losses = {}
+        for which in ("shipped", "untrained"):
+            with model.use_plugin(which), torch.no_grad():
+                logits = model(text, prompt_length=256).logits[0, 255:-1]
+            losses[which] = torch.nn.functional.cross_entropy(logits, text[0, 256:])
+        assert losses["shipped"] < losses["untrained"]
+    finally:
+        for which in ("shipped", "untrained"):
+            model.delete_plugin(which)
