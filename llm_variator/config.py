@@ -118,6 +118,11 @@ class VariatorConfig:
         """What the paper describes: FFN sites, no dense head, a dense tail of one token, every layer."""
         return cls(**{"k": k, "sites": ("ffn",), "dense_head": 0, "dense_tail": 1, **overrides})
 
+    @property
+    def base_model(self) -> str | None:
+        """Name of the base model; None until the plugin is attached to one."""
+        return self.base.name if self.base else None
+
     def ratio(self, site: str, layer: int) -> int | None:
         """Compression ratio of `site` in `layer`; None where that layer stays dense."""
         if site not in self.sites or (self.layers is not None and layer not in self.layers):

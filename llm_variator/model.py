@@ -212,23 +212,33 @@ class VariatorModel(nn.Module):
 
     # -- running ----------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, prompt_length: int | Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_length: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base's forward with the prompt compressed by the active plugin; returns what the base returns.
 
-        prompt_length: the first so many tokens of each row are prompt, the rest stays dense (teacher forcing);
-            an int or one per row (b,), padding not counted. None: all tokens are prompt; a single token after
-            a cache is always dense.
-        Further arguments are the base's (2D `attention_mask`, `past_key_values`, `labels`, ...).
+        Args:
+            input_ids: (rows, tokens).
+            attention_mask: 2D, over cache and input; None: no padding.
+            prompt_length: the first so many tokens of each row are prompt, the rest stays dense (teacher
+                forcing); an int, or one per row (rows,), padding not counted. None: all tokens are prompt; a
+                single token after a cache is always dense.
+            **kwargs: the base's further arguments (`past_key_values`, `labels`, ...).
         """
         plugin = self._active()
         if plugin is None and not is_compressed(kwargs.get("past_key_values")):
-            return self.base(*args, **kwargs)
+            return self.base(input_ids, attention_mask, **kwargs)
         if self.training:
             kwargs.setdefault("use_cache", False)
         prompts = prompt_length.tolist() if isinstance(prompt_length, Tensor) else prompt_length
         session = Session(plugin, prompts)
         with scope(session):
-            output = self.base(*args, **kwargs)
+            output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self._remember(session)
         return output
 

@@ -129,7 +129,7 @@ class CompressionPlugin(nn.Module):
     def card(self, facts: Mapping[str, Any] | None = None) -> str:
         """The model card (README.md): what this is, how to load it, how it was made (`facts`)."""
         config = self.config
-        base = config.base.name if config.base else "its base model"
+        base = config.base_model or "its base model"
         count = sum(parameter.numel() for parameter in self.parameters())
         settings: dict[str, Any] = {"k": config.k, "sites": ", ".join(config.sites), "r": config.r}
         settings |= {"dense head": config.dense_head, "dense tail": config.dense_tail}

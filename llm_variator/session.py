@@ -66,7 +66,8 @@ def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 "this KV cache is compressed: pass it to the VariatorModel, not to its base model"
             )
         return None
-    tokens = kwargs.get("input_ids", args[0] if args else None)
+    assert not args, "VariatorModel and generate pass everything by name"
+    tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if tokens is None:
         return None  # the model raises its own error

@@ -164,6 +164,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(sites):
     assert not any(m.training for m in model.base.modules())
 
 
+def test_the_mask_may_be_positional(model):
+    batch = pad(prompts(9, 25), "left")
+    expected = model(**batch).logits
+    assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, expected)
+    with model.disable_plugin():
+        expected = model(**batch).logits
+        assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, expected)
+
+
+def test_embeddings_may_replace_ids(model):
+    (ids,) = prompts(25)
+    embedded = model.base.get_input_embeddings()(ids)
+    assert torch.equal(
+        model(inputs_embeds=embedded, prompt_length=20).logits, model(ids, prompt_length=20).logits
+    )
+
+
 def test_the_base_is_found_through_the_model(model):
     assert model.config is model.base.config
     assert model.device == torch.device("cpu")
