@@ -1,0 +1,179 @@
+"""`python -m llm_variator.evaluate continuation`: how well text is continued after a compressed prompt."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from llm_variator import cli
+from llm_variator.corpora import EMBEDDED, read_windows, spread
+from llm_variator.errors import VariatorError
+from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.metrics import continuation_cross_entropy, reference_conditions
+from llm_variator.model import VariatorModel
+from llm_variator.results import write_result
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One row of the table."""
+
+    prompt: str
+    """How the prompt was treated: dense, no context, or the plugin's name."""
+    cross_entropy: float
+    """Nats per token of the continuation."""
+    kv_share: float
+    """Bytes of the prompt's KV cache, as a part of the dense cache's."""
+
+
+def build_parser() -> cli.Parser:
+    """Every sub-command and its flags."""
+    parser = cli.Parser(prog="python -m llm_variator.evaluate", description="Measure the quality of plugins.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    continuation = commands.add_parser(
+        "continuation",
+        help="cross-entropy of a text's continuation: prompt dense, absent, and compressed by each plugin",
+        description="Cross-entropy of a text's continuation (teacher forcing, nats per token) after the same "
+        "prompt: dense, absent (its last token only), and compressed by each plugin.",
+    )
+    add = continuation.add_argument
+    add("--model", required=True, help="base model: alias, local folder or hub id")
+    add(
+        "--plugin",
+        nargs="+",
+        default=[],
+        metavar="PLUGIN",
+        help="shipped name, folder or hub id; none: no plugin",
+    )
+    add("--untrained", action="store_true", help="also score each plugin's configuration before any training")
+    add("--data", default=EMBEDDED, metavar="SOURCE", help="text, named as in llm_variator.train")
+    add(
+        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
+    )
+    add("--context", type=cli.positive_int, default=512, help="prompt tokens")
+    add("--continuation", type=cli.positive_int, default=128, help="tokens scored after the prompt")
+    add("--windows", type=cli.positive_int, default=16, help="stretches of text, evenly spread over the data")
+    add("--batch-size", type=cli.positive_int, default=4, help="windows in one forward pass")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add("--dtype", help="of base model and plugins (default: as stored)")
+    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
+    add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
+    add("--seed", type=cli.natural, default=0, help="of random weights (--random-init, --untrained)")
+    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one evaluation, print its table and store its figures."""
+    started = time.perf_counter()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = cli.parse(build_parser(), argv)
+    windows = _windows(args)
+    base = load_model(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        random_init=args.random_init,
+        num_layers=args.num_layers,
+        seed=args.seed,
+    )
+    model = VariatorModel(base)
+    plugins = _attach(model, [name for name in args.plugin if name != "none"], args)
+    scores = score_continuation(model, windows, args.context, plugins, batch_size=args.batch_size)
+    _print(scores, args, len(windows))
+    if args.json:
+        figures = {
+            "model": args.model,
+            "data": args.data,
+            "context": args.context,
+            "continuation": args.continuation,
+            "windows": len(windows),
+            "scores": [dataclasses.asdict(score) for score in scores],
+            "configs": {label: model.plugins[name].to_dict() for name, label in plugins.items()},
+        }
+        command = ["llm_variator.evaluate", *argv]
+        write_result(args.json, figures, command=command, seed=args.seed, started=started)
+        print(f"stored in {args.json}")
+
+
+def score_continuation(
+    model: VariatorModel, windows: Tensor, context: int, plugins: dict[str, str], *, batch_size: int
+) -> list[Score]:
+    """Score dense prompts, no prompt, and every plugin, over the same tokens.
+
+    Args:
+        model: holds the plugins.
+        windows: (rows, tokens), prompt and continuation.
+        context: prompt tokens of each row.
+        plugins: name in the model -> label in the table.
+        batch_size: rows in one forward pass.
+    """
+    references = reference_conditions(model, windows, context, batch_size=batch_size)
+    scores = [
+        Score("dense", references["dense"], 1.0),
+        Score("no context", references["no_context"], 1 / context),
+    ]
+    for name, label in plugins.items():
+        with model.use_plugin(name):
+            nats = continuation_cross_entropy(model, windows, context, batch_size=batch_size)
+            scores.append(Score(label, nats, _kv_share(model, windows[:1, :context])))
+    return scores
+
+
+@torch.inference_mode()
+def _kv_share(model: VariatorModel, prompt: Tensor) -> float:
+    prompt = prompt.to(device=model.device, dtype=torch.long)
+    report = model.kv_cache_report(model(prompt, use_cache=True, logits_to_keep=1).past_key_values)
+    return report.bytes / report.dense_bytes
+
+
+def _windows(args: argparse.Namespace) -> Tensor:
+    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
+    length = args.context + args.continuation
+    windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
+    if args.windows > len(windows):
+        raise VariatorError(
+            f"--windows {args.windows}: {args.data} holds only {len(windows)} windows of {length} tokens"
+        )
+    return spread(windows, args.windows)
+
+
+def _attach(model: VariatorModel, names: Sequence[str], args: argparse.Namespace) -> dict[str, str]:
+    """Load the plugins and, where asked for, untrained ones of the same configuration."""
+    labels: dict[str, str] = {}
+    for number, name in enumerate(names):
+        model.load_plugin(name, f"plugin{number}")
+        labels[f"plugin{number}"] = name
+        if args.untrained:
+            torch.manual_seed(args.seed)
+            model.add_plugin(f"untrained{number}", model.plugins[f"plugin{number}"])
+            labels[f"untrained{number}"] = f"{name} (untrained)"
+    return labels
+
+
+def _print(scores: Sequence[Score], args: argparse.Namespace, windows: int) -> None:
+    table = Table(
+        title=f"{args.model} on {args.data}: the {args.continuation} tokens after {args.context}, "
+        f"{windows} windows"
+    )
+    table.add_column("prompt")
+    for column in ("nats/token", "above dense", "KV entries"):
+        table.add_column(column, justify="right")
+    dense = scores[0].cross_entropy
+    for score in scores:
+        above = score.cross_entropy - dense
+        table.add_row(score.prompt, f"{score.cross_entropy:.4f}", f"{above:+.4f}", f"{score.kv_share:.1%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Plugin training by distillation (paper section 3.3)."""

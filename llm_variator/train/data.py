@@ -1,0 +1,160 @@
+"""From documents to training examples: the held-out split and the stream of windows the trainer reads.
+
+Everything here is a pure function of its arguments and the seed: example number i of a run is the same
+whether the run was interrupted or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llm_variator.corpora import Source, cut_windows, read_documents, read_windows, spread, tokenize
+from llm_variator.errors import VariatorError
+
+# Which documents are held out does not depend on the run's seed, so that figures of different seeds compare.
+_SPLIT_SEED = 20231208
+_HELD_OUT_SHARE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Token windows for training and for validation; the two share no document."""
+
+    train: tuple[Tensor, ...]
+    """One int32 tensor (windows, seq_length) per source."""
+    weights: tuple[float, ...]
+    """How many times each source is drawn per pass."""
+    held_out: Tensor
+    """int32 (windows, seq_length)."""
+
+
+def build_corpus(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_length: int,
+    eval_windows: int,
+    eval_sources: Sequence[Source] = (),
+    data_dir: Path | None = None,
+) -> Corpus:
+    """Read and tokenise the sources and cut them into windows of `seq_length` tokens.
+
+    Without `eval_sources`, documents with at most a tenth of each source's tokens are held out, enough for
+    an equal share of `eval_windows` where the source is large enough.
+
+    Raises:
+        VariatorError: a source cannot be read, or is too short for one training and one held-out window.
+    """
+    train, held_out = [], []
+    share = -(-eval_windows // len(eval_sources or sources))
+    for source in sources:
+        documents = tokenize(read_documents(source.name, data_dir), tokenizer)
+        rest = documents
+        if not eval_sources:
+            rest, held = hold_out(documents, share * seq_length)
+            held_out.append(cut_windows(held, seq_length, tokenizer)[:share])
+        train.append(cut_windows(rest, seq_length, tokenizer))
+        if not len(train[-1]):
+            total = sum(map(len, documents))
+            raise VariatorError(
+                f"data {source.name!r} has {total} tokens, too few to train on windows of {seq_length} "
+                f"tokens: give more text or a smaller --seq-length"
+            )
+    for source in eval_sources:
+        windows = read_windows(source.name, tokenizer, seq_length=seq_length, data_dir=data_dir)
+        held_out.append(spread(windows, share))
+    validation = torch.cat(held_out)[:eval_windows]
+    if not len(validation):
+        raise VariatorError(
+            f"too little text to hold out one window of {seq_length} tokens (a tenth at most is held "
+            f"out): give more text, --eval-data, or a smaller --seq-length"
+        )
+    return Corpus(tuple(train), tuple(source.weight for source in sources), validation)
+
+
+def hold_out(documents: Sequence[Tensor], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Split documents into (training, held out), the latter chosen at random until it has `tokens` tokens.
+
+    At most a tenth of all tokens is held out, none where every document is larger than that.
+    """
+    room = int(_HELD_OUT_SHARE * sum(map(len, documents)))
+    chosen: set[int] = set()
+    held = 0
+    for index in np.random.default_rng(_SPLIT_SEED).permutation(len(documents)).tolist():
+        if held < tokens and held + len(documents[index]) <= room:
+            chosen.add(index)
+            held += len(documents[index])
+    return (
+        [document for index, document in enumerate(documents) if index not in chosen],
+        [document for index, document in enumerate(documents) if index in chosen],
+    )
+
+
+class TrainingStream(Dataset[dict[str, Any]]):
+    """The examples of a whole run in the order they are trained on, read without shuffling.
+
+    Example i is window number i of an endless sequence of passes, each in an order of its own. All examples
+    of a micro-batch have the same prompt length, so that they are compressed by slices instead of gathers.
+    Both are drawn from (seed, pass) and (seed, micro-batch) alone: a resumed run reads exactly what the
+    interrupted one would have.
+    """
+
+    def __init__(
+        self, corpus: Corpus, *, length: int, batch_size: int, prompt_tokens: tuple[int, int], seed: int
+    ) -> None:
+        """`length` examples in micro-batches of `batch_size`, with (least, most) `prompt_tokens`."""
+        self._windows = torch.cat(corpus.train)
+        self._parts = [(len(part), weight) for part, weight in zip(corpus.train, corpus.weights, strict=True)]
+        self._length = length
+        self._batch_size = batch_size
+        self._prompt_tokens = prompt_tokens
+        self._seed = seed
+        self._pass_length = sum(_drawn(*part) for part in self._parts)
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`input_ids`: int64 (seq_length,); `prompt_length`: int."""
+        number, place = divmod(index, self._pass_length)
+        least, most = self._prompt_tokens
+        draw = np.random.default_rng((self._seed, 1, index // self._batch_size))
+        return {
+            "input_ids": self._windows[self._order(number)[place]].long(),
+            "prompt_length": int(draw.integers(least, most, endpoint=True)),
+        }
+
+    def _draw_order(self, number: int) -> np.ndarray:
+        draw = np.random.default_rng((self._seed, 0, number))
+        order, start = [], 0
+        for windows, weight in self._parts:
+            count = _drawn(windows, weight)
+            passes = [draw.permutation(windows) for _ in range(-(-count // windows))]
+            order.append(start + np.concatenate(passes)[:count])
+            start += windows
+        return draw.permutation(np.concatenate(order))
+
+
+def _drawn(windows: int, weight: float) -> int:
+    return max(1, round(windows * weight))
+
+
+def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A micro-batch: `input_ids` int64 (rows, seq_length), `prompt_length` of its rows."""
+    lengths = {example["prompt_length"] for example in examples}
+    assert len(lengths) == 1, "the rows of a micro-batch share their prompt length"
+    return {
+        "input_ids": torch.stack([example["input_ids"] for example in examples]),
+        "prompt_length": lengths.pop(),
+    }
