@@ -36,7 +36,6 @@ class Parser(argparse.ArgumentParser):
 
 
 # --- flag types
-# ---------------------------------------------------------------------------------------------------
 
 
 def positive_int(text: str) -> int:
@@ -121,7 +120,6 @@ _TAKES_LIST: frozenset[Any] = frozenset({names, layer_ranges})
 
 
 # --- plugin flags
-# -------------------------------------------------------------------------------------------------
 
 
 def add_variator_flags(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +171,6 @@ def variator_config_from(args: argparse.Namespace) -> VariatorConfig:
 
 
 # --- recipes
-# ------------------------------------------------------------------------------------------------------
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -277,7 +274,6 @@ def _as_tokens(action: argparse.Action, value: Any) -> list[str]:
 
 
 # --- start
-# --------------------------------------------------------------------------------------------------------
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> NoReturn:

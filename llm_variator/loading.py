@@ -50,7 +50,7 @@ HUB_PROBE_SECONDS = 3.0
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
 
 
-# --- public ---------------------------------------------------------------------------------------------
+# --- public
 
 
 def load_model(
@@ -215,7 +215,7 @@ def hub_reachable(seconds: float = HUB_PROBE_SECONDS) -> bool:
     return answered.is_set()
 
 
-# --- names and arguments --------------------------------------------------------------------------------
+# --- names and arguments
 
 
 def _checked_name(name: str | os.PathLike[str]) -> str:
@@ -271,7 +271,7 @@ def _parse_device(device: torch.device | str) -> torch.device:
     return parsed
 
 
-# --- loading --------------------------------------------------------------------------------------------
+# --- loading
 
 
 def _local_only(source: Path | str) -> bool:

@@ -77,7 +77,7 @@ class VariatorModel(nn.Module):
         self._handles.append(self._host.register_forward_pre_hook(begin_pass, with_kwargs=True))
         self._default = "default" if config is not None else None
 
-    # -- plugins ----------------------------------------------------------------------------------------------
+    # --- plugins
 
     @classmethod
     def from_pretrained(
@@ -210,7 +210,7 @@ class VariatorModel(nn.Module):
         self.add_module(f"plugin_{name}", plugin)
         return plugin
 
-    # -- running ----------------------------------------------------------------------------------------------
+    # --- running
 
     def forward(
         self,
@@ -280,7 +280,7 @@ class VariatorModel(nn.Module):
         if session.cache is not None:
             self._report = KVCacheReport.of(session.cache)
 
-    # -- training ---------------------------------------------------------------------------------------------
+    # --- training
 
     def train(self, mode: bool = True) -> VariatorModel:
         """Training mode for plugins. The frozen base stays in evaluation mode: dropout there only adds noise."""
@@ -316,7 +316,7 @@ class VariatorModel(nn.Module):
         total = sum(p.numel() for p in self.base.parameters())
         print(f"plugin {trainable:,} trainable parameters, base {total:,} frozen: {trainable / total:.2%}")
 
-    # -- files ------------------------------------------------------------------------------------------------
+    # --- files
 
     def save_pretrained(
         self,
