@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
+from llm_variator.files import write_atomically
 from llm_variator.layers import HiddenCompressor, HiddenDecompressor
 
 WEIGHTS_FILE = "variator.safetensors"
@@ -75,19 +75,17 @@ class CompressionPlugin(nn.Module):
     ) -> None:
         """Write weights, config and model card into `folder`; each file appears whole or not at all."""
         folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise VariatorError(f"cannot write the plugin to {folder}: {error.strerror or error}") from None
         weights = {
             name: value.detach().to("cpu", dtype or value.dtype).contiguous()
             for name, value in self.state_dict().items()
         }
         settings = json.dumps(self.config.to_dict(), indent=2) + "\n"
         # the config comes last: a folder that has one is complete
-        _replace(folder / WEIGHTS_FILE, lambda file: save_file(weights, file, metadata={"format": "pt"}))
-        _replace(folder / CARD_FILE, lambda file: file.write_text(card or self.card(), encoding="utf-8"))
-        _replace(folder / CONFIG_FILE, lambda file: file.write_text(settings, encoding="utf-8"))
+        write_atomically(
+            folder / WEIGHTS_FILE, lambda file: save_file(weights, file, metadata={"format": "pt"})
+        )
+        write_atomically(folder / CARD_FILE, card or self.card())
+        write_atomically(folder / CONFIG_FILE, settings)
 
     def load_weights(self, folder: Path) -> None:
         """Strictly load `folder`'s weights: every key, shape and dtype must fit, or nothing changes."""
@@ -148,19 +146,3 @@ class CompressionPlugin(nn.Module):
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _replace(file: Path, write: Any) -> None:
-    """Let `write` fill a temporary file beside `file`, then rename it over `file`."""
-    try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            temporary.chmod(0o644)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise VariatorError(f"cannot write {file}: {error.strerror or error}") from None

@@ -13,7 +13,6 @@ import platform
 import re
 import shlex
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ import torch
 import transformers
 
 import llm_variator
-from llm_variator.errors import VariatorError
+from llm_variator.files import write_atomically
 
 _ABSOLUTE_PATH = re.compile(r"(?<![\w./~:-])(?:[A-Za-z]:\\|/|~/)[^\s,='\"]+")
 
@@ -66,24 +65,6 @@ def write_result(
     result = _clean(result)
     write_atomically(Path(path), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file through a temporary neighbour; raises VariatorError where that is impossible."""
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise VariatorError(f"cannot write {path} ({error.strerror}); choose a writable place") from None
 
 
 def versions() -> dict[str, str]:

@@ -57,10 +57,8 @@ def converted(gguf: Path) -> Path:
         try:
             scratch.rename(target)
         except OSError:
-            if not (
-                target / "config.json"
-            ).is_file():  # else another process was first, and its copy is as good
-                raise
+            if not (target / "config.json").is_file():
+                raise  # else another process was first, and its copy is as good
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise VariatorError(
             f"cannot convert {gguf.name} into {target.parent} ({error}): set VARIATOR_CACHE to a writable "

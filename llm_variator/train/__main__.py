@@ -21,11 +21,12 @@ from llm_variator import cli
 from llm_variator.config import VariatorConfig
 from llm_variator.corpora import EMBEDDED, parse_sources
 from llm_variator.errors import VariatorError
+from llm_variator.files import write_atomically
 from llm_variator.groups import split
 from llm_variator.loading import load_model, load_tokenizer
 from llm_variator.model import VariatorModel
 from llm_variator.plugin import SiteLayers
-from llm_variator.results import scrub_paths, write_atomically, write_result
+from llm_variator.results import scrub_paths, write_result
 from llm_variator.train.data import Corpus, build_corpus
 from llm_variator.train.distill import DistillationTrainer, checkpoints, last_complete_checkpoint
 from llm_variator.train.losses import LOSSES

@@ -1,0 +1,37 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from llm_variator.errors import VariatorError
+
+
+def write_atomically(path: Path, write: str | Callable[[Path], object]) -> None:
+    """Write a text, or let `write` fill a temporary neighbour of `path`, then rename it over `path`.
+
+    Raises:
+        VariatorError: the place cannot be written; what was there before is still there.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        if isinstance(write, str):
+            temporary.write_text(write, encoding="utf-8")
+        else:
+            write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise VariatorError(
+            f"cannot write {path} ({error.strerror or error}); choose a writable place"
+        ) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
