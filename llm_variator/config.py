@@ -12,6 +12,8 @@ from llm_variator.errors import VariatorError
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "variator_config.json"
+WEIGHTS_FILE = "variator.safetensors"
+CARD_FILE = "README.md"
 SITES = ("ffn", "attention", "kv")
 COMPRESSORS = ("weighted", "mean")
 DECOMPRESSORS = ("adapter", "copy")

@@ -3,7 +3,7 @@
 A name is resolved in this order: an alias of `ALIASES`, an existing local folder, a Hugging Face hub id.
 Write `./llama-7b` for a folder that is called like an alias. Remote code is never executed.
 
-This module knows nothing about compression.
+This module knows nothing about compression but the names of a plugin's files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants as hub_constants
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from transformers import (
@@ -37,6 +38,7 @@ from transformers import (
 
 from llm_variator import smollm2
 from llm_variator.aliases import ALIASES
+from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from llm_variator.errors import VariatorError
 
 logger = logging.getLogger(__name__)
@@ -189,6 +191,24 @@ def resolve_plugin(name: str | os.PathLike[str]) -> Path | str:
             f"no plugin {name!r}: neither shipped (those are: {known}) nor a folder; hub ids read owner/name"
         )
     return name
+
+
+def plugin_folder(name: str | os.PathLike[str]) -> Path:
+    """The local folder of a plugin, fetched first if `name` is a hub id.
+
+    Raises:
+        VariatorError: there is no such plugin, or the hub cannot give it.
+    """
+    found = resolve_plugin(name)
+    if isinstance(found, Path):
+        return found
+    try:
+        files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+        return Path(snapshot_download(found, allow_patterns=files, local_files_only=not hub_reachable()))
+    except (OSError, ValueError) as error:  # all of the hub's errors are one of these
+        raise VariatorError(
+            f"plugin {found!r} could not be fetched ({_reason(error)}); give a local folder"
+        ) from error
 
 
 def hub_reachable(seconds: float = HUB_PROBE_SECONDS) -> bool:

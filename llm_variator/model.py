@@ -22,8 +22,8 @@ from llm_variator.architectures import architecture_of
 from llm_variator.cache import KVCacheReport, is_compressed
 from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
 from llm_variator.errors import VariatorError
-from llm_variator.loading import hub_reachable, load_model, resolve_plugin
-from llm_variator.plugin import CARD_FILE, WEIGHTS_FILE, CompressionPlugin, Ratios
+from llm_variator.loading import load_model, plugin_folder
+from llm_variator.plugin import CompressionPlugin, Ratios
 from llm_variator.session import Session, begin_pass, current, scope
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class VariatorModel(nn.Module):
         self, plugin: str | os.PathLike[str], plugin_name: str, *, dtype: torch.dtype | None = None
     ) -> CompressionPlugin:
         """Load a saved plugin without activating it, in `dtype` (default: the base's). Nothing changes on error."""
-        folder = _folder(plugin)
+        folder = plugin_folder(plugin)
         config = VariatorConfig.from_json(folder / CONFIG_FILE)
         if config.base is None:
             raise VariatorError(f"{folder / CONFIG_FILE} does not name its base model; save the plugin again")
@@ -405,20 +405,3 @@ def _signature(host: Any, num_layers: int) -> BaseSignature:
         )
     digest = hashlib.sha256(sample).hexdigest()[:16] if sample else ""
     return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)
-
-
-def _folder(plugin: str | os.PathLike[str]) -> Path:
-    """A local folder with the plugin's files, downloaded if `plugin` is a hub id."""
-    found = resolve_plugin(plugin)
-    if isinstance(found, Path):
-        return found
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
-        return Path(snapshot_download(found, allow_patterns=files, local_files_only=not hub_reachable()))
-    except (OSError, ValueError) as error:  # all of the hub's errors are one of these
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise VariatorError(
-            f"plugin {found!r} could not be fetched ({reason}); give a local folder"
-        ) from error

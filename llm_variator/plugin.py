@@ -16,13 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from llm_variator.config import CONFIG_FILE, VariatorConfig
+from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 from llm_variator.layers import HiddenCompressor, HiddenDecompressor
-
-WEIGHTS_FILE = "variator.safetensors"
-CARD_FILE = "README.md"
 
 Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
 

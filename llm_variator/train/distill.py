@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from llm_variator.config import WEIGHTS_FILE
 from llm_variator.errors import VariatorError
 from llm_variator.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.model import VariatorModel
-from llm_variator.plugin import WEIGHTS_FILE
 from llm_variator.train.data import Corpus, TrainingStream, collate
 from llm_variator.train.losses import LOSSES, Outputs
 
