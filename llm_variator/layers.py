@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def group_mean(groups: Tensor, members: Tensor | None = None) -> Tensor:
+    """Mean over the members of each group (..., k, d): (..., d). Short groups have zeros where `members` is False."""
+    if members is None:
+        return groups.mean(-2)
+    return groups.sum(-2) / members.sum(-1, keepdim=True)
+
+
 class HiddenCompressor(nn.Module):
     """Merge k neighbouring vectors into one: a = softmax(W_c concat(h) + b_c), g = sum_j a_j h_j.
 
+    In a short group (the last of an encoder's) missing vectors are zeros in the concatenation and get no weight:
+    `members` (..., k) bool marks those that are there, None where no group is short.
     Parameters: k²d + k (paper section 3.4), none if `mean`. Starts as the mean.
     """
 
@@ -25,20 +34,23 @@ class HiddenCompressor(nn.Module):
             self.weight = nn.Parameter(torch.zeros(k, k * dim))  # W_c
             self.bias = nn.Parameter(torch.zeros(k))  # b_c
 
-    def weights(self, groups: Tensor) -> Tensor:
+    def weights(self, groups: Tensor, members: Tensor | None = None) -> Tensor:
         """Merge weights a of `groups` (..., k, d), shape (..., k), summing to one."""
         if self.mean:
-            return groups.new_full(groups.shape[:-1], 1 / self.k)
-        scores = F.linear(groups.flatten(-2), self.weight.to(groups.dtype), self.bias.to(groups.dtype))
+            scores = groups.new_zeros(groups.shape[:-1])
+        else:
+            scores = F.linear(groups.flatten(-2), self.weight.to(groups.dtype), self.bias.to(groups.dtype))
+        if members is not None:
+            scores = scores.masked_fill(~members, float("-inf"))
         return scores.softmax(-1)
 
-    def forward(self, groups: Tensor) -> Tensor:
+    def forward(self, groups: Tensor, members: Tensor | None = None) -> Tensor:
         """(..., k, d) -> (..., d)."""
         if self.k == 1:
             return groups.squeeze(-2)
         if self.mean:
-            return groups.mean(-2)
-        return (self.weights(groups).unsqueeze(-2) @ groups).squeeze(-2)
+            return group_mean(groups, members)
+        return (self.weights(groups, members).unsqueeze(-2) @ groups).squeeze(-2)
 
 
 class HiddenDecompressor(nn.Module):
@@ -64,6 +76,8 @@ class HiddenDecompressor(nn.Module):
         merged = merged.unsqueeze(-2)
         if self.copy:
             return merged.expand_as(groups)
+        # transformers keeps the last weight of an fp16 T5's FFN, and so its output, in fp32
+        groups = groups.to(merged.dtype)
         dtype, dim = groups.dtype, groups.shape[-1]
         down, up = self.down.weight.to(dtype), self.up.weight.to(dtype)
         inner = F.linear(groups, down[:, dim:])

@@ -19,8 +19,13 @@ class Entry(NamedTuple):
     merged: bool
 
 
-def entries(n: int, prompt: int, k: int | None, head: int, tail: int) -> list[Entry]:
+def entries(n: int, prompt: int, k: int | None, head: int, tail: int, *, ragged: bool = False) -> list[Entry]:
     """`n` tokens, of which the first `prompt` are compressed at ratio `k` (None: dense)."""
+    if ragged:
+        inner = list(range(head, prompt - tail)) if k else []
+        merged = [Entry(inner[i : i + k], True) for i in range(0, len(inner), k or 1)]
+        dense = [Entry([i], False) for i in range(n) if i not in inner]
+        return sorted(dense + merged)
     groups = max(0, (prompt - head - tail) // k) if k else 0
     start = head if groups else 0
     out = [Entry([i], False) for i in range(start)]
@@ -29,10 +34,12 @@ def entries(n: int, prompt: int, k: int | None, head: int, tail: int) -> list[En
 
 
 def merge(state: dict[str, Tensor], name: str, vectors: list[Tensor]) -> Tensor:
-    """g = sum_j a_j h_j, a = softmax(W_c concat(h) + b_c)."""
+    """g = sum_j a_j h_j, a = softmax(W_c concat(h) + b_c); of a short group zeros fill the concatenation."""
     if f"{name}.compressor.weight" not in state:
         return sum(vectors) / len(vectors)
-    scores = state[f"{name}.compressor.weight"] @ torch.cat(vectors) + state[f"{name}.compressor.bias"]
+    weight, bias = (state[f"{name}.compressor.{part}"] for part in ("weight", "bias"))
+    missing = [torch.zeros_like(vectors[0])] * (len(bias) - len(vectors))
+    scores = (weight @ torch.cat([*vectors, *missing]) + bias)[: len(vectors)]
     weights = torch.exp(scores - scores.max())
     return sum(w * h for w, h in zip(weights / weights.sum(), vectors, strict=True))
 

@@ -22,6 +22,22 @@ def test_compressor_is_the_equation():
             torch.testing.assert_close(layer.weights(h)[b, i], a)
 
 
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_short_group_has_zeros_and_no_weight_where_members_are_missing(mean):
+    layer = HiddenCompressor(6, 3, mean=mean).double()
+    randomise(layer, 1.0)
+    h = torch.randn(4, 3, 6, dtype=torch.float64)
+    h[1, 2] = h[2, 1:] = 0
+    members = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=torch.bool)
+    for i, size in enumerate((3, 2, 1, 3)):
+        scores = torch.zeros(3) if mean else layer.weight @ h[i].flatten() + layer.bias
+        a = torch.exp(scores[:size]) / torch.exp(scores[:size]).sum()
+        expected = sum(a[j] * h[i, j] for j in range(size))
+        torch.testing.assert_close(layer(h, members)[i], expected)
+        torch.testing.assert_close(layer.weights(h, members)[i, :size], a.double())
+        assert not layer.weights(h, members)[i, size:].any()
+
+
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 def test_decompressor_is_the_equation(activation):
     """On the concatenation, as printed, though the layer never builds it."""
