@@ -1,6 +1,7 @@
 """Attention of per-token queries over compressed and dense keys. Knows tensors, no model.
 
-One rule covers every case: a query sees the entries whose column is not after the end of its own group.
+One rule covers every decoder: a query sees the entries whose column is not after the end of its own group.
+In an encoder every query sees every entry.
 """
 
 from __future__ import annotations
@@ -9,13 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_variator.groups import FILLER, Slices
+from llm_variator.groups import FILLER, Grouping, Slices
+from llm_variator.layers import group_mean
 
 
 def visible(reach: Tensor, columns: Tensor) -> Tensor:
     """Boolean mask (b, 1, queries, entries) from the last column each query may see and the entries' columns."""
     reach, columns = reach[:, None, :, None], columns[:, None, None, :]
     return (columns <= reach) & (columns != FILLER)
+
+
+def pooled_bias(bias: Tensor, grouping: Grouping, *, queries: bool) -> Tensor:
+    """A position bias for entries: a merged key has the mean over its group's tokens, as have merged `queries`.
+
+    bias (1, H, n, n) -> (b or 1, H, n or m, m).
+    """
+    for dim in (3, 2) if queries else (3,):
+        lines = bias.movedim(dim, 1)
+        pooled = grouping.compress(lines.flatten(2).expand(len(grouping.columns), -1, -1), group_mean)
+        bias = pooled.unflatten(2, lines.shape[2:]).movedim(1, dim)
+    return bias
 
 
 def group_causal_attention(

@@ -114,7 +114,7 @@ class CompressedLayer(DynamicLayer):
 
 def is_compressed(cache: Any) -> bool:
     """Whether some layer of `cache` holds fewer entries than tokens."""
-    return isinstance(cache, Cache) and any(
+    return isinstance(cache, DynamicCache) and any(
         isinstance(layer, CompressedLayer) and layer.entries != layer.tokens for layer in cache.layers
     )
 

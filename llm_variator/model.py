@@ -24,7 +24,7 @@ from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.loading import load_model, plugin_folder
 from llm_variator.plugin import CompressionPlugin, Ratios
-from llm_variator.session import Session, begin_pass, current, scope
+from llm_variator.session import Session, current, scope
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,6 @@ class VariatorModel(nn.Module):
         base.eval()
         self._host._variator_attached = True  # type: ignore[assignment]
         self._handles = self._architecture.attach(self._host)
-        self._handles.append(self._host.register_forward_pre_hook(begin_pass, with_kwargs=True))
         self._default = "default" if config is not None else None
 
     # --- plugins
@@ -227,9 +226,12 @@ class VariatorModel(nn.Module):
             attention_mask: 2D, over cache and input; None: no padding.
             prompt_length: the first so many tokens of each row are prompt, the rest stays dense (teacher
                 forcing); an int, or one per row (rows,), padding not counted. None: all tokens are prompt; a
-                single token after a cache is always dense.
+                single token after a cache is always dense. Not for encoders (T5, BERT), which compress all
+                of their tokens.
             **kwargs: the base's further arguments (`past_key_values`, `labels`, ...).
         """
+        if prompt_length is not None:
+            self._decoder_only("prompt_length", "all tokens of an encoder are compressed, leave it out")
         plugin = self._active()
         if plugin is None and not is_compressed(kwargs.get("past_key_values")):
             return self.base(input_ids, attention_mask, **kwargs)
@@ -247,17 +249,23 @@ class VariatorModel(nn.Module):
         """Hugging Face's `generate` with the prompt compressed by the active plugin; decoding is dense.
 
         Right-padded batches are re-padded on the left first. A cache of an earlier turn can be continued: each
-        new prompt segment is compressed in its turn.
+        new prompt segment is compressed in its turn. Of T5 the prompt is the encoder's input, and all of the
+        decoder's ways to generate are as ever.
         """
+        if not self._host.can_generate():
+            raise VariatorError(
+                f"{type(self._host).__name__} cannot generate: it has no language-model decoder"
+            )
         plugin = self._active()
         cache = kwargs.get("past_key_values")
         if inputs is not None:
             kwargs["input_ids"] = inputs
         if plugin is None and not is_compressed(cache):
             return self.base.generate(**kwargs)
-        _check_generation(self._host, plugin, kwargs)
-        if cache is None or not cache.get_seq_length():
-            _pad_left(kwargs)
+        if self._architecture.decoder:
+            _check_generation(self._host, plugin, kwargs)
+            if cache is None or not cache.get_seq_length():
+                _pad_left(kwargs)
         session = Session(plugin, generating=True)
         with scope(session):
             output = self.base.generate(**kwargs)
@@ -268,6 +276,7 @@ class VariatorModel(nn.Module):
 
     def kv_cache_report(self, cache: Any = None) -> KVCacheReport:
         """Entries and bytes per layer of `cache`, by default as they were after the last compressed call."""
+        self._decoder_only("kv_cache_report", "an encoder keeps no KV cache")
         if cache is not None:
             return KVCacheReport.of(cache)
         if self._report is None:
@@ -275,6 +284,10 @@ class VariatorModel(nn.Module):
                 "no cache to report yet: run generate or forward(use_cache=True) with a plugin first"
             )
         return self._report
+
+    def _decoder_only(self, what: str, reason: str) -> None:
+        if not self._architecture.decoder:
+            raise VariatorError(f"{what} is for decoders, {type(self._host).__name__} is none: {reason}")
 
     def _remember(self, session: Session) -> None:
         if session.cache is not None:

@@ -25,7 +25,7 @@ Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
 
 
 class SiteLayers(nn.Module):
-    """The layers of one site in one decoder layer. The "kv" site restores nothing: queries stay per token."""
+    """The layers of one site in one layer of the model. The "kv" site restores nothing: queries stay per token."""
 
     def __init__(self, config: VariatorConfig, site: str, dim: int, k: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class CompressionPlugin(nn.Module):
         self.cache_layers = sorted({layer for site, layer in self.sites if site != "ffn"})
 
     def at(self, site: str, layer: int) -> SiteLayers | None:
-        """The layers of `site` in decoder layer `layer`; None where it stays dense."""
+        """The layers of `site` in the model's layer `layer`; None where it stays dense."""
         return self.sites.get((site, layer))
 
     def _site(self, site: str, layer: int) -> SiteLayers:

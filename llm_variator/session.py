@@ -54,7 +54,7 @@ def scope(session: Session | None) -> Iterator[Session | None]:
 
 
 def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Pre-hook of the base model: find out which tokens of this pass are prompt, and prepare the cache.
+    """Pre-hook of a decoder: find out which tokens of this pass are prompt, and prepare the cache.
 
     Raises:
         VariatorError: the input does not suit a compressed prompt.
@@ -67,9 +67,7 @@ def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             )
         return None
     assert not args, "VariatorModel and generate pass everything by name"
-    tokens = kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
+    if (tokens := _tokens(args, kwargs)) is None:
         return None  # the model raises its own error
     plugin, config = session.plugin, host.config
     assert isinstance(config, PreTrainedConfig)
@@ -89,14 +87,56 @@ def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return args, kwargs
 
 
+def begin_encoding(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of an encoder: all its tokens are compressed.
+
+    Raises:
+        VariatorError: the input does not suit a compressed prompt.
+    """
+    session = current()
+    if session is None or session.plugin is None or (tokens := _tokens(args, kwargs)) is None:
+        return
+    config, width = session.plugin.config, tokens.shape[1]
+    assert config.dense_head is not None
+    assert config.dense_tail is not None
+    valid = _valid(kwargs.get("attention_mask"), width)
+    _refuse_empty(width, valid)
+    prompts = width if valid is None else valid.sum(1).tolist()
+    session.stash.clear()
+    session.segment = Segment(
+        width,
+        prompts,
+        head=config.dense_head,
+        tail=config.dense_tail,
+        device=tokens.device,
+        valid=valid,
+        ragged=True,
+    )
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """(rows, width, ...) what a model reads: BERT's heads pass their ids by position, the rest by name."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
+
+
+def _valid(mask: Any, width: int) -> Tensor | None:
+    """(rows, width) bool, the last columns of a 2D attention mask."""
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise VariatorError("attention_mask must be a 2D tensor (batch, tokens) when a plugin is active")
+    return None if mask is None else mask[:, -width:].bool()
+
+
+def _refuse_empty(width: int, valid: Tensor | None) -> None:
+    if width == 0 or (valid is not None and not bool(valid.any(1).all())):
+        raise VariatorError("the prompt is empty: every row needs at least one token")
+
+
 def _segment(session: Session, tokens: Tensor, mask: Any, past: int) -> Segment:
     """The tokens (rows, width, ...) of a pass after `past` columns of cache, `mask` over both."""
     rows, width = tokens.shape[:2]
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise VariatorError("attention_mask must be a 2D tensor (batch, tokens) when a plugin is active")
-    valid = None if mask is None else mask[:, -width:].bool()
-    if width == 0 or (valid is not None and not past and not bool(valid.any(1).all())):
-        raise VariatorError("the prompt is empty: every row needs at least one token")
+    valid = _valid(mask, width)
+    _refuse_empty(width, None if past else valid)
     if session.plugin is None:
         return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
 from llm_variator import VariatorConfig, VariatorModel
 
@@ -42,18 +50,57 @@ DECODERS = {
     ),
 }
 
+T5_SHAPE = dict(
+    vocab_size=VOCAB,
+    d_model=32,
+    d_kv=8,
+    d_ff=48,
+    num_layers=3,
+    num_heads=4,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=16,
+    eos_token_id=2,
+    pad_token_id=0,
+    decoder_start_token_id=0,
+)
+
+ENCODERS = {
+    "t5": dict(model_type="t5", feed_forward_proj="relu", **T5_SHAPE),
+    "t5-gated": dict(model_type="t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False, **T5_SHAPE),
+    "mt5": dict(model_type="mt5", **T5_SHAPE),
+    "bert": dict(
+        model_type="bert",
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+}
+
 
 def make_decoder(name: str, **overrides) -> PreTrainedModel:
     """A tiny decoder with random weights, its norms and biases random too, in fp32 and evaluation mode."""
+    return _random(AutoModelForCausalLM, SHAPE | DECODERS[name] | overrides)
+
+
+def make_encoder(name: str, auto: type | None = None, **overrides) -> PreTrainedModel:
+    """Likewise a tiny T5 with its decoder, or BERT for masked tokens; another head with `auto`."""
+    shape = ENCODERS[name] | overrides
+    return _random(auto or (AutoModelForMaskedLM if name == "bert" else AutoModelForSeq2SeqLM), shape)
+
+
+def _random(auto: type, shape: dict) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**SHAPE | DECODERS[name] | overrides)
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=overrides.get("attn_implementation", "sdpa")
-    )
+    shape = dict(shape)
+    implementation = shape.pop("attn_implementation", "sdpa")
+    model = auto.from_config(AutoConfig.for_model(**shape), attn_implementation=implementation)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
-    model.generation_config.eos_token_id = None  # random models would stop anywhere
+    if model.can_generate():
+        model.generation_config.eos_token_id = None  # random models would stop anywhere
     return model.eval()
 
 
@@ -66,8 +113,9 @@ def randomise(plugin: torch.nn.Module, std: float = 0.3, seed: int = 1) -> None:
 
 
 def make_variator(name: str, config: VariatorConfig, **overrides) -> VariatorModel:
-    """A tiny decoder with a randomised plugin active."""
-    model = VariatorModel(make_decoder(name, **overrides), config)
+    """A tiny decoder or encoder with a randomised plugin active."""
+    make = make_decoder if name in DECODERS else make_encoder
+    model = VariatorModel(make(name, **overrides), config)
     randomise(model.plugin())
     return model
 
@@ -95,6 +143,22 @@ def pad(rows: list[torch.Tensor], side: str, pad_id: int = 0) -> dict[str, torch
 def decoder(request) -> str:
     """Name of each supported decoder in turn."""
     return request.param
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder(request) -> str:
+    """Name of each supported encoder in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def flan_t5_small() -> Path:
+    """Folder of the real flan-t5-small."""
+    models = os.environ.get("VARIATOR_MODELS", Path(__file__).parents[2] / "shared" / "models")
+    folder = Path(models) / "flan-t5-small"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"no real T5 weights in {folder} (set VARIATOR_MODELS to the folder that holds them)")
+    return folder
 
 
 @pytest.fixture(scope="session")

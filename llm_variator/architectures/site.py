@@ -5,6 +5,7 @@ KV: the key and value projections run on the entries; their outputs are put back
 that the model's own code applies its norms and the position of each group's last token; then only the
 entries' columns go to the cache and to attention.
 Attention: the whole self-attention runs on the entries, then a hook restores the tokens.
+Where a model adds the residual inside the module that ends a site (BERT), the tokens are restored before it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llm_variator.attention import group_causal_attention, visible
+from llm_variator.attention import group_causal_attention, pooled_bias, visible
 from llm_variator.cache import CompressedLayer
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping, Slices
 from llm_variator.plugin import SiteLayers
-from llm_variator.session import current
+from llm_variator.session import begin_encoding, begin_pass, current
 
 ATTENTION_FUNCTION = "variator"  # the name under which transformers finds `attention_forward`
 
@@ -36,37 +37,50 @@ class Architecture:
 
     model_types: tuple[str, ...]
     layers: str
-    """From the model to its list of layers; the rest are paths from one layer."""
+    """From the reader to its list of layers; the rest are paths from one layer."""
     ffn: str
     attention: str
     key: str
+    """From the attention, like `value`."""
     value: str
+    ffn_end: str = ""
+    """Where the FFN's output appears, if not in `ffn`."""
+    attention_end: str = ""
+    """Where the attention's output appears, if not in `attention`."""
+    reader: str = ""
+    """From the model (an encoder's without its head) to the module that reads the tokens to compress."""
     decoder: bool = True
+
+    def stack(self, base: PreTrainedModel) -> nn.Module:
+        """The module of `base` that reads the tokens to compress."""
+        return (base if self.decoder else base.base_model).get_submodule(self.reader)
 
     def blocks(self, base: PreTrainedModel) -> nn.ModuleList:
         """The layers of `base`."""
-        return base.get_submodule(self.layers)  # type: ignore[return-value]
+        return self.stack(base).get_submodule(self.layers)  # type: ignore[return-value]
 
     def check(self, base: PreTrainedModel) -> None:
-        """Raise naming the module that `base` lacks."""
+        """Raise naming the module that `base` lacks, or the setting that does not suit."""
         kind = type(base).__name__
         try:
             blocks = self.blocks(base)
         except AttributeError:
-            raise VariatorError(
-                f"{kind} has no {self.layers!r}: load it with its language-model head (AutoModelForCausalLM)"
-            ) from None
-        for path in (
-            self.ffn,
-            self.attention,
-            f"{self.attention}.{self.key}",
-            f"{self.attention}.{self.value}",
-        ):
+            head = " with its language-model head (AutoModelForCausalLM)" if self.decoder else " whole"
+            raise VariatorError(f"{kind} has no {self.layers!r}: load it{head}") from None
+        paths = [self.ffn, self.ffn_end, self.attention, self.attention_end]
+        paths += [f"{self.attention}.{projection}" for projection in (self.key, self.value)]
+        for path in filter(None, paths):
             for index, block in enumerate(blocks):
                 try:
                     block.get_submodule(path)
                 except AttributeError:
                     raise VariatorError(f"{kind}: layer {index} has no {path!r}") from None
+        if not self.decoder and getattr(base.config, "is_decoder", False):
+            raise VariatorError(f"{kind} with is_decoder=True is not supported: load it as an encoder")
+        if getattr(base.config, "chunk_size_feed_forward", 0):
+            raise VariatorError(
+                "chunk_size_feed_forward cuts the sequence inside the FFN: set it to 0 in the model's config"
+            )
 
     def slides(self, base: PreTrainedModel, layer: int) -> bool:
         """Whether `layer` attends through a sliding window: its cache is short already and stays dense."""
@@ -77,18 +91,20 @@ class Architecture:
 
     def attach(self, base: PreTrainedModel) -> list[Any]:
         """Put the hooks on every layer of `base`; calling `remove()` on each of the handles undoes it."""
-        handles: list[Any] = []
+        begin: Any = begin_pass if self.decoder else begin_encoding
+        handles: list[Any] = [self.stack(base).register_forward_pre_hook(begin, with_kwargs=True)]
         for index, block in enumerate(self.blocks(base)):
-            handles += _hook_ffn(block.get_submodule(self.ffn), index)
+            ffn, attention = block.get_submodule(self.ffn), block.get_submodule(self.attention)
+            handles += _hook_ffn(ffn, block.get_submodule(self.ffn_end or self.ffn), index)
             if not self.slides(base, index):
-                attention = block.get_submodule(self.attention)
                 projections = [attention.get_submodule(path) for path in (self.key, self.value)]
-                handles += _hook_attention(attention, projections, index)
+                end = block.get_submodule(self.attention_end or self.attention)
+                handles += _hook_attention(attention, projections, end, index, causal=self.decoder)
                 handles.append(_OwnAttentionFunction(attention))
         return handles
 
 
-def _hook_ffn(ffn: nn.Module, layer: int) -> list[RemovableHandle]:
+def _hook_ffn(ffn: nn.Module, end: nn.Module, layer: int) -> list[RemovableHandle]:
     def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         session = current()
         if session is None or session.segment is None or session.plugin is None:
@@ -108,7 +124,7 @@ def _hook_ffn(ffn: nn.Module, layer: int) -> list[RemovableHandle]:
         site, grouping, x = kept
         return grouping.restore(output, x, site.decompressor)
 
-    return [ffn.register_forward_pre_hook(before), ffn.register_forward_hook(after)]
+    return [ffn.register_forward_pre_hook(before), end.register_forward_hook(after)]
 
 
 @dataclasses.dataclass
@@ -124,6 +140,7 @@ class _AttentionCall:
     held: CompressedLayer | None
     width: int
     site: SiteLayers | None = None
+    causal: bool = True
     whole: bool = False
     """Site "attention": queries are entries too."""
     hidden: Tensor | None = None
@@ -132,6 +149,9 @@ class _AttentionCall:
 
     def __post_init__(self) -> None:
         self.past = self.held.tokens if self.held is not None else 0
+
+    def get_seq_length(self, layer: int) -> int:
+        return self.past
 
     def update(
         self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
@@ -155,13 +175,21 @@ class _AttentionCall:
         )
 
     def mask(self) -> Tensor | None:
-        """(b or 1, 1, queries, entries) bool; None where a single query sees everything."""
-        if self.grouping is None:
-            assert self.held is not None
-            return (self.held.columns != FILLER)[:, None, None] if self.held.has_fillers else None
-        columns = self.grouping.columns if self.held is None else self.held.columns
+        """(b or 1, 1, queries, entries) bool; None where every query sees everything."""
+        kept = self.grouping if self.held is None else self.held
+        assert kept is not None
+        if self.grouping is None or not self.causal:
+            return (kept.columns != FILLER)[:, None, None] if kept.has_fillers else None
         reach = self.grouping.columns if self.whole else self.grouping.reach
-        return visible(torch.where(reach == FILLER, FILLER, reach + self.past), columns)
+        return visible(torch.where(reach == FILLER, FILLER, reach + self.past), kept.columns)
+
+    def bias(self, full: Tensor, stash: dict[Any, Any]) -> Tensor:
+        """The position bias between queries and entries from the one between tokens, which all layers share."""
+        assert self.grouping is not None
+        key = "bias", self.grouping, self.whole
+        if key not in stash:
+            stash[key] = pooled_bias(full, self.grouping, queries=self.whole)
+        return stash[key]
 
 
 def _compressed_layer(cache: Any, layer: int) -> CompressedLayer | None:
@@ -169,8 +197,10 @@ def _compressed_layer(cache: Any, layer: int) -> CompressedLayer | None:
     return held if isinstance(held, CompressedLayer) else None
 
 
-def _hook_attention(attention: nn.Module, projections: list[nn.Module], layer: int) -> list[RemovableHandle]:
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+def _hook_attention(
+    attention: Any, projections: list[nn.Module], end: nn.Module, layer: int, *, causal: bool
+) -> list[RemovableHandle]:
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         session = current()
         if session is None:
             return None
@@ -186,27 +216,34 @@ def _hook_attention(attention: nn.Module, projections: list[nn.Module], layer: i
             args, kwargs = args[1:], {**kwargs, "hidden_states": args[0]}
         hidden = kwargs["hidden_states"]
         grouping = session.segment.grouping(site.k if site else 1) if session.segment else None
-        call = _AttentionCall(grouping, held, hidden.shape[1], site, whole is not None, hidden)
+        width = hidden.shape[1]
+        call = _AttentionCall(grouping, held, width, site, causal, whole is not None, hidden)
+        if "position_bias" in kwargs and kwargs["position_bias"] is None:
+            # T5's first layer makes the bias for all layers: of tokens, before they are merged
+            kwargs["position_bias"] = module.compute_bias(width, width, device=hidden.device)
         if site is not None and grouping is not None and grouping.has_groups:
             entries = grouping.compress(hidden, site.compressor)
             if whole:
                 kwargs["hidden_states"] = entries
-                kwargs["position_embeddings"] = tuple(
-                    grouping.take(t, 1) for t in kwargs["position_embeddings"]
-                )
+                if "position_embeddings" in kwargs:
+                    kwargs["position_embeddings"] = tuple(
+                        grouping.take(t, 1) for t in kwargs["position_embeddings"]
+                    )
             else:
                 call.entries = entries
         else:
             call.whole = False
         session.stash["attention", layer] = call
-        return args, {**kwargs, "past_key_values": call, "attention_mask": None}
+        return args, {**kwargs, "past_key_values": call}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         session = current()
         call = session.stash.pop(("attention", layer), None) if session else None
         if call is None or not call.whole:
             return None
-        return (call.grouping.restore(output[0], call.hidden, call.site.decompressor), *output[1:])
+        states, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        states = call.grouping.restore(states, call.hidden, call.site.decompressor)
+        return states if rest is None else (states, *rest)
 
     def before_projection(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         session = current()
@@ -223,7 +260,7 @@ def _hook_attention(attention: nn.Module, projections: list[nn.Module], layer: i
 
     handles = [
         attention.register_forward_pre_hook(before, with_kwargs=True),
-        attention.register_forward_hook(after),
+        end.register_forward_hook(after),
     ]
     for projection in projections:
         handles += [
@@ -255,15 +292,18 @@ def attention_forward(
     """Transformers' attention function of the hooked layers: the model's own where nothing is compressed.
 
     query (b, H, queries, d), key and value (b, H_kv, entries, d) -> (b, queries, H, d) and weights or None.
+    `attention_mask` is the model's, for tokens: entries have their own.
     """
     session = current()
     call = session.stash.get(("attention", module.layer_idx)) if session else None
     implementation = module.config.variator_stock._attn_implementation
     eager = sys.modules[type(module).__module__].eager_attention_forward
     stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    if call is None:
+    if session is None or call is None:
         return stock(module, query, key, value, attention_mask, **kwargs)
-    if implementation != "eager":
+    if (bias := kwargs.get("position_bias")) is not None:
+        kwargs["position_bias"] = call.bias(bias, session.stash)
+    if implementation != "eager" and call.causal:
         if call.plain_causal:
             return stock(module, query, key, value, None, **kwargs)
         if isinstance(call.grouping, Slices) and not call.past and not kwargs.get("dropout"):

@@ -1,0 +1,14 @@
+"""T5's encoder: v1.0 (ReLU), v1.1 and FLAN (gated), mT5, with or without the decoder, which stays as it is."""
+
+from llm_variator.architectures.site import Architecture
+
+T5 = Architecture(
+    model_types=("t5", "mt5"),
+    reader="encoder",
+    layers="block",
+    ffn="layer.1.DenseReluDense",
+    attention="layer.0.SelfAttention",
+    key="k",
+    value="v",
+    decoder=False,
+)
