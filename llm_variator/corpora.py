@@ -69,12 +69,7 @@ def read_documents(source: str, data_dir: Path | None = None) -> list[str]:
     Raises:
         VariatorError: the source is not found, not readable, has no such column or no text.
     """
-    if data_dir is None and os.environ.get(DATA_DIR_VARIABLE):
-        data_dir = Path(os.environ[DATA_DIR_VARIABLE])
-    if data_dir is not None and not data_dir.is_dir():
-        raise VariatorError(
-            f"data folder {data_dir} does not exist; correct --data-dir or {DATA_DIR_VARIABLE}"
-        )
+    data_dir = data_folder(data_dir)
     files, column = ([], None) if source == EMBEDDED else _find_local(source, data_dir)
     if source == EMBEDDED:
         documents = _embedded()
@@ -86,6 +81,21 @@ def read_documents(source: str, data_dir: Path | None = None) -> list[str]:
     if not documents:
         raise VariatorError(f"data {source!r} holds no text; check the file and the column")
     return documents
+
+
+def data_folder(data_dir: Path | None) -> Path | None:
+    """The folder of local data sets: `data_dir`, else that of the environment variable VARIATOR_DATA, else None.
+
+    Raises:
+        VariatorError: it does not exist.
+    """
+    if data_dir is None and os.environ.get(DATA_DIR_VARIABLE):
+        data_dir = Path(os.environ[DATA_DIR_VARIABLE])
+    if data_dir is not None and not data_dir.is_dir():
+        raise VariatorError(
+            f"data folder {data_dir} does not exist; correct --data-dir or {DATA_DIR_VARIABLE}"
+        )
+    return data_dir
 
 
 def read_windows(
