@@ -117,7 +117,10 @@ class VariatorConfig:
 
     @classmethod
     def paper(cls, k: int = 4, **overrides: Any) -> VariatorConfig:
-        """What the paper describes: FFN sites, no dense head, a dense tail of one token, every layer."""
+        """What the paper describes, for decoders: FFN sites, no dense head, a dense tail of one token, every layer.
+
+        Its encoders have no dense token at all: there, that is `VariatorConfig(k)`.
+        """
         return cls(**{"k": k, "sites": ("ffn",), "dense_head": 0, "dense_tail": 1, **overrides})
 
     @property

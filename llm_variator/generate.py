@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     model = VariatorModel(base)
+    model.decoder_only("this command", "T5's generate is at hand in Python, through VariatorModel")
     for name, plugin in plugins.items():
         model.load_plugin(plugin, plugin_name=name)
     input_ids = encode(tokenizer, prompt, model, args.max_new_tokens, chat=args.chat)

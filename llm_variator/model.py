@@ -231,7 +231,7 @@ class VariatorModel(nn.Module):
             **kwargs: the base's further arguments (`past_key_values`, `labels`, ...).
         """
         if prompt_length is not None:
-            self._decoder_only("prompt_length", "all tokens of an encoder are compressed, leave it out")
+            self.decoder_only("prompt_length", "all tokens of an encoder are compressed, leave it out")
         plugin = self._active()
         if plugin is None and not is_compressed(kwargs.get("past_key_values")):
             return self.base(input_ids, attention_mask, **kwargs)
@@ -276,7 +276,7 @@ class VariatorModel(nn.Module):
 
     def kv_cache_report(self, cache: Any = None) -> KVCacheReport:
         """Entries and bytes per layer of `cache`, by default as they were after the last compressed call."""
-        self._decoder_only("kv_cache_report", "an encoder keeps no KV cache")
+        self.decoder_only("kv_cache_report", "an encoder keeps no KV cache")
         if cache is not None:
             return KVCacheReport.of(cache)
         if self._report is None:
@@ -285,7 +285,8 @@ class VariatorModel(nn.Module):
             )
         return self._report
 
-    def _decoder_only(self, what: str, reason: str) -> None:
+    def decoder_only(self, what: str, reason: str) -> None:
+        """Raise a `VariatorError` that gives the `reason` unless the base is a decoder."""
         if not self._architecture.decoder:
             raise VariatorError(f"{what} is for decoders, {type(self._host).__name__} is none: {reason}")
 

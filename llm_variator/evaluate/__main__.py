@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     model = VariatorModel(base)
+    model.decoder_only("continuation", "it scores the text after a prompt")
     plugins = _attach(model, [name for name in args.plugin if name != "none"], args)
     scores = score_continuation(model, windows, args.context, plugins, batch_size=args.batch_size)
     _print(scores, args, len(windows))

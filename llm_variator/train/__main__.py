@@ -240,6 +240,7 @@ def _load(args: argparse.Namespace, config: VariatorConfig | None) -> VariatorMo
     )
     set_seed(args.seed)
     model = VariatorModel(base, config)
+    model.decoder_only("this command", "training encoders is not built yet")
     if args.plugin:
         model.load_plugin(args.plugin, "default", dtype=torch.float32)
         model.set_plugin("default")
