@@ -314,15 +314,21 @@ class VariatorModel(nn.Module):
         if options["use_reentrant"]:
             raise VariatorError("gradient checkpointing of a frozen base needs use_reentrant=False")
         options["context_fn"] = lambda: (contextlib.nullcontext(), scope(current()))
-        self._host.gradient_checkpointing_enable(options)
+        self._switch_checkpointing("enable", options)
         self._checkpointing = True
         self.train(self.training)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
-        self._host.gradient_checkpointing_disable()
+        self._switch_checkpointing("disable")
         self._checkpointing = False
         self.train(self.training)
+
+    def _switch_checkpointing(self, verb: str, *options: Any) -> None:
+        new, old = (
+            f"{kind}_checkpointing_{verb}" for kind in ("activation", "gradient")
+        )  # new name, old name
+        getattr(self._host, new if hasattr(self._host, new) else old)(*options)
 
     def print_trainable_parameters(self) -> None:
         """Print the active plugin's parameter count beside the base's."""
@@ -365,7 +371,7 @@ class VariatorModel(nn.Module):
             handle.remove()
         self._handles.clear()
         if self._checkpointing:
-            self._host.gradient_checkpointing_disable()
+            self._switch_checkpointing("disable")
         del self._host._variator_attached
         for parameter in self._unfrozen:
             parameter.requires_grad_(True)

@@ -41,7 +41,7 @@ def test_beam_search_finds_what_a_search_by_hand_finds(model):
     for _ in range(4):
         grown = []
         for score, row in beams:
-            logits = model(row, prompt_length=20).logits[0, -1].log_softmax(-1)
+            logits = model(row, prompt_length=20).logits[0, -1].detach().log_softmax(-1)
             grown += [
                 (score + float(logits[t]), torch.cat((row, torch.tensor([[t]])), 1)) for t in range(VOCAB)
             ]
