@@ -63,6 +63,24 @@ def test_stepwise_equals_teacher_forced(model, rows):
     assert {layer.entries for layer in report.layers} == {groups + (n - 2 * groups) + 15}
 
 
+@pytest.mark.parametrize("k", [2, 3, 4, 8])
+def test_cache_holds_exactly_the_entries(model, monkeypatch, k):
+    """Prompts of 1 to 300 tokens through the first layer; the layers do not differ in this."""
+    monkeypatch.setattr(model.config, "num_hidden_layers", 1)
+    monkeypatch.setitem(model.base._modules, "lm_head", torch.nn.Identity())  # nobody reads the logits here
+    ids = torch.arange(1, 301)[None]
+    for head in (0, 4):
+        for tail in (1, 16):
+            config = VariatorConfig(k=k, sites=("kv",), layers=(0,), dense_head=head, dense_tail=tail)
+            model.add_plugin("entries", config)
+            with model.use_plugin("entries"), torch.no_grad():
+                for n in range(1, 301):
+                    cache = model(ids[:, :n], use_cache=True, logits_to_keep=1).past_key_values
+                    groups = max(0, (n - head - tail) // k)
+                    assert cache.layers[0].keys.shape[-2] == groups + (n - groups * k), n
+            model.delete_plugin("entries")
+
+
 def test_padding_never_changes_a_result(model, rows):
     with model.use_plugin("k2"):
         alone = [model.generate(row, max_new_tokens=10, **GREEDY)[0, -10:] for row in rows]
