@@ -160,6 +160,11 @@ def variator_flags_given(args: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in ("preset", *_CONFIG_FLAGS) if hasattr(args, name)]
 
 
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `loading.load_model` takes from the flags --dtype, --random-init, --num-layers and --seed."""
+    return {name: getattr(args, name) for name in ("dtype", "random_init", "num_layers", "seed")}
+
+
 def variator_config_from(args: argparse.Namespace) -> VariatorConfig:
     """The configuration that the flags of `add_variator_flags` describe.
 

@@ -21,7 +21,16 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from llm_variator.aliases import ALIASES
-from llm_variator.cli import Parser, natural, natural_float, parse, positive_float, positive_int, run
+from llm_variator.cli import (
+    Parser,
+    model_options,
+    natural,
+    natural_float,
+    parse,
+    positive_float,
+    positive_int,
+    run,
+)
 from llm_variator.compare import DENSE, Generation, compare, generate, print_comparison
 from llm_variator.errors import VariatorError
 from llm_variator.loading import load_model, load_tokenizer, shipped_plugins
@@ -39,15 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    base = load_model(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        random_init=args.random_init,
-        num_layers=args.num_layers,
-        seed=args.seed,
-    )
-    model = VariatorModel(base)
+    model = VariatorModel(load_model(args.model, device=args.device, **model_options(args)))
     model.decoder_only("this command", "T5's generate is at hand in Python, through VariatorModel")
     for name, plugin in plugins.items():
         model.load_plugin(plugin, plugin_name=name)

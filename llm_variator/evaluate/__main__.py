@@ -78,15 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = cli.parse(build_parser(), argv)
     windows = _windows(args)
-    base = load_model(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        random_init=args.random_init,
-        num_layers=args.num_layers,
-        seed=args.seed,
-    )
-    model = VariatorModel(base)
+    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
     model.decoder_only("continuation", "it scores the text after a prompt")
     plugins = _attach(model, [name for name in args.plugin if name != "none"], args)
     scores = score_continuation(model, windows, args.context, plugins, batch_size=args.batch_size)

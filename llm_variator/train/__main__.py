@@ -231,13 +231,7 @@ def _check_same_settings(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, config: VariatorConfig | None) -> VariatorModel:
-    base = load_model(
-        args.model,
-        dtype=args.dtype,
-        random_init=args.random_init,
-        num_layers=args.num_layers,
-        seed=args.seed,
-    )
+    base = load_model(args.model, **cli.model_options(args))
     set_seed(args.seed)
     model = VariatorModel(base, config)
     model.decoder_only("this command", "training encoders is not built yet")
