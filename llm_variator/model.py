@@ -58,7 +58,9 @@ class VariatorModel(nn.Module):
         self._architecture = architecture_of(self._host)
         blocks = self._architecture.blocks(self._host)
         if getattr(self._host, "_variator_attached", False):
-            raise VariatorError("this base already has a VariatorModel; use it, or call its unload() first")
+            raise VariatorError(
+                "this base already has a VariatorModel or token pruning: use it, or unload() or remove() it first"
+            )
         self.signature = _signature(self._host, len(blocks))
         self.base: Any = base
         self._plugins: dict[str, CompressionPlugin] = {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Architecture:
                 projections = [attention.get_submodule(path) for path in (self.key, self.value)]
                 end = block.get_submodule(self.attention_end or self.attention)
                 handles += _hook_attention(attention, projections, end, index, causal=self.decoder)
-                handles.append(_OwnAttentionFunction(attention))
+                handles.append(OwnAttentionFunction(attention, ATTENTION_FUNCTION, attention_forward))
         return handles
 
 
@@ -270,14 +271,14 @@ def _hook_attention(
     return handles
 
 
-class _OwnAttentionFunction:
-    """Give one attention module a config that names our function; the model's own config stays as it is."""
+class OwnAttentionFunction:
+    """Give one attention module a config that names `function`; the model's own config stays as it is."""
 
-    def __init__(self, attention: nn.Module) -> None:
-        AttentionInterface.register(ATTENTION_FUNCTION, attention_forward)
+    def __init__(self, attention: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        AttentionInterface.register(name, function)
         self.attention, self.stock = attention, attention.config
         own: Any = copy.copy(self.stock)
-        own._attn_implementation_internal = ATTENTION_FUNCTION
+        own._attn_implementation_internal = name
         own.variator_stock = self.stock
         attention.config = own
 
