@@ -74,6 +74,14 @@ def select(scores: Tensor, valid: Tensor | None, keep: float) -> Tensor:
     return torch.cat([row[:count] for row, count in zip(flat, counts, strict=True)])
 
 
+class _Passing(threading.local):
+    """What a layer's attention leaves for its FFN, private to a thread."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, tuple[Tensor, Any]] = {}
+        """layer -> indices of the tokens that pass, and once the FFN has begun: all tokens (b, n, d)."""
+
+
 class TokenPruning:
     """Prune the FFNs of an encoder (T5 or BERT, any head) until `remove`; usable as a context manager.
 
@@ -90,7 +98,9 @@ class TokenPruning:
         """
         if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
             raise VariatorError(f"keep must be a share above 0 and at most 1, got {keep!r}")
-        host: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        host: Any = model
+        if hasattr(host, "get_base_model"):  # a PEFT model
+            host = host.get_base_model()
         architecture = architecture_of(host)
         model_type = host.config.model_type
         if architecture.decoder or model_type not in FEED_FORWARD:
@@ -103,7 +113,7 @@ class TokenPruning:
             )
         self.keep = float(keep)
         self._host = host
-        self._passing = threading.local()  # what a layer's attention leaves for its FFN: layer -> indices
+        self._passing = _Passing()
         self._handles: list[Any] = []
         ffn = FEED_FORWARD[model_type]
         for index, block in enumerate(architecture.blocks(host)):
@@ -121,19 +131,19 @@ class TokenPruning:
         def after_attention(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             probabilities = output[-1].detach()
             valid = _valid(kwargs.get("mask", kwargs.get("attention_mask")))
-            passing.__dict__[layer] = select(importance(probabilities, valid), valid, self.keep), None
+            passing.tokens[layer] = select(importance(probabilities, valid), valid, self.keep), None
 
         def before_first(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            kept, _ = passing.__dict__[layer]
-            passing.__dict__[layer] = kept, args[0]
+            kept, _ = passing.tokens[layer]
+            passing.tokens[layer] = kept, args[0]
             return (args[0].flatten(0, 1)[kept],)
 
         def before_last(module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            kept, _ = passing.__dict__[layer]
+            kept, _ = passing.tokens[layer]
             return args[0], args[1].flatten(0, 1)[kept]
 
         def after_last(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            kept, tokens = passing.__dict__.pop(layer)
+            kept, tokens = passing.tokens.pop(layer)
             # an fp16 T5 keeps the last weight of its FFN, and so this output, in fp32
             return tokens.to(output.dtype).flatten(0, 1).index_copy(0, kept, output).view_as(tokens)
 

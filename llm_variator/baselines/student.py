@@ -116,7 +116,8 @@ def make_student(
                 neurons[prefix] = _strongest(weights, prefix, inner)
             own[name] = own[name].index_select(dim, neurons[prefix])
     student.load_state_dict(own)
-    return student.to(device=teacher.device, dtype=teacher.dtype).train(teacher.training)
+    student.train(teacher.training)
+    return nn.Module.to(student, device=teacher.device, dtype=teacher.dtype)
 
 
 def _neuron_dimension(name: str) -> int | None:
