@@ -31,7 +31,8 @@ def _llama(hub_id: str, **shape: Any) -> ModelAlias:
 
 
 def _t5(hub_id: str, dtype: torch.dtype = torch.float32, **shape: Any) -> ModelAlias:
-    config = dict(model_type="t5", architectures=["T5ForConditionalGeneration"], vocab_size=32128, d_kv=64)
+    config: dict[str, Any] = dict(model_type="t5", architectures=["T5ForConditionalGeneration"])
+    config |= dict(vocab_size=32128, d_kv=64)
     config |= dict(feed_forward_proj="relu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     return ModelAlias(hub_id, config | shape, dtype)
 
@@ -90,6 +91,48 @@ ALIASES: dict[str, ModelAlias] = {
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=2,
+        ),
+    ),
+    # Shapes for trying a recipe in seconds, with random weights and a byte-level tokenizer.
+    "tiny-t5": _t5(
+        "tiny-t5",
+        num_layers=2,
+        num_heads=2,
+        d_model=32,
+        d_ff=64,
+        d_kv=16,
+        vocab_size=384,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    ),
+    "tiny-bert": ModelAlias(
+        "tiny-bert",
+        dict(
+            model_type="bert",
+            architectures=["BertForMaskedLM"],
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=1024,
+        ),
+    ),
+    "tiny-llama": ModelAlias(
+        "tiny-llama",
+        dict(
+            model_type="llama",
+            architectures=["LlamaForCausalLM"],
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
     ),
 }

@@ -46,7 +46,12 @@ logger = logging.getLogger(__name__)
 PLUGINS_DIR = Path(__file__).parent / "plugins"
 """Plugins shipped with the package, as `<base alias>/<plugin name>/`."""
 
+ADAPTER_FILE = "adapter_config.json"  # PEFT's name; a folder that has one holds a LoRA
+
 HUB_PROBE_SECONDS = 3.0
+
+# Modules of a classification head, with what some checkpoints leave out before it.
+_HEADS = ("classifier", "score", "classification_head", "bert.pooler")
 
 # What from_pretrained raises for files that are absent, truncated, foreign or of another shape.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
@@ -62,19 +67,21 @@ def load_model(
     device: torch.device | str = "cpu",
     random_init: bool = False,
     num_layers: int | None = None,
+    num_labels: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Load a base model in evaluation mode.
 
     Args:
-        name: alias, local folder or hub id.
+        name: alias, local folder or hub id; a folder may hold a LoRA adapter, which is merged into its base.
         dtype: dtype of the weights, or its name; None keeps the checkpoint's (for `random_init` the alias's:
             bf16 from a billion parameters on, fp32 below).
         device: where the weights end up.
         random_init: build the shape with random weights, made directly in `dtype` on `device`. An alias or
             a folder needs no network for it, and a folder needs no more than its config.json.
         num_layers: with `random_init`, the number of layers (of encoder and decoder each).
-        seed: seed of the random weights; the global random state is left as it was.
+        num_labels: load it as a classifier of so many labels; a head that the checkpoint lacks is new.
+        seed: seed of all new weights; the global random state is left as it was.
 
     Raises:
         VariatorError: nothing can be loaded from this name, or an argument is wrong.
@@ -85,9 +92,11 @@ def load_model(
     if num_layers is not None and not random_init:
         raise VariatorError("num_layers changes the shape, so it needs random weights: add --random-init")
     if random_init:
-        return _random_model(name, torch_dtype, torch_device, num_layers, seed)
+        return _random_model(name, torch_dtype, torch_device, num_layers, num_labels, seed)
+    if _holds_adapter(name):
+        return _with_adapter(name, torch_dtype, num_labels, seed).to(torch_device)  # type: ignore[arg-type]
     source = _source(name)
-    model = _pretrained(name, source, torch_dtype)
+    model = _pretrained(name, source, torch_dtype, num_labels, seed)
     model.config._name_or_path = model.name_or_path = base_name(name)
     return model.to(torch_device).eval()  # type: ignore[arg-type]
 
@@ -101,6 +110,8 @@ def load_config(name: str | os.PathLike[str], *, num_layers: int | None = None) 
     name = _checked_name(name)
     if name in ALIASES:
         config = AutoConfig.for_model(**ALIASES[name].config)
+    elif _holds_adapter(name):
+        config = load_config(_adapted_base(name))
     else:
         source = _source(name)
         config = _read_config(name, source, _local_only(source))
@@ -125,7 +136,7 @@ def load_tokenizer(name: str | os.PathLike[str], *, stand_in: bool = False) -> P
     if stand_in and not (
         Path(name).expanduser().is_dir() or (name == "smollm2-135m" and smollm2.find_gguf())
     ):
-        return byte_tokenizer()
+        return _stand_in(name)
     source = _source(name)
     local_only = _local_only(source)
     try:
@@ -134,23 +145,53 @@ def load_tokenizer(name: str | os.PathLike[str], *, stand_in: bool = False) -> P
         )
     except (ImportError, *_LOAD_ERRORS) as error:
         if stand_in:
-            return byte_tokenizer()
+            return _stand_in(name)
         raise _load_error(name, source, "tokenizer", error, local_only) from error
     return tokenizer
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer without a vocabulary file: one token per UTF-8 byte, plus `<pad>`, `<s>` and `</s>`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _stand_in(name: str) -> PreTrainedTokenizerFast:
+    try:
+        model_type = load_config(name).model_type
+    except VariatorError:  # not even a configuration: whatever is tried next will say so
+        model_type = "llama"
+    return byte_tokenizer(model_type)
+
+
+def byte_tokenizer(model_type: str = "llama") -> PreTrainedTokenizerFast:
+    """A tokenizer without a vocabulary file: one token per UTF-8 byte, plus the special tokens of the family.
+
+    Those are `<pad>`, `<s>` and `</s>`; for T5 also the 100 sentinels, and `</s>` after every text; for BERT
+    also the mask token, and `<s>` and `</s>` around every text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     specials = ["<pad>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate(specials + alphabet)}
+    options: dict[str, Any] = {}
+    template = None
+    if model_type in ("t5", "mt5"):
+        options["extra_special_tokens"] = [f"<extra_id_{number}>" for number in range(100)]
+        template = ("$A </s>", "$A </s> $B </s>")
+    elif model_type == "bert":
+        options |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+        template = ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1")
+    extra = [*options.get("extra_special_tokens", []), *(["<mask>"] if "mask_token" in options else [])]
+    vocab = {token: index for index, token in enumerate(specials + alphabet + extra)}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    if template is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=template[0], pair=template[1], special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=2**31
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=2**31,
+        **options,
     )
 
 
@@ -306,25 +347,75 @@ def _read_config(name: str, source: Path | str, local_only: bool) -> PreTrainedC
         raise _load_error(name, source, "configuration", error, local_only) from error
 
 
-def _pretrained(name: str, source: Path | str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _pretrained(
+    name: str, source: Path | str, dtype: torch.dtype | None, num_labels: int | None, seed: int
+) -> PreTrainedModel:
     local_only = _local_only(source)
     config = _read_config(name, source, local_only)
+    auto: Any = _auto_class(config)
+    options: dict[str, Any] = {}
+    if num_labels is not None:
+        auto, options = AutoModelForSequenceClassification, {"num_labels": num_labels}
     try:
-        model, info = _auto_class(config).from_pretrained(
-            str(source),
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            local_files_only=local_only,
-            output_loading_info=True,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, info = auto.from_pretrained(
+                str(source),
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                local_files_only=local_only,
+                output_loading_info=True,
+                **options,
+            )
     except (ImportError, *_LOAD_ERRORS) as error:
         raise _load_error(name, source, "weights", error, local_only) from error
-    if missing := sorted(info["missing_keys"]):
+    _untie(model)
+    new = _HEADS if num_labels is not None else ()
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith(new)):
         raise VariatorError(
             f"{name} holds no values for {len(missing)} of the model's weights (the first: {missing[0]}): "
             f"the checkpoint is incomplete or belongs to another architecture"
         )
     return model
+
+
+def _holds_adapter(name: str) -> bool:
+    return name not in ALIASES and (Path(name).expanduser() / ADAPTER_FILE).is_file()
+
+
+def _adapted_base(name: str) -> str:
+    """The name of the model that a LoRA folder was trained on."""
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except _LOAD_ERRORS as error:
+        raise VariatorError(f"cannot read the LoRA in {name}: {_reason(error)}") from error
+    if not base:
+        raise VariatorError(f"{name}/{ADAPTER_FILE} does not name its base model; save the LoRA again")
+    return str(base)
+
+
+def _with_adapter(name: str, dtype: torch.dtype | None, num_labels: int | None, seed: int) -> PreTrainedModel:
+    """The base that a LoRA folder names, with the LoRA merged into its weights."""
+    from peft import PeftModel
+
+    base = load_model(_adapted_base(name), dtype=dtype, num_labels=num_labels, seed=seed)
+    try:
+        merged: Any = PeftModel.from_pretrained(base, name).merge_and_unload()
+    except _LOAD_ERRORS as error:
+        raise VariatorError(f"cannot read the LoRA in {name}: {_reason(error)}") from error
+    merged.config._name_or_path = merged.name_or_path = base_name(name)
+    model: PreTrainedModel = merged.eval()
+    return model
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Say in the configuration what the checkpoint did: transformers leaves an own output matrix untied."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [getattr(module, "weight", None) for module in (head, embeddings)]
+    if None not in weights and weights[0] is not weights[1]:
+        model.config.tie_word_embeddings = False
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
@@ -342,16 +433,24 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 
 
 def _random_model(
-    name: str, dtype: torch.dtype | None, device: torch.device, num_layers: int | None, seed: int
+    name: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    num_layers: int | None,
+    num_labels: int | None,
+    seed: int,
 ) -> PreTrainedModel:
     config = load_config(name, num_layers=num_layers)
+    auto = _auto_class(config)
+    if num_labels is not None:
+        auto, config.num_labels = AutoModelForSequenceClassification, num_labels
     if dtype is None:
         dtype = ALIASES[name].dtype if name in ALIASES else _parse_dtype(config.dtype) or torch.float32
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
         try:
-            model: PreTrainedModel = _auto_class(config).from_config(config, dtype=dtype)
+            model: PreTrainedModel = auto.from_config(config, dtype=dtype)
         except (ValueError, RuntimeError) as error:
             raise VariatorError(f"{name}: no model of this shape can be built: {_reason(error)}") from error
     return model.eval()

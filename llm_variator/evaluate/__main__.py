@@ -1,4 +1,4 @@
-"""`python -m llm_variator.evaluate continuation`: how well text is continued after a compressed prompt."""
+"""`python -m llm_variator.evaluate`: how well text is continued after a compressed prompt, and tasks are solved."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from llm_variator import cli
 from llm_variator.corpora import EMBEDDED, read_windows, spread
 from llm_variator.errors import VariatorError
+from llm_variator.evaluate import task
 from llm_variator.loading import load_model, load_tokenizer
 from llm_variator.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.model import VariatorModel
@@ -69,6 +70,13 @@ def build_parser() -> cli.Parser:
     add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
     add("--seed", type=cli.natural, default=0, help="of random weights (--random-init, --untrained)")
     add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+    task.add_flags(
+        commands.add_parser(
+            "task",
+            help="score on one of the paper's seven tasks: a model as it is, or with a plugin",
+            description="Score on the validation split of one of the paper's seven tasks, in percent.",
+        )
+    )
     return parser
 
 
@@ -77,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = cli.parse(build_parser(), argv)
+    if args.command == "task":
+        task.run(args, argv)
+        return
     windows = _windows(args)
     model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
     model.decoder_only("continuation", "it scores the text after a prompt")

@@ -1,4 +1,4 @@
-"""From documents to training examples: the held-out split and the stream of windows the trainer reads.
+"""From documents and tasks to training examples: the held-out split and the streams the trainer reads.
 
 Everything here is a pure function of its arguments and the seed: example number i of a run is the same
 whether the run was interrupted or not.
@@ -20,10 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_variator.corpora import Source, cut_windows, read_documents, read_windows, spread, tokenize
 from llm_variator.errors import VariatorError
+from llm_variator.tasks.examples import Example
 
 # Which documents are held out does not depend on the run's seed, so that figures of different seeds compare.
 _SPLIT_SEED = 20231208
 _HELD_OUT_SHARE = 0.1
+_BATCHES_IN_A_POOL = 32  # within which examples are sorted by length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +160,39 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "input_ids": torch.stack([example["input_ids"] for example in examples]),
         "prompt_length": lengths.pop(),
     }
+
+
+class ExampleStream(Dataset[Example]):
+    """The task examples of a whole run in the order they are trained on, read without shuffling.
+
+    Each pass has an order of its own, drawn from (seed, pass) alone. The rows of a micro-batch are of similar
+    length, so that little of it is padding; examples that fill no micro-batch wait for another pass.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, length: int, batch_size: int, seed: int) -> None:
+        """`length` examples in micro-batches of `batch_size`."""
+        self._examples = examples
+        self._sizes = np.array([sum(map(len, example.inputs.values())) for example in examples])
+        self._length = length
+        self._batch_size = batch_size
+        self._seed = seed
+        self._pass_length = len(examples) // batch_size * batch_size or len(examples)
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        number, place = divmod(index, self._pass_length)
+        return self._examples[self._order(number)[place]]
+
+    def _draw_order(self, number: int) -> np.ndarray:
+        draw = np.random.default_rng((self._seed, 3, number))
+        order = draw.permutation(len(self._examples))[: self._pass_length]
+        if self._pass_length < self._batch_size:
+            return order
+        pool = _BATCHES_IN_A_POOL * self._batch_size
+        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+        by_length = np.concatenate([part[np.argsort(self._sizes[part], kind="stable")] for part in pools])
+        batches = by_length.reshape(-1, self._batch_size)
+        return draw.permutation(batches, axis=0).reshape(-1)

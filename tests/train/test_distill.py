@@ -18,9 +18,12 @@ from tiny import model_folder, train, words
 from transformers import TrainingArguments
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.train.data import Corpus
-from llm_variator.train.distill import DistillationTrainer, last_complete_checkpoint
+from llm_variator.train.data import Corpus, TrainingStream, collate
+from llm_variator.train.judges import ContinuationJudge
+from llm_variator.train.learners import PluginLearner
 from llm_variator.train.losses import LOSSES
+from llm_variator.train.objective import Objective
+from llm_variator.train.trainer import VariatorTrainer, examples_in, last_complete_checkpoint
 
 WEIGHTS = "variator.safetensors"
 
@@ -36,7 +39,7 @@ def losses(figures: dict) -> list[float]:
     return [loss for _, loss in figures["loss_history"]]
 
 
-def make_trainer(model: VariatorModel, folder: Path, loss: str = "mse", **settings) -> DistillationTrainer:
+def make_trainer(model: VariatorModel, folder: Path, loss: str = "mse", **settings) -> VariatorTrainer:
     windows = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0)).int()
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -49,8 +52,14 @@ def make_trainer(model: VariatorModel, folder: Path, loss: str = "mse", **settin
         **settings,
     )
     corpus = Corpus((windows[:6],), (1.0,), windows[6:])
-    return DistillationTrainer(
-        model, arguments, corpus, loss=loss, kl_weight=0.5, continuation=6, prompt_tokens=(8, 14)
+    learner = PluginLearner(model)
+    return VariatorTrainer(
+        learner,
+        arguments,
+        TrainingStream(corpus, length=examples_in(arguments), batch_size=2, prompt_tokens=(8, 14), seed=0),
+        collate,
+        objective=Objective(learner, loss, kl_weight=0.5, continuation=6),
+        judge=ContinuationJudge(corpus.held_out, continuation=6, batch_size=2),
     )
 
 
@@ -146,11 +155,11 @@ def test_figures(finished):
     assert figures["steps"] == 6
     assert [step for step, _ in figures["loss_history"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in figures["held_out_history"]] == [0, 6]
-    assert figures["held_out_cross_entropy"]["compressed"] == figures["held_out_history"][-1][1]
-    assert set(figures["held_out_cross_entropy"]) == {"compressed", "dense", "no_context"}
+    assert figures["held_out"]["compressed"] == figures["held_out_history"][-1][1]
+    assert set(figures["held_out"]) == {"compressed", "dense", "no_context"}
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "pydoc-topics" in card
-    assert f"{figures['held_out_cross_entropy']['compressed']:.3f}" in card
+    assert f"{figures['held_out']['compressed']:.3f}" in card
     assert list((folder / "runs").glob("events.out.tfevents.*"))
 
 
@@ -200,7 +209,7 @@ def test_run_killed_at_any_moment_ends_like_the_uninterrupted_one(tmp_path):
     assert not (killed / "training.json").exists()
     figures = train(killed, "--resume", **settings)
     assert losses(figures)[-1] == pytest.approx(losses(expected)[-1], abs=1e-4)
-    assert figures["held_out_cross_entropy"] == pytest.approx(expected["held_out_cross_entropy"], abs=1e-4)
+    assert figures["held_out"] == pytest.approx(expected["held_out"], abs=1e-4)
     assert_same_weights(killed, tmp_path / "whole", tolerance=1e-5)
 
 

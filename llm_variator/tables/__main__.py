@@ -1,0 +1,111 @@
+"""`python -m llm_variator.tables RECIPE`: run what a table still lacks, and write it as JSON and Markdown.
+
+It can be stopped at any moment: called again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_variator import cli
+from llm_variator.errors import VariatorError
+from llm_variator.files import write_atomically
+from llm_variator.results import write_result
+from llm_variator.tables.recipe import TableRecipe, read_table
+from llm_variator.tables.render import averages, markdown
+from llm_variator.tables.runner import Cell, Runner
+
+
+def build_parser() -> cli.Parser:
+    """Every flag of the command."""
+    parser = cli.Parser(
+        prog="python -m llm_variator.tables",
+        description="Run the experiments behind a table, skipping finished ones, and write the table.",
+    )
+    add = parser.add_argument
+    add("recipe", help="the table: a YAML file")
+    add("--model", help="in place of the recipe's: alias, local folder or hub id")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="run these only (default: all)")
+    add("--columns", type=cli.names, default=(), help="run these tasks only, as in sst2,mnli (default: all)")
+    add("--runs", type=Path, default=Path("runs/tables"), metavar="DIR", help="where runs are kept")
+    add("--results", type=Path, default=Path("eval/results"), metavar="DIR", help="for NAME.json and NAME.md")
+    add(
+        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
+    )
+    add("--device", choices=["auto", "cpu", "cuda"], help="where to train (default: the recipe's, or auto)")
+    add("--dry-run", action="store_true", help="check the recipe and list the runs it lacks; run nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the table; each finished cell is written at once."""
+    started = time.perf_counter()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(argv)
+    table = read_table(args.recipe)
+    _check_selection("row", args.rows, [row.name for row in table.rows])
+    _check_selection("column", args.columns, table.columns)
+    runner = Runner(
+        table,
+        args.runs,
+        model=args.model,
+        circumstances={"device": args.device, "data_dir": args.data_dir},
+        dry=args.dry_run,
+    )
+    model = args.model or table.model
+    file = args.results / f"{table.name}.json"
+    cells = _known_cells(file, table)
+    for task in table.columns:
+        for row in table.rows:
+            if (args.rows and row.name not in args.rows) or (args.columns and task not in args.columns):
+                continue
+            cell = runner.cell(row, task)
+            if args.dry_run:
+                continue
+            cells.setdefault(row.name, {})[task] = cell
+            figures = {
+                "title": table.title,
+                "model": model,
+                "cells": _in_order(cells, table),
+                "averages": averages(cells),
+                "paper": table.paper,
+            }
+            result = write_result(
+                file, figures, command=["llm_variator.tables", *argv], seed=None, started=started
+            )
+            text = markdown(table, result["figures"]["model"], cells)
+            write_atomically(file.with_suffix(".md"), text)
+    if args.dry_run:
+        return
+    print(markdown(table, model, cells))
+    print(f"written to {file} and {file.with_suffix('.md')}")
+
+
+def _check_selection(what: str, wanted: Sequence[str], known: Sequence[str]) -> None:
+    if surplus := [name for name in wanted if name not in known]:
+        raise VariatorError(f"the table has no {what} {surplus[0]!r}; it has {', '.join(known)}")
+
+
+def _known_cells(file: Path, table: TableRecipe) -> dict[str, dict[str, Cell]]:
+    """Cells of an earlier call that are still in the recipe."""
+    try:
+        read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"]["cells"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VariatorError(f"{file} is no table that can be continued ({error}): move it away") from None
+    return _in_order(read, table)
+
+
+def _in_order(cells: dict[str, dict[str, Cell]], table: TableRecipe) -> dict[str, dict[str, Cell]]:
+    rows = [row.name for row in table.rows if row.name in cells]
+    return {row: {task: cells[row][task] for task in table.columns if task in cells[row]} for row in rows}
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,157 @@
+"""A table's recipe: its rows, its columns (tasks), and the settings of the runs behind each cell.
+
+A recipe is a YAML mapping:
+
+    title: what the table shows
+    model: the base model
+    columns: [sst2, mnli]
+    options: {dtype: float32}                          # flags of every training run
+    finetune: {max_steps: 300, grid: {learning_rate: [1.0e-5, 3.0e-5]}}
+    pretrain: {max_steps: 500}                         # flags of each stage; `grid` tries all combinations
+    adapt: {max_steps: 400}
+    methods: {ltp: {adapt: {learning_rate: 5.0e-5}}}   # flags of all rows of one method, by stage
+    tasks: {squad: {max_length: 384}}                  # flags of the runs on one task
+    rows:
+      Original: {method: original}                     # the fine-tuned model
+      Variator: {plugin: {k: 4}}                       # pre-trained, then adapted to each task
+      w/o PT: {plugin: {k: 4}, pretrain: false}
+      LTP: {method: ltp, adapt: {max_steps: 100}}      # flags of this row's runs
+    paper: {Original: {sst2: 94.3}}                    # what the paper printed, shown beside ours
+
+With `extends: OTHER.yaml`, a file beside it, whatever a recipe does not say is taken from there. Flags are those of
+`python -m llm_variator.train`, with underscores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_variator.cli import read_recipe
+from llm_variator.errors import VariatorError
+from llm_variator.tasks import TASKS
+
+METHODS = ("original", "variator", "distill", "ltp")
+STAGES = ("finetune", "pretrain", "adapt")
+
+Flags = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row: a method and what is particular to its runs."""
+
+    name: str
+    method: str = "variator"
+    plugin: Flags = dataclasses.field(default_factory=dict)
+    """Plugin flags."""
+    pretrain: Flags | None = None
+    """Overrides of the pre-training; None: none."""
+    adapt: Flags | None = None
+    """Overrides of the adaptation; None: none, the row is only measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TableRecipe:
+    """A whole table."""
+
+    name: str
+    title: str
+    model: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    options: Flags
+    stages: Mapping[str, Flags]
+    methods: Mapping[str, Mapping[str, Flags]]
+    tasks: Mapping[str, Flags]
+    paper: Mapping[str, Mapping[str, Any]]
+    note: str
+
+    def flags(self, stage: str, row: Row | None = None, task: str | None = None) -> dict[str, Any]:
+        """Flags of a run, the more particular ones winning: options, stage, task, method, row."""
+        flags = {**self.options, **self.stages[stage], **(self.tasks.get(task, {}) if task else {})}
+        if row is not None:
+            of_method = self.methods.get(row.method, {}).get(stage, {})
+            flags |= {**of_method, **((row.pretrain if stage == "pretrain" else row.adapt) or {})}
+        return flags
+
+
+def read_table(path: str | Path) -> TableRecipe:
+    """Read and check a recipe.
+
+    Raises:
+        VariatorError: the file cannot be read, or a key or value is wrong; the message names both.
+    """
+    path = Path(path)
+    content = _read(path)
+
+    def fail(message: str) -> VariatorError:
+        return VariatorError(f"table {path}: {message}")
+
+    known = {"title", "model", "columns", "options", "methods", "tasks", "rows", "paper", "note", *STAGES}
+    for key in content:
+        _check_name(key, known, fail)
+    for key in ("title", "model", "columns", "rows"):
+        if not content.get(key):
+            raise fail(f"{key!r} is missing")
+    for task in [*content["columns"], *content.get("tasks", {})]:
+        _check_name(task, set(TASKS), fail)
+    for method, stages in content.get("methods", {}).items():
+        _check_name(method, set(METHODS), fail)
+        for stage in stages:
+            _check_name(stage, set(STAGES), fail)
+    rows = []
+    for name, settings in content["rows"].items():
+        settings = dict(settings or {})
+        for key in settings:
+            _check_name(key, {"method", "plugin", "pretrain", "adapt"}, fail)
+        method = settings.get("method", "variator")
+        _check_name(method, set(METHODS), fail)
+        for stage in ("pretrain", "adapt"):
+            never = method == "original" or (method == "ltp" and stage == "pretrain")
+            given = settings.get(stage, {})
+            settings[stage] = None if never or given is False else given
+        if method == "variator" and not settings.get("plugin"):
+            raise fail(f"row {name!r} needs its plugin flags, e.g. plugin: {{k: 4}}")
+        rows.append(Row(str(name), **settings))
+    for name in content.get("paper", {}):
+        _check_name(name, {row.name for row in rows}, fail)
+    return TableRecipe(
+        name="-".join(path.with_suffix("").parts[-2:]) if path.parent.name else path.stem,
+        title=str(content["title"]),
+        model=str(content["model"]),
+        columns=tuple(content["columns"]),
+        rows=tuple(rows),
+        options=content.get("options", {}),
+        stages={stage: content.get(stage, {}) for stage in STAGES},
+        methods=content.get("methods", {}),
+        tasks=content.get("tasks", {}),
+        paper=content.get("paper", {}),
+        note=str(content.get("note", "")).strip(),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The recipe with what it extends; settings below a key are merged, other values replaced."""
+    content = read_recipe(path)
+    base = content.pop("extends", None)
+    return content if base is None else _merged(_read(path.parent / str(base)), content)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base[key], dict) else value
+        for key, value in over.items()
+        if key in base
+    }
+    return {**base, **over, **both}
+
+
+def _check_name(name: Any, known: set[str], fail: Any) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        raise fail(f"unknown {name!r}; {mend}")

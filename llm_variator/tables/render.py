@@ -1,0 +1,60 @@
+"""A table as Markdown: our figures, the paper's beside them, and what each was measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_variator.tables.recipe import TableRecipe
+from llm_variator.tasks import TASKS, average
+
+PENDING = "pending"
+
+
+def averages(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over the seven tasks of every row that has them all."""
+    return {
+        row: average({task: cell["score"] for task, cell in columns.items()})
+        for row, columns in cells.items()
+        if all(task in columns for task in TASKS)
+    }
+
+
+def markdown(table: TableRecipe, model: str, cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table with a row per method; a cell reads "ours (paper's)", in percent."""
+    means = averages(cells)
+    with_mean = set(TASKS) <= set(table.columns)
+    head = ["", *table.columns, *(["average"] if with_mean else [])]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in table.rows:
+        words = [row.name]
+        for task in table.columns:
+            cell = cells.get(row.name, {}).get(task)
+            words.append(_cell(cell and cell["score"], table.paper.get(row.name, {}).get(task)))
+        if with_mean:
+            mean = f"{means[row.name]:.1f}" if row.name in means else PENDING
+            words.append(mean + _beside(table.paper.get(row.name, {}).get("average")))
+        lines.append(_line(words))
+    notes = [f"Model: {model}. In brackets: what the paper printed for its own models."]
+    if table.note:
+        notes.append(table.note)
+    for task in table.columns:
+        found = [columns[task] for columns in cells.values() if task in columns]
+        if found:
+            data = "; ".join(f"{what} {text}" for what, text in found[0]["data"].items())
+            steps = sorted({cell["steps"] for cell in found if "steps" in cell})
+            notes.append(f"{task}: {data}; steps: {', '.join(map(str, steps))}.")
+    return "\n".join([f"# {table.title}", "", *lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def _cell(score: Mapping[str, float] | None, paper: Any) -> str:
+    ours = PENDING if score is None else "/".join(f"{value:.1f}" for value in score.values())
+    return ours + _beside(paper)
+
+
+def _beside(paper: Any) -> str:
+    return "" if paper is None else f" ({paper})"
+
+
+def _line(words: list[str]) -> str:
+    return f"| {' | '.join(words)} |"

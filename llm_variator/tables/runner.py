@@ -1,0 +1,201 @@
+"""The runs behind a table: each in a folder named by its settings, done once, resumed where it was stopped.
+
+Runs with the same settings are the same run, within a table and between tables: the fine-tuned model of a task
+and the pre-trained plugin are shared by all cells that need them.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_variator.cli import parse
+from llm_variator.errors import VariatorError
+from llm_variator.evaluate.__main__ import main as evaluate
+from llm_variator.results import scrub_paths
+from llm_variator.tables.recipe import Flags, Row, TableRecipe
+from llm_variator.train.__main__ import RESULT_FILE
+from llm_variator.train.__main__ import main as train
+from llm_variator.train.flags import FREE_ON_RESUME, build_parser, check_flags
+from llm_variator.train.trainer import checkpoints, last_complete_checkpoint
+
+Cell = dict[str, Any]
+
+# Where a run happens, not what it is: no part of its name.
+_CIRCUMSTANCES = FREE_ON_RESUME | {"device"}
+
+
+class Runner:
+    """Does the runs of a table that are not done yet."""
+
+    def __init__(
+        self,
+        table: TableRecipe,
+        folder: Path,
+        *,
+        model: str | None = None,
+        circumstances: Flags | None = None,
+        dry: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Set up; nothing runs yet.
+
+        Args:
+            table: the recipe.
+            folder: where runs are kept, one folder each.
+            model: in place of the recipe's.
+            circumstances: flags of every run that do not change what comes out (device, data_dir).
+            dry: only check the flags of each run, of a grid's first choice; cells are then empty.
+            say: gets one line before each run.
+        """
+        self._table = table
+        self._folder = folder
+        self._model = model or table.model
+        self._circumstances = {name: value for name, value in (circumstances or {}).items() if value}
+        self._dry = dry
+        self._say = say
+        self._checked: set[Path] = set()
+
+    def cell(self, row: Row, task: str) -> Cell:
+        """The figures of one cell, from finished runs or new ones.
+
+        `score`: by metric, in percent; `steps` and `data` of the last run; `best_settings`, where a grid was
+        searched; `command` and `wall_seconds` of the last run.
+        """
+        teacher = self._searched(
+            "finetune", self._table.flags("finetune", task=task), task=task, model=self._model
+        )
+        if row.method == "original":
+            return _cell(teacher)
+        start: dict[str, Any] = dict(row.plugin)
+        if row.pretrain is not None:
+            flags = {**self._table.flags("pretrain", row), **row.plugin}
+            pretrained = self._train("pretrain", flags, model=self._model, method=row.method)
+            start = {"plugin" if row.method == "variator" else "student": pretrained.as_posix()}
+        if row.adapt is None:
+            return _cell(self._evaluated(teacher, task, start))
+        flags = {**self._table.flags("adapt", row, task), **start}
+        return _cell(self._searched("adapt", flags, task=task, model=teacher.as_posix(), method=row.method))
+
+    def _searched(self, stage: str, flags: Flags, **more: Any) -> Path:
+        """The run with the best held-out figure of all combinations in `grid`; the only one without a grid."""
+        flags = dict(flags)
+        grid: Mapping[str, list[Any]] = flags.pop("grid", {})
+        choices = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        folders = [
+            self._train(stage, {**flags, **choice}, **more) for choice in choices[: 1 if self._dry else None]
+        ]
+        if len(folders) == 1:
+            return folders[0]
+        return max(folders, key=_best_score)
+
+    def _train(self, stage: str, flags: Flags, **more: Any) -> Path:
+        """Do one run unless it is done; returns its folder."""
+        flags = {"stage": stage, **more, **flags}
+        folder = self._folder / _run_name(flags)
+        if (folder / RESULT_FILE).is_file() or folder in self._checked:
+            return folder
+        self._say(f"{folder.name}: {_words(flags)}")
+        if self._dry:
+            self._checked.add(folder)
+            check_flags(parse(build_parser(), _as_argv(flags)))
+            return folder
+        resume = False
+        if checkpoints(folder):
+            try:
+                last_complete_checkpoint(folder)
+                resume = True
+            except VariatorError:  # killed before its first checkpoint was whole
+                shutil.rmtree(folder)
+        argv = _as_argv({**flags, **self._circumstances, "output": folder, "drop_checkpoints": True})
+        train(argv + (["--resume"] if resume else []))
+        gc.collect()
+        return folder
+
+    def _evaluated(self, model: Path, task: str, start: Flags) -> Path:
+        """The score of an unadapted plugin, student or configuration on the fine-tuned model."""
+        if "student" in start:
+            flags: dict[str, Any] = {"model": start["student"]}
+        elif "plugin" in start:
+            flags = {"model": model.as_posix(), "plugin": start["plugin"]}
+        else:
+            raise VariatorError("a row with neither pre-training nor adaptation has nothing to measure")
+        adapt = self._table.flags("adapt", task=task)
+        flags |= {"task": task}
+        flags |= {name: adapt[name] for name in ("max_length", "dtype") if name in adapt}
+        if "test_limit" in adapt:
+            flags["limit"] = adapt["test_limit"]
+        folder = self._folder / _run_name({"stage": "evaluate", **flags})
+        if not (folder / RESULT_FILE).is_file():
+            self._say(f"{folder.name}: {_words(flags)}")
+        if not self._dry and not (folder / RESULT_FILE).is_file():
+            place = {name: value for name, value in self._circumstances.items() if name == "data_dir"}
+            evaluate(["task", *_as_argv({**flags, **place, "json": folder / RESULT_FILE})])
+            gc.collect()
+        return folder
+
+
+def _run_name(flags: Flags) -> str:
+    kept = {name: value for name, value in flags.items() if name not in _CIRCUMSTANCES}
+    # what a resumed run may change in general still makes another run in a table
+    kept |= {name: flags[name] for name in ("max_steps", "test_limit", "eval_every") if name in flags}
+    mark = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    parts = [flags["stage"], flags.get("task"), flags.get("method")]
+    return "-".join([*(part for part in parts if part), mark])
+
+
+def _as_argv(flags: Flags) -> list[str]:
+    argv: list[str] = []
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            argv.append(flag)
+        elif isinstance(value, dict):
+            argv.append(f"{flag}={json.dumps(value)}")
+        elif isinstance(value, list) and name in ("data", "eval_data", "prompt_tokens"):
+            argv += [flag, *map(str, value)]
+        elif isinstance(value, list):
+            argv.append(f"{flag}={','.join(map(str, value))}")
+        elif value is not None and value is not False:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+def _words(flags: Flags) -> str:
+    return scrub_paths(" ".join(_as_argv(flags)))
+
+
+def _best_score(folder: Path) -> float:
+    return max(score for _, score in _result(folder)["figures"]["held_out_history"])
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    file = folder / RESULT_FILE
+    try:
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VariatorError(f"{file} is not readable ({error}): delete {folder} to run it anew") from None
+    return result
+
+
+def _cell(folder: Path) -> Cell:
+    if not (folder / RESULT_FILE).is_file():
+        return {}  # a dry run
+    result = _result(folder)
+    figures = result["figures"]
+    kept = {
+        name: figures[name] for name in ("steps", "best_step", "held_out_history", "data") if name in figures
+    }
+    return {
+        "score": figures["held_out"],
+        **kept,
+        "command": result["command"],
+        "commit": result["commit"],
+        "wall_seconds": result["wall_seconds"],
+    }

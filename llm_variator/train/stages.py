@@ -1,0 +1,269 @@
+"""What each stage of training puts together: a learner, its examples, its objective and its judge."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from llm_variator import cli
+from llm_variator.baselines import TokenPruning, make_student
+from llm_variator.corpora import parse_sources
+from llm_variator.errors import VariatorError
+from llm_variator.groups import split
+from llm_variator.loading import load_config, load_model, load_tokenizer
+from llm_variator.model import VariatorModel
+from llm_variator.plugin import SiteLayers
+from llm_variator.tasks import find_task, load_examples
+from llm_variator.tasks.examples import Example
+from llm_variator.tasks.forms import TaskForm, form_for
+from llm_variator.train.corruption import Corrupted, span_corruption, stack, token_masking
+from llm_variator.train.data import Corpus, ExampleStream, TrainingStream, build_corpus, collate
+from llm_variator.train.flags import prompt_range
+from llm_variator.train.judges import ContinuationJudge, Judge, LossJudge, TaskJudge
+from llm_variator.train.learners import Learner, ModelLearner, PluginLearner
+from llm_variator.train.objective import Objective
+from llm_variator.train.trainer import examples_in
+
+SEQ_LENGTH = {"decoder": 384, "encoder": 128}  # of windows; 128 is the paper's (appendix A.1)
+LORA_TARGETS = {"t5": ["q", "v"], "mt5": ["q", "v"], "bert": ["query", "value"]}
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a trainer needs for one run."""
+
+    learner: Learner
+    tokenizer: PreTrainedTokenizerBase
+    stream: Callable[[TrainingArguments], Any]
+    """All examples of the run, once its length is known."""
+    collate: Callable[[Any], dict[str, Any]]
+    objective: Objective
+    judge: Judge
+    """Of the evaluations on the way."""
+    final_judge: Judge
+    """Of the result."""
+    data: dict[str, str]
+    """What it is trained and measured on, in words: for the model card and the result file."""
+
+    @property
+    def plugin(self) -> VariatorModel | None:
+        """The model whose plugin is trained, if it is a plugin that is trained."""
+        model = self.learner.model
+        return model if isinstance(model, VariatorModel) else None
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Load model and data for the stage that the flags name.
+
+    Raises:
+        VariatorError: they cannot be loaded, or do not go together.
+    """
+    if args.stage == "pretrain":
+        config = load_config(args.model)
+        is_decoder = not config.is_encoder_decoder and config.model_type != "bert"
+        return _pretrain_decoder(args) if is_decoder else _pretrain_encoder(args)
+    return _task_run(args)
+
+
+# --- plain text
+
+
+def _pretrain_decoder(args: argparse.Namespace) -> Run:
+    if args.method != "variator":
+        raise VariatorError("the baselines of the paper are encoders': T5 or BERT, not a decoder")
+    seq_length = args.seq_length or SEQ_LENGTH["decoder"]
+    prompt_tokens = prompt_range(args, seq_length)
+    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
+    corpus = _corpus(args, tokenizer, seq_length)
+    learner = _plugin_learner(args, load_model(args.model, **cli.model_options(args)))
+    _check_prompts(learner.model, prompt_tokens[0])
+    judge = ContinuationJudge(corpus.held_out, continuation=args.continuation, batch_size=args.batch_size)
+
+    def stream(arguments: TrainingArguments) -> TrainingStream:
+        return TrainingStream(
+            corpus,
+            length=examples_in(arguments),
+            batch_size=arguments.train_batch_size,
+            prompt_tokens=prompt_tokens,
+            seed=args.seed,
+        )
+
+    print(
+        f"{sum(map(len, corpus.train)):,} windows of {seq_length} tokens to train on, "
+        f"{len(corpus.held_out)} held out; prompts of {prompt_tokens[0]} to {prompt_tokens[1]} tokens"
+    )
+    objective = Objective(learner, args.loss, kl_weight=args.kl_weight, continuation=args.continuation)
+    return Run(learner, tokenizer, stream, collate, objective, judge, judge, _texts(args))
+
+
+def _pretrain_encoder(args: argparse.Namespace) -> Run:
+    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
+    base = load_model(args.model, **cli.model_options(args))
+    if args.method == "variator":
+        learner: Learner = _plugin_learner(args, base)
+    else:
+        learner = ModelLearner(_student(args, base), base)
+    if base.config.is_encoder_decoder:
+        corruption = span_corruption(tokenizer, base.config.decoder_start_token_id)
+    else:
+        corruption = token_masking(tokenizer)
+    seq_length = args.seq_length or SEQ_LENGTH["encoder"]
+    corpus = _corpus(args, tokenizer, seq_length)
+    objective = Objective(learner, args.loss, kl_weight=args.kl_weight)
+    held_out = Corrupted(list(corpus.held_out), corruption, seed=0)
+    rows = [held_out[index] for index in range(len(held_out))]
+    size = args.batch_size
+    judge = LossJudge(objective, [stack(rows[start : start + size]) for start in range(0, len(rows), size)])
+
+    def stream(arguments: TrainingArguments) -> Corrupted:
+        windows = TrainingStream(
+            corpus,
+            length=examples_in(arguments),
+            batch_size=arguments.train_batch_size,
+            prompt_tokens=(seq_length, seq_length),
+            seed=args.seed,
+        )
+        return Corrupted(windows, corruption, seed=args.seed)
+
+    print(
+        f"{sum(map(len, corpus.train)):,} windows of {seq_length} tokens to train on, "
+        f"{len(corpus.held_out)} held out"
+    )
+    return Run(learner, tokenizer, stream, stack, objective, judge, judge, _texts(args))
+
+
+def _corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Corpus:
+    return build_corpus(
+        parse_sources(args.data),
+        tokenizer,
+        seq_length=seq_length,
+        eval_windows=args.eval_windows,
+        eval_sources=parse_sources(args.eval_data) if args.eval_data else (),
+        data_dir=args.data_dir,
+    )
+
+
+def _texts(args: argparse.Namespace) -> dict[str, str]:
+    return {
+        "trained on": ", ".join(args.data),
+        "held out": ", ".join(args.eval_data) or "other documents of the same text",
+    }
+
+
+# --- tasks
+
+
+def _task_run(args: argparse.Namespace) -> Run:
+    task = find_task(args.task)
+    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
+    train = load_examples(task, "train", data_dir=args.data_dir, limit=args.train_limit)
+    test = load_examples(task, "validation", data_dir=args.data_dir, limit=args.test_limit)
+    validation = _part(test, args.eval_limit)
+    base = _load(args)
+    form = form_for(base.config, task, tokenizer, max_length=args.max_length)
+    learner = _finetuned(args, base) if args.stage == "finetune" else _adapted(args, base)
+    distillation = None if args.stage == "finetune" else args.loss
+    objective = Objective(learner, distillation, kl_weight=args.kl_weight, task_weight=args.task_weight)
+
+    def stream(arguments: TrainingArguments) -> ExampleStream:
+        return ExampleStream(
+            train,
+            length=examples_in(arguments),
+            batch_size=arguments.train_batch_size,
+            seed=args.seed,
+        )
+
+    print(f"{task.name}: {len(train):,} examples to train on, {len(test):,} to test on")
+    data = {
+        "trained on": f"{train[0].origin.name}: {train[0].origin.describe(len(train))}",
+        "measured on": f"{test[0].origin.name}: {test[0].origin.describe(len(test))}",
+    }
+    judges = (_judge(form, validation, args), _judge(form, test, args))
+    return Run(learner, tokenizer, stream, form.collate, objective, *judges, data)
+
+
+def _load(args: argparse.Namespace) -> PreTrainedModel:
+    """The model; a BERT with a head for the task's labels."""
+    labels = len(find_task(args.task).answers) or None
+    is_bert = load_config(args.model).model_type == "bert"
+    return load_model(args.model, **cli.model_options(args), num_labels=labels if is_bert else None)
+
+
+def _judge(form: TaskForm, examples: Sequence[Example], args: argparse.Namespace) -> TaskJudge:
+    return TaskJudge(form, examples, batch_size=max(8, args.batch_size))
+
+
+def _part(examples: Sequence[Example], count: int) -> Sequence[Example]:
+    """`count` examples, evenly spread; all where there are fewer."""
+    if len(examples) <= count:
+        return examples
+    return [examples[index] for index in torch.linspace(0, len(examples) - 1, count).long().tolist()]
+
+
+def _finetuned(args: argparse.Namespace, base: PreTrainedModel) -> ModelLearner:
+    """The downstream model M_T, which learns from the labels: whole, or by LoRA on q and v."""
+    set_seed(args.seed)
+    if not args.lora:
+        return ModelLearner(base.float().requires_grad_(True))
+    from peft import LoraConfig, get_peft_model
+
+    targets = LORA_TARGETS.get(base.config.model_type, ["q_proj", "v_proj"])
+    settings = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        target_modules=targets,
+        modules_to_save=["classifier"] if hasattr(base, "classifier") else None,
+    )
+    model = get_peft_model(base, settings)
+    model.peft_config["default"].base_model_name_or_path = args.model  # what load_model reads, not a cache
+    return ModelLearner(model)
+
+
+def _adapted(args: argparse.Namespace, teacher: PreTrainedModel) -> Learner:
+    """A plugin on M_T, or a baseline that M_T teaches."""
+    if args.method == "variator":
+        return _plugin_learner(args, teacher)
+    if args.method == "distill":
+        return ModelLearner(_student(args, teacher), teacher)
+    student = _load(args).float().requires_grad_(True)
+    return ModelLearner(student, teacher, extra=TokenPruning(student, args.keep))
+
+
+# --- learners
+
+
+def _plugin_learner(args: argparse.Namespace, base: PreTrainedModel) -> PluginLearner:
+    set_seed(args.seed)
+    model = VariatorModel(base, None if args.plugin else cli.variator_config_from(args))
+    if args.plugin:
+        model.load_plugin(args.plugin, "default", dtype=torch.float32)
+        model.set_plugin("default")
+    if not any(True for _ in model.plugin().parameters()):
+        raise VariatorError(
+            "nothing to train in mean and copy: choose --compressor weighted or --decompressor adapter"
+        )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return PluginLearner(model)
+
+
+def _student(args: argparse.Namespace, teacher: PreTrainedModel) -> PreTrainedModel:
+    student = load_model(args.student) if args.student else make_student(teacher, args.student_layers)
+    return student.float().requires_grad_(True)
+
+
+def _check_prompts(model: VariatorModel, prompt_tokens: int) -> None:
+    """Raise where a prompt could be too short for a group."""
+    plugin = model.plugin()
+    head, tail = plugin.config.dense_head or 0, plugin.config.dense_tail or 0
+    k = min(module.k for module in plugin.modules() if isinstance(module, SiteLayers))
+    if not split(prompt_tokens, k, head, tail).groups:
+        raise VariatorError(
+            f"prompts of {prompt_tokens} tokens hold no group of {k} between {head} dense first and {tail} "
+            "dense last tokens: raise --prompt-tokens or --seq-length, or lower --dense-tail"
+        )
