@@ -287,6 +287,11 @@ class VariatorModel(nn.Module):
             )
         return self._report
 
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the base is a decoder; else it is an encoder (T5, BERT), whose tokens are all compressed."""
+        return self._architecture.decoder
+
     def decoder_only(self, what: str, reason: str) -> None:
         """Raise a `VariatorError` that gives the `reason` unless the base is a decoder."""
         if not self._architecture.decoder:
