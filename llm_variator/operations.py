@@ -241,14 +241,17 @@ def encoding(
         )
     if not answer:
         return total
+    cross = _split(plugin, "cross", 0, n, ragged=True)
+    states = (cross or dense)[1].entries
     pairs = answer * (answer + 1) // 2 if causal else answer * answer
     own = (
         2 * answer * (6 * shape.projection_weights + shape.ffn_weights)
     )  # Q and O of the cross-attention too
-    read = 2 * 2 * shape.projection_weights * n
-    scores = 2 * 2 * shape.attention_width * (pairs + answer * n)
+    read = 2 * 2 * shape.projection_weights * states
+    scores = 2 * 2 * shape.attention_width * (pairs + answer * states)
     logits = 2 * shape.dim * shape.vocabulary * answer if shape.decoder_layers else 0
-    return total + Cost(answer=shape.decoder_layers * (own + read + scores), head=logits)
+    merged = _plugin_cost(plugin, shape.dim, *cross, restores=False) if plugin and cross else 0
+    return total + Cost(answer=shape.decoder_layers * (own + read + scores), head=logits, plugin=merged)
 
 
 def ffn_share_left(k: int, r: int, dim: int) -> float:
