@@ -132,7 +132,16 @@ def _encoder(
             "token pruning": encoding(shape, n, answer=answer, keep=args.keep),
             "student": encoding(small, n, answer=answer),
         }
-        figures["prompts"][str(n)] = {name: _figures(cost) for name, cost in costs.items()}
+        dense = costs["dense"]
+        figures["prompts"][str(n)] = {
+            name: {
+                **_figures(cost),
+                "encoder_of_dense": round(cost.encoder / dense.encoder, 4),
+                "of_dense": round(cost.total / dense.total, 4),
+                "parameters_of_model": round(counts[name] / counts["model"], 4),
+            }
+            for name, cost in costs.items()
+        }
         _print_encoder(args.model, n, answer, costs, counts, paper if n == PAPER_TOKENS else {})
     if paper:
         _print_papers_count(base.config, config, shape, paper)
