@@ -133,7 +133,7 @@ def add_variator_flags(parser: argparse.ArgumentParser) -> None:
 
     flag("--preset", "a named configuration; the flags below override its fields", choices=sorted(PRESETS))
     flag("--k", "compression ratio, one for all sites or one each: 2 or ffn=2,kv=4", type=ratio)
-    flag("--sites", "where to compress: some of ffn,attention,kv", type=names)
+    flag("--sites", "where to compress: some of ffn,attention,kv, and for T5 cross", type=names)
     flag("--r", "bottleneck width of the decompressor", type=int)
     flag("--compressor", "how a group becomes one vector: weighted or mean")
     flag("--decompressor", "how one vector becomes k again: adapter or copy")

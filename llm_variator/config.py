@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "variator_config.json"
 WEIGHTS_FILE = "variator.safetensors"
 CARD_FILE = "README.md"
-SITES = ("ffn", "attention", "kv")
+SITES = ("ffn", "attention", "kv", "cross")
 COMPRESSORS = ("weighted", "mean")
 DECOMPRESSORS = ("adapter", "copy")
 ACTIVATIONS = ("identity", "tanh")
@@ -39,7 +39,8 @@ class VariatorConfig:
     k: int | Mapping[str, int] = 2
     """Compression ratio: neighbouring vectors merged into one; an int, or one per site."""
     sites: Sequence[str] = ("ffn",)
-    """Where to compress: "ffn", "kv" (keys and values only) or "attention" (the whole self-attention)."""
+    """Where to compress: "ffn", "kv" (keys and values only), "attention" (the whole self-attention), or, an
+    extension of the paper for T5, "cross" (what the decoder reads of the encoder)."""
     r: int = 64
     """Bottleneck width of the decompressing adapter."""
     compressor: str = "weighted"
@@ -108,6 +109,10 @@ class VariatorConfig:
                 )
             given = self._per_site("k_per_layer", self.k_per_layer)
             put("k_per_layer", {site: tuple(self.k_per_layer[site]) for site in given})
+            if "cross" in given:
+                raise VariatorError(
+                    'k_per_layer has no "cross": all decoder layers read the same merged states'
+                )
             for site, ratios in self.k_per_layer.items():
                 for k in ratios:
                     _integer(f"k_per_layer[{site!r}]", k, least=1)
@@ -129,7 +134,9 @@ class VariatorConfig:
         return self.base.name if self.base else None
 
     def ratio(self, site: str, layer: int) -> int | None:
-        """Compression ratio of `site` in `layer`; None where that layer stays dense."""
+        """Compression ratio of `site` in `layer`; None where that layer stays dense. "cross" has layer 0 alone."""
+        if site == "cross" and site in self.sites:
+            return (self.k[site] if isinstance(self.k, Mapping) else self.k) if layer == 0 else None
         if site not in self.sites or (self.layers is not None and layer not in self.layers):
             return None
         if self.k_per_layer is not None and site in self.k_per_layer:

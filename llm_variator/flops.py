@@ -1,7 +1,7 @@
 """`python -m llm_variator.flops`: what a plugin saves, by arithmetic alone, for any model shape and length.
 
-Counts floating-point operations of matrix products (a multiply-add is two), as torch's `FlopCounterMode` does:
-norms, softmax, activations and sums are left out. One prompt, batch 1; nothing is loaded or run.
+Decoders: operations and KV entries of reading a prompt. T5 and BERT: operations and parameters beside the paper's
+baselines (its Table 1), token pruning and a smaller student.
 """
 
 from __future__ import annotations
@@ -10,168 +10,63 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from llm_variator import cli
-from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
+from llm_variator.baselines import make_student
+from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
-from llm_variator.groups import Split, split
-from llm_variator.loading import load_config, plugin_folder
+from llm_variator.loading import load_model, plugin_folder
+from llm_variator.model import VariatorModel
+from llm_variator.operations import (
+    Cost,
+    EncoderShape,
+    Stack,
+    encoding,
+    ffn_parameters,
+    ffn_share_left,
+    parameters,
+    prefill,
+)
 from llm_variator.results import write_result
 
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """The shape of a decoder's layers; the numbers of weights are per layer and count matrices only."""
-
-    layers: int
-    dim: int
-    ffn_weights: int
-    query_weights: int
-    """Of the query and output projections, which every token passes."""
-    key_value_weights: int
-    attention_width: int
-    """Query heads times their width."""
-    key_value_width: int
-    vocabulary: int
-    windows: tuple[int | None, ...]
-    """Sliding window of each layer; None: full attention."""
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> Stack:
-        """Read a shape from a LLaMA-like configuration; raises VariatorError for another kind."""
-        try:
-            dim, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-            kv_heads, inner = config.num_key_value_heads, config.intermediate_size
-        except AttributeError as error:
-            raise VariatorError(
-                f"cannot count the operations of model type {config.model_type!r}: {error}; decoders built like "
-                "LLaMA can be counted"
-            ) from None
-        width = getattr(config, "head_dim", None) or dim // heads
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None:
-            kinds = ["full_attention" if window is None else "sliding_attention"] * layers
-        return cls(
-            layers=layers,
-            dim=dim,
-            ffn_weights=3 * dim * inner,
-            query_weights=2 * dim * heads * width,
-            key_value_weights=2 * dim * kv_heads * width,
-            attention_width=heads * width,
-            key_value_width=kv_heads * width,
-            vocabulary=config.vocab_size,
-            windows=tuple(None if kind == "full_attention" else window for kind in kinds),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Floating-point operations of one prefill, and what it leaves in the cache."""
-
-    ffn: int = 0
-    projections: int = 0
-    scores: int = 0
-    """Query-key and weight-value products."""
-    plugin: int = 0
-    head: int = 0
-    """Next-token logits of the last token."""
-    cache_entries: int = 0
-    """Sum over the layers."""
-
-    @property
-    def total(self) -> int:
-        """All operations."""
-        return self.ffn + self.projections + self.scores + self.plugin + self.head
-
-    def __add__(self, other: Cost) -> Cost:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Cost(*(ours + theirs for ours, theirs in pairs))
-
-
-def prefill(stack: Stack, n: int, plugin: VariatorConfig | None = None, *, causal: bool = True) -> Cost:
-    """Cost of reading a prompt of `n` tokens.
-
-    Args:
-        stack: the model's shape.
-        n: prompt tokens.
-        plugin: with `dense_head` and `dense_tail` set; None: the base model.
-        causal: count the scores that causality leaves; False: the whole rectangle of queries and entries, as
-            the eager attention of transformers computes (and `FlopCounterMode` counts) it.
-    """
-    total = Cost(head=2 * stack.dim * stack.vocabulary)
-    for layer in range(stack.layers):
-        slides = stack.windows[layer] is not None
-        ffn = _split(plugin, "ffn", layer, n)
-        kv = None if slides else _split(plugin, "kv", layer, n)
-        whole = None if slides else _split(plugin, "attention", layer, n)
-        entries = whole or kv or (1, Split(0, 0, n))
-        queries = whole[1].entries if whole else n
-        seen = _seen(entries, queries, stack.windows[layer]) if causal else queries * entries[1].entries
-        total += Cost(
-            ffn=2 * stack.ffn_weights * (ffn[1].entries if ffn else n),
-            projections=2 * stack.query_weights * queries + 2 * stack.key_value_weights * entries[1].entries,
-            scores=2 * 2 * stack.attention_width * seen,
-            plugin=sum(
-                _plugin_cost(plugin, stack.dim, *part, restores=restores)
-                for part, restores in ((ffn, True), (kv, False), (whole, True))
-                if plugin and part
-            ),
-            cache_entries=entries[1].entries if not slides else min(n, stack.windows[layer] or n),
-        )
-    return total
-
-
-def _split(plugin: VariatorConfig | None, site: str, layer: int, n: int) -> tuple[int, Split] | None:
-    """Ratio and split of a site; None where it is dense."""
-    k = plugin.ratio(site, layer) if plugin else None
-    if plugin is None or k is None:
-        return None
-    assert plugin.dense_head is not None, "resolve the configuration first"
-    assert plugin.dense_tail is not None
-    return k, split(n, k, plugin.dense_head, plugin.dense_tail)
-
-
-def _seen(entries: tuple[int, Split], queries: int, window: int | None) -> int:
-    """Number of (query, entry) pairs that causality leaves."""
-    k, (head, groups, tail) = entries
-    if queries == head + groups + tail:  # each query is an entry
-        if window is None or window >= queries:
-            return queries * (queries + 1) // 2
-        return window * (window + 1) // 2 + (queries - window) * window
-    in_groups = k * (groups * head + groups * (groups + 1) // 2)
-    in_tail = tail * (head + groups) + tail * (tail + 1) // 2
-    return head * (head + 1) // 2 + in_groups + in_tail
-
-
-def _plugin_cost(plugin: VariatorConfig, dim: int, k: int, part: Split, *, restores: bool) -> int:
-    """Merge and restore of one site: the fused form of `layers`, cheaper than the paper's count."""
-    tokens, cost = part.groups * k, 0
-    if k > 1 and plugin.compressor == "weighted":
-        cost += 2 * dim * k * tokens + 2 * dim * tokens  # scores; weighted sum
-    if restores and plugin.decompressor == "adapter":
-        cost += 2 * dim * plugin.r * (part.groups + 2 * tokens)  # down from g; down from h and up
-    return cost
+# Table 1 of the paper, 512 tokens: parameters and operations in per cent of the original's
+PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "t5-base": {"plugin": (0.9, 46.8), "token pruning": (100.0, 44.3), "student": (61.9, 44.3)},
+    "t5-large": {"plugin": (0.7, 54.1), "token pruning": (100.0, 52.5), "student": (59.1, 52.5)},
+}
+PAPER_TOKENS, PAPER_KEEP = 512, 0.25
 
 
 def build_parser() -> cli.Parser:
     """Every flag of the command."""
     parser = cli.Parser(
         prog="python -m llm_variator.flops",
-        description="Operations and KV entries of reading a prompt, dense and with a plugin, by arithmetic alone.",
+        description="Operations, parameters and KV entries, dense and with a plugin, by arithmetic alone.",
     )
     add = parser.add_argument
     add("--model", required=True, help="whose shape: alias, local folder or hub id")
     add("--plugin", metavar="PLUGIN", help="shipped name, folder or hub id, instead of the flags below")
-    add("--tokens", type=cli.positive_int, nargs="+", default=[512, 2048, 8192], help="prompt lengths")
+    add(
+        "--tokens",
+        type=cli.positive_int,
+        nargs="+",
+        help="prompt lengths (default: 512 2048 8192 for decoders, 512 for encoders)",
+    )
     add("--json", type=Path, metavar="FILE", help="store the figures with command and versions")
+    group = parser.add_argument_group("encoders", "What T5 and BERT are compared with.")
+    add = group.add_argument
+    add("--answer", type=cli.positive_int, default=2, help="tokens that T5's decoder reads (default 2)")
+    add("--keep", type=float, default=PAPER_KEEP, help="token pruning's share per FFN (default 0.25)")
+    add("--student-ffn", type=float, metavar="SHARE", help="inner width of the student's FFNs (default 0.25)")
+    add("--student-layers", type=cli.positive_int, nargs="+", metavar="N", help="of its encoder and decoder")
     cli.add_variator_flags(parser)
     return parser
 
@@ -181,40 +76,146 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = cli.parse(build_parser(), argv)
-    shape = load_config(args.model)
-    stack = Stack.of(shape)
-    plugin = _plugin_config(args, shape)
-    rows = {n: (prefill(stack, n), prefill(stack, n, plugin)) for n in args.tokens}
-    _print(args.model, rows)
-    if args.json:
-        figures: dict[str, Any] = {
-            "model": args.model,
-            "config": plugin.to_dict(),
-            "prompts": {
-                str(n): {
-                    name: {**dataclasses.asdict(cost), "total": cost.total}
-                    for name, cost in zip(("dense", "plugin"), costs, strict=True)
-                }
-                for n, costs in rows.items()
-            },
+    base = load_model(args.model, random_init=True, device="meta")
+    whole = parameters(base)
+    model = VariatorModel(base, _plugin_config(args))
+    config = model.plugins["default"]
+    figures: dict[str, Any] = {"model": args.model, "config": config.to_dict()}
+    figures["parameters"] = {"model": whole, "plugin": parameters(model.plugin())}
+    if model.is_decoder:
+        stack = Stack.of(base.config)
+        rows = {n: (prefill(stack, n), prefill(stack, n, config)) for n in args.tokens or [512, 2048, 8192]}
+        _print(args.model, rows, figures["parameters"])
+        figures["prompts"] = {
+            str(n): dict(zip(("dense", "plugin"), map(_figures, costs), strict=True))
+            for n, costs in rows.items()
         }
+    else:
+        _encoder(args, base, config, figures)
+    if args.json:
         command = ["llm_variator.flops", *argv]
         write_result(args.json, figures, command=command, seed=None, started=started)
 
 
-def _plugin_config(args: argparse.Namespace, shape: PreTrainedConfig) -> VariatorConfig:
-    """The plugin's configuration, its defaults filled in for this shape."""
-    if args.plugin:
-        if given := cli.variator_flags_given(args):
-            raise VariatorError(f"--plugin has its own configuration: leave out {', '.join(given)}")
-        config = VariatorConfig.from_json(plugin_folder(args.plugin) / CONFIG_FILE)
-    else:
-        config = cli.variator_config_from(args)
-    base = BaseSignature(args.model, shape.model_type, shape.hidden_size, shape.num_hidden_layers)
-    return config.resolved(base, decoder=True)
+def _plugin_config(args: argparse.Namespace) -> VariatorConfig:
+    if not args.plugin:
+        return cli.variator_config_from(args)
+    if given := cli.variator_flags_given(args):
+        raise VariatorError(f"--plugin has its own configuration: leave out {', '.join(given)}")
+    return VariatorConfig.from_json(plugin_folder(args.plugin) / CONFIG_FILE)
 
 
-def _print(model: str, rows: dict[int, tuple[Cost, Cost]]) -> None:
+def _figures(cost: Cost) -> dict[str, int]:
+    return {**dataclasses.asdict(cost), "total": cost.total}
+
+
+def _encoder(
+    args: argparse.Namespace, base: PreTrainedModel, config: VariatorConfig, figures: dict[str, Any]
+) -> None:
+    """Print how dense, plugin and baselines compare, and add it to `figures`."""
+    if not 0 < args.keep <= 1:
+        raise VariatorError(f"--keep must be above 0 and at most 1, got {args.keep}")
+    if len(args.student_layers or ()) > 2:
+        raise VariatorError("--student-layers takes one number for the encoder and one for the decoder")
+    with torch.device("meta"):
+        student = make_student(base, *(args.student_layers or ()), ffn=args.student_ffn)
+    shape, small = EncoderShape.of(base.config), EncoderShape.of(student.config)
+    counts = figures["parameters"]
+    counts |= {"dense": counts["model"], "token pruning": counts["model"], "student": parameters(student)}
+    answer = args.answer if shape.decoder_layers else 0
+    figures |= {"answer": answer, "keep": args.keep, "prompts": {}}
+    paper = PAPER.get(args.model, {}) if _is_papers(args, config) else {}
+    for n in args.tokens or [PAPER_TOKENS]:
+        costs = {
+            "dense": encoding(shape, n, answer=answer),
+            "plugin": encoding(shape, n, answer=answer, plugin=config),
+            "token pruning": encoding(shape, n, answer=answer, keep=args.keep),
+            "student": encoding(small, n, answer=answer),
+        }
+        dense = costs["dense"]
+        figures["prompts"][str(n)] = {
+            name: {
+                **_figures(cost),
+                "encoder_of_dense": round(cost.encoder / dense.encoder, 4),
+                "of_dense": round(cost.total / dense.total, 4),
+                "parameters_of_model": round(counts[name] / counts["model"], 4),
+            }
+            for name, cost in costs.items()
+        }
+        _print_encoder(args.model, n, answer, costs, counts, paper if n == PAPER_TOKENS else {})
+    if paper:
+        _print_papers_count(base.config, config, shape, paper)
+
+
+def _is_papers(args: argparse.Namespace, config: VariatorConfig) -> bool:
+    ours = dataclasses.replace(config, base=None)
+    papers = dataclasses.replace(VariatorConfig(k=4), dense_head=0, dense_tail=0)
+    student = args.student_layers is None and args.student_ffn in (None, PAPER_KEEP)
+    return ours == papers and args.keep == PAPER_KEEP and student
+
+
+def _print_encoder(
+    model: str,
+    n: int,
+    answer: int,
+    costs: Mapping[str, Cost],
+    counts: Mapping[str, int],
+    paper: Mapping[str, tuple[float, float]],
+) -> None:
+    title = f"{model}: reading {n:,} tokens" + (f" and {answer} of an answer" if answer else "") + ", GFLOP"
+    table = Table(title=title)
+    for heading in ("", *costs):
+        table.add_column(heading, justify="right")
+    dense = costs["dense"]
+
+    def line(name: str, cells: Iterable[str]) -> None:
+        table.add_row(name, *cells)
+
+    line("FFN", (f"{cost.ffn / 1e9:,.1f}" for cost in costs.values()))
+    line("Q, K, V, O", (f"{cost.projections / 1e9:,.1f}" for cost in costs.values()))
+    line("scores", (f"{cost.scores / 1e9:,.1f}" for cost in costs.values()))
+    line("plugin", (f"{cost.plugin / 1e9:,.1f}" for cost in costs.values()))
+    line("encoder, of dense", (f"{cost.encoder / dense.encoder:.1%}" for cost in costs.values()))
+    if answer:
+        line("decoder", (f"{(cost.answer + cost.head) / 1e9:,.1f}" for cost in costs.values()))
+        line("all, of dense", (f"{cost.total / dense.total:.1%}" for cost in costs.values()))
+    line("parameters", (_added(name, f"{counts[name] / counts['model']:.1%}") for name in costs))
+    if paper:
+        table.add_section()
+        columns = [(name, *paper.get(name, (100.0, 100.0))) for name in costs]
+        line("paper: FLOPs", (f"{operations}%" for _, _, operations in columns))
+        line("paper: parameters", (_added(name, f"{share}%") for name, share, _ in columns))
+    Console().print(table)
+
+
+def _added(name: str, share: str) -> str:
+    """A plugin's parameters come on top of the model's; the others are models themselves."""
+    return f"+{share}" if name == "plugin" else share
+
+
+def _print_papers_count(
+    shape: Any, config: VariatorConfig, encoder: EncoderShape, paper: Mapping[str, tuple[float, float]]
+) -> None:
+    """Why the paper's column of operations is not ours."""
+    assert isinstance(config.k, int)
+    left = ffn_share_left(config.k, config.r, encoder.dim)
+    more = ffn_parameters(config.k, config.r, encoder.dim) / encoder.ffn_weights
+    implied = [
+        (1 - paper[row][1] / 100) / (1 - now) for row, now in (("plugin", left), ("token pruning", 0.25))
+    ]
+    cost = encoding(encoder, PAPER_TOKENS)
+    Console().print(
+        f"One FFN by the paper's own formula (section 3.4): {1 - left:.1%} of its operations saved, {more:.1%} more "
+        f"parameters. With it the paper's FLOPs column asks FFNs to be {min(implied):.1%} to {max(implied):.1%} of all "
+        f"operations. They are {cost.ffn / cost.encoder:.1%} of this encoder's, "
+        f"{cost.ffn / (cost.ffn + cost.projections):.1%} without the attention scores, and less with the decoder; "
+        "the paper does not say what it counts.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print(model: str, rows: dict[int, tuple[Cost, Cost]], counts: Mapping[str, int]) -> None:
     table = Table(title=f"{model}: reading one prompt, TFLOP")
     for heading in (
         "tokens",
@@ -239,6 +240,8 @@ def _print(model: str, rows: dict[int, tuple[Cost, Cost]]) -> None:
                 f"{cost.cache_entries / costs[0].cache_entries:.3f}",
             )
     Console().print(table)
+    share = counts["plugin"] / counts["model"]
+    Console().print(f"plugin: {counts['plugin']:,} parameters, {share:.2%} of the model's", highlight=False)
 
 
 if __name__ == "__main__":

@@ -185,11 +185,16 @@ class VariatorModel(nn.Module):
         """What is attached where. Layers with a sliding window keep their attention dense: its cache is short."""
         ratios: dict[str, dict[int, int]] = {}
         for site in config.sites:
+            if site == "cross" and self._architecture.answering(self._host) is None:
+                raise VariatorError(
+                    f'site "cross" is for T5 with its decoder; {type(self._host).__name__} has no decoder that reads '
+                    "an encoder: leave it out of sites"
+                )
             ratios[site] = {
                 layer: k
                 for layer in range(self.signature.num_layers)
                 if (k := config.ratio(site, layer)) is not None
-                and (site == "ffn" or not self._architecture.slides(self._host, layer))
+                and (site in ("ffn", "cross") or not self._architecture.slides(self._host, layer))
             }
             if not ratios[site]:
                 raise VariatorError(
@@ -286,6 +291,11 @@ class VariatorModel(nn.Module):
                 "no cache to report yet: run generate or forward(use_cache=True) with a plugin first"
             )
         return self._report
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the base is a decoder; else it is an encoder (T5, BERT), whose tokens are all compressed."""
+        return self._architecture.decoder
 
     def decoder_only(self, what: str, reason: str) -> None:
         """Raise a `VariatorError` that gives the `reason` unless the base is a decoder."""

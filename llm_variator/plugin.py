@@ -25,13 +25,13 @@ Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
 
 
 class SiteLayers(nn.Module):
-    """The layers of one site in one layer of the model. The "kv" site restores nothing: queries stay per token."""
+    """The layers of one site in one layer of the model. "kv" and "cross" restore nothing: queries stay per token."""
 
     def __init__(self, config: VariatorConfig, site: str, dim: int, k: int) -> None:
         super().__init__()
         self.k = k
         self.compressor = HiddenCompressor(dim, k, mean=config.compressor == "mean")
-        if site != "kv":
+        if site not in ("kv", "cross"):
             self.decompressor = HiddenDecompressor(
                 dim, config.r, activation=config.activation, copy=config.decompressor == "copy"
             )
@@ -56,7 +56,7 @@ class CompressionPlugin(nn.Module):
             )
         # plain lookups: hooks ask at every layer of every pass
         self.sites = {(site, i): self._site(site, i) for site in ratios for i in ratios[site]}
-        self.cache_layers = sorted({layer for site, layer in self.sites if site != "ffn"})
+        self.cache_layers = sorted({layer for site, layer in self.sites if site in ("kv", "attention")})
 
     def at(self, site: str, layer: int) -> SiteLayers | None:
         """The layers of `site` in the model's layer `layer`; None where it stays dense."""

@@ -9,11 +9,11 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
 from llm_variator.cache import adopt, is_compressed
 from llm_variator.errors import VariatorError
-from llm_variator.groups import Segment
+from llm_variator.groups import FILLER, Segment
 from llm_variator.plugin import CompressionPlugin
 
 
@@ -96,14 +96,20 @@ def begin_encoding(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     session = current()
     if session is None or session.plugin is None or (tokens := _tokens(args, kwargs)) is None:
         return
+    session.stash.clear()
+    session.segment = _encoded(session, tokens, kwargs.get("attention_mask"))
+
+
+def _encoded(session: Session, tokens: Tensor, mask: Any) -> Segment:
+    """All of an encoder's tokens (rows, width, ...) as prompt."""
+    assert session.plugin is not None
     config, width = session.plugin.config, tokens.shape[1]
     assert config.dense_head is not None
     assert config.dense_tail is not None
-    valid = _valid(kwargs.get("attention_mask"), width)
+    valid = _valid(mask, width)
     _refuse_empty(width, valid)
     prompts = width if valid is None else valid.sum(1).tolist()
-    session.stash.clear()
-    session.segment = Segment(
+    return Segment(
         width,
         prompts,
         head=config.dense_head,
@@ -112,6 +118,29 @@ def begin_encoding(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         valid=valid,
         ragged=True,
     )
+
+
+def begin_answer(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Pre-hook of a decoder that reads an encoder: with site "cross" it reads one state per entry.
+
+    Merged once for all decoder layers, and in `generate` once for all steps.
+
+    Raises:
+        VariatorError: the input or the cache does not suit merged states.
+    """
+    session = current()
+    site = session.plugin.at("cross", 0) if session and session.plugin else None
+    if session is None or site is None or (states := kwargs.get("encoder_hidden_states")) is None:
+        return None
+    if isinstance(getattr(kwargs.get("past_key_values"), "cross_attention_cache", None), StaticCache):
+        raise VariatorError('a static cache does not work with site "cross": leave cache_implementation out')
+    if session.stash.get("cross", (None,))[0] is not states:
+        segment = _encoded(session, states, kwargs.get("encoder_attention_mask"))
+        grouping = segment.grouping(site.k)
+        mask = (grouping.columns != FILLER).long() if grouping.has_fillers else None
+        session.stash["cross"] = states, grouping.compress(states, site.compressor), mask
+    _, entries, mask = session.stash["cross"]
+    return args, {**kwargs, "encoder_hidden_states": entries, "encoder_attention_mask": mask}
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

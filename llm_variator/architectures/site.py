@@ -5,6 +5,7 @@ KV: the key and value projections run on the entries; their outputs are put back
 that the model's own code applies its norms and the position of each group's last token; then only the
 entries' columns go to the cache and to attention.
 Attention: the whole self-attention runs on the entries, then a hook restores the tokens.
+Cross (T5): the decoder gets one merged encoder state per group, so that all of its layers read n/k of them.
 Where a model adds the residual inside the module that ends a site (BERT), the tokens are restored before it.
 """
 
@@ -27,7 +28,7 @@ from llm_variator.cache import CompressedLayer
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping, Slices
 from llm_variator.plugin import SiteLayers
-from llm_variator.session import begin_encoding, begin_pass, current
+from llm_variator.session import begin_answer, begin_encoding, begin_pass, current
 
 ATTENTION_FUNCTION = "variator"  # the name under which transformers finds `attention_forward`
 
@@ -50,6 +51,8 @@ class Architecture:
     """Where the attention's output appears, if not in `attention`."""
     reader: str = ""
     """From the model (an encoder's without its head) to the module that reads the tokens to compress."""
+    answers: str = ""
+    """From an encoder (without its head) to the decoder that reads it, where a model has one."""
     decoder: bool = True
 
     def stack(self, base: PreTrainedModel) -> nn.Module:
@@ -59,6 +62,10 @@ class Architecture:
     def blocks(self, base: PreTrainedModel) -> nn.ModuleList:
         """The layers of `base`."""
         return self.stack(base).get_submodule(self.layers)  # type: ignore[return-value]
+
+    def answering(self, base: PreTrainedModel) -> nn.Module | None:
+        """The decoder of `base` that reads what its encoder read; None where there is none."""
+        return getattr(base.base_model, self.answers, None) if self.answers else None
 
     def check(self, base: PreTrainedModel) -> None:
         """Raise naming the module that `base` lacks, or the setting that does not suit."""
@@ -94,6 +101,8 @@ class Architecture:
         """Put the hooks on every layer of `base`; calling `remove()` on each of the handles undoes it."""
         begin: Any = begin_pass if self.decoder else begin_encoding
         handles: list[Any] = [self.stack(base).register_forward_pre_hook(begin, with_kwargs=True)]
+        if (reader := self.answering(base)) is not None:
+            handles.append(reader.register_forward_pre_hook(begin_answer, with_kwargs=True))
         for index, block in enumerate(self.blocks(base)):
             ffn, attention = block.get_submodule(self.ffn), block.get_submodule(self.attention)
             handles += _hook_ffn(ffn, block.get_submodule(self.ffn_end or self.ffn), index)

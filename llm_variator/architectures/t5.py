@@ -1,4 +1,7 @@
-"""T5's encoder: v1.0 (ReLU), v1.1 and FLAN (gated), mT5, with or without the decoder, which stays as it is."""
+"""T5's encoder: v1.0 (ReLU), v1.1 and FLAN (gated), mT5, with or without the decoder, which stays as it is.
+
+With site "cross" it reads merged encoder states; its modules are untouched then too.
+"""
 
 from llm_variator.architectures.site import Architecture
 
@@ -10,5 +13,6 @@ T5 = Architecture(
     attention="layer.0.SelfAttention",
     key="k",
     value="v",
+    answers="decoder",
     decoder=False,
 )
