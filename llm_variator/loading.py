@@ -137,7 +137,7 @@ def load_tokenizer(name: str | os.PathLike[str], *, stand_in: bool = False) -> P
         Path(name).expanduser().is_dir() or (name == "smollm2-135m" and smollm2.find_gguf())
     ):
         return _stand_in(name)
-    source = _source(name)
+    source = Path(name).expanduser() if _holds_adapter(name) else _source(name)
     local_only = _local_only(source)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -14,7 +14,11 @@ from llm_variator.config import BaseSignature
 from llm_variator.loading import load_config
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if "tables" not in path.parts
+)
 
 
 def launch(recipe: str, monkeypatch):

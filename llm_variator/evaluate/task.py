@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     task = find_task(args.task)
     examples = load_examples(task, "validation", data_dir=args.data_dir, limit=args.limit)
     base = load_model(args.model, dtype=args.dtype, device=args.device)
-    form = form_for(base.config, task, load_tokenizer(args.model), max_length=args.max_length)
+    form = form_for(base, task, load_tokenizer(args.model), max_length=args.max_length)
     model: Any = VariatorModel.from_pretrained(base, args.plugin) if args.plugin else base
     if (Path(args.model) / LTP_FILE).is_file():
         TokenPruning.load(base, args.model)

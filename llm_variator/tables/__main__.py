@@ -50,40 +50,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = read_table(args.recipe)
     _check_selection("row", args.rows, [row.name for row in table.rows])
     _check_selection("column", args.columns, table.columns)
-    runner = Runner(
-        table,
-        args.runs,
-        model=args.model,
-        circumstances={"device": args.device, "data_dir": args.data_dir},
-        dry=args.dry_run,
-    )
+    chosen = [
+        (row, task)
+        for task in table.columns
+        for row in table.rows
+        if (not args.rows or row.name in args.rows) and (not args.columns or task in args.columns)
+    ]
+    circumstances = {"device": args.device, "data_dir": args.data_dir}
+    settings: Any = {"model": args.model, "circumstances": circumstances}
+    plan = Runner(table, args.runs, **settings, dry=True, say=print if args.dry_run else _say_nothing)
+    for row, task in chosen:  # a wrong flag of the last run must not wait until all others are done
+        plan.cell(row, task)
+    if args.dry_run:
+        return
+    runner = Runner(table, args.runs, **settings)
     model = args.model or table.model
     file = args.results / f"{table.name}.json"
     cells = _known_cells(file, table)
-    for task in table.columns:
-        for row in table.rows:
-            if (args.rows and row.name not in args.rows) or (args.columns and task not in args.columns):
-                continue
-            cell = runner.cell(row, task)
-            if args.dry_run:
-                continue
-            cells.setdefault(row.name, {})[task] = cell
-            figures = {
-                "title": table.title,
-                "model": model,
-                "cells": _in_order(cells, table),
-                "averages": averages(cells),
-                "paper": table.paper,
-            }
-            result = write_result(
-                file, figures, command=["llm_variator.tables", *argv], seed=None, started=started
-            )
-            text = markdown(table, result["figures"]["model"], cells)
-            write_atomically(file.with_suffix(".md"), text)
-    if args.dry_run:
-        return
+    for row, task in chosen:
+        cells.setdefault(row.name, {})[task] = runner.cell(row, task)
+        figures = {
+            "title": table.title,
+            "model": model,
+            "cells": _in_order(cells, table),
+            "averages": averages(cells),
+            "paper": table.paper,
+        }
+        result = write_result(
+            file, figures, command=["llm_variator.tables", *argv], seed=None, started=started
+        )
+        text = markdown(table, result["figures"]["model"], cells)
+        write_atomically(file.with_suffix(".md"), text)
     print(markdown(table, model, cells))
     print(f"written to {file} and {file.with_suffix('.md')}")
+
+
+def _say_nothing(line: str) -> None:
+    """For a plan that nobody asked to see."""
 
 
 def _check_selection(what: str, wanted: Sequence[str], known: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
 from llm_variator.tasks.examples import Example
@@ -41,12 +41,12 @@ class TaskForm(Protocol):
 
 
 def form_for(
-    config: PreTrainedConfig, task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
 ) -> TaskForm:
-    """The form for a model with this configuration.
+    """The form in which a model reads a task.
 
     Args:
-        config: of a T5, a decoder, or a BERT with a classification head.
+        model: a T5, a decoder, or a BERT with a classification head.
         task: an entry of `TASKS`.
         tokenizer: the model's.
         max_length: most prompt tokens; longer inputs are cut.
@@ -54,9 +54,9 @@ def form_for(
     Raises:
         VariatorError: the tokenizer lacks T5's sentinels, or a classifier is to give free text.
     """
-    if config.is_encoder_decoder:
-        return Seq2SeqForm(task, tokenizer, max_length, start=config.decoder_start_token_id)
-    if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+    if model.config.is_encoder_decoder:
+        return Seq2SeqForm(task, tokenizer, max_length, start=model.config.decoder_start_token_id)
+    if type(model).__name__.endswith("ForSequenceClassification"):
         return ClassifierForm(task, tokenizer, max_length)
     return DecoderForm(task, tokenizer, max_length)
 

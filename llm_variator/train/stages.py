@@ -165,7 +165,7 @@ def _task_run(args: argparse.Namespace) -> Run:
     test = load_examples(task, "validation", data_dir=args.data_dir, limit=args.test_limit)
     validation = _part(test, args.eval_limit)
     base = _load(args)
-    form = form_for(base.config, task, tokenizer, max_length=args.max_length)
+    form = form_for(base, task, tokenizer, max_length=args.max_length)
     learner = _finetuned(args, base) if args.stage == "finetune" else _adapted(args, base)
     distillation = None if args.stage == "finetune" else args.loss
     objective = Objective(learner, distillation, kl_weight=args.kl_weight, task_weight=args.task_weight)

@@ -8,7 +8,6 @@ from torch.distributions import Categorical, kl_divergence
 
 from llm_variator.train.losses import LOSSES, Outputs, States, continuation_kl, hidden_mse
 
-
 ROWS, TOKENS, WIDTH, CONTINUATION, VOCAB = 2, 5, 3, 2, 7
 
 

@@ -1,0 +1,246 @@
+"""Tables of experiments: recipes, runs that are shared and skipped, and a table that was killed on its way."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_tasks import write_tasks
+
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.loading import load_config, load_model, load_tokenizer
+from llm_variator.tables.__main__ import main
+from llm_variator.tables.recipe import read_table
+from llm_variator.tables.render import markdown
+from llm_variator.tables.runner import Runner
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes" / "tables"
+SHARED = "t5.yaml"  # what others extend
+TABLES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml") if path.name != SHARED)
+SMOKE = [name for name in TABLES if name.startswith("smoke/")]
+PAPER = [name for name in TABLES if name.startswith("paper/")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Where the smoke tables run; they share their runs."""
+    return tmp_path_factory.mktemp("work")
+
+
+def run(recipe: Path, work: Path, data: Path, *flags: str) -> dict:
+    places = ["--runs", str(work / "runs"), "--results", str(work / "results"), "--data-dir", str(data)]
+    main([str(recipe), *places, *flags])
+    files = list((work / "results").glob(f"*{recipe.stem}.json"))
+    return json.loads(files[0].read_text(encoding="utf-8"))["figures"]
+
+
+# --- the recipes of this repository
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_flag_of_every_run_is_known(name):
+    table = read_table(FOLDER / name)
+    planned: list[str] = []
+    runner = Runner(table, Path("nowhere"), dry=True, say=planned.append)
+    assert all(runner.cell(row, task) == {} for row in table.rows for task in table.columns)
+    assert len(planned) >= len(table.columns) * (len(table.rows) - 1)
+    assert len(planned) == len(set(planned)), "a run that could be shared is planned twice"
+    first = (FOLDER / name).read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith(f"# python -m llm_variator.tables recipes/tables/{name}")
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_smoke_tables_run(name, work, data, tmp_path):
+    flags = []
+    if name == "smoke/figure4.yaml":  # a LoRA names its base, which must be found again
+        load_model("tiny-t5", random_init=True).save_pretrained(tmp_path)
+        load_tokenizer("tiny-t5", stand_in=True).save_pretrained(tmp_path)
+        flags = ["--model", str(tmp_path)]
+    figures = run(FOLDER / name, work, data, *flags)
+    table = read_table(FOLDER / name)
+    assert list(figures["cells"]) == [row.name for row in table.rows]
+    for columns in figures["cells"].values():
+        assert list(columns) == list(table.columns)
+        for cell in columns.values():
+            assert all(0 <= value <= 100 for value in cell["score"].values())
+            assert "of" in cell["data"]["measured on"]
+
+
+@pytest.mark.parametrize(("model", "percent"), [("t5-base", 0.9), ("t5-large", 0.7)])
+def test_extra_parameters_of_the_papers_tables(model, percent):
+    names = {"t5-base": "paper/table1.yaml", "t5-large": "paper/table1-large.yaml"}
+    table = read_table(FOLDER / names[model])
+    assert table.model == model
+    row = next(row for row in table.rows if row.name == "Variator")
+    with torch.device("meta"):
+        base = load_model(model, random_init=True, device="meta")
+        plugin = VariatorModel(base, VariatorConfig(**row.plugin)).plugin()
+    share = sum(parameter.numel() for parameter in plugin.parameters()) / base.num_parameters()
+    assert round(100 * share, 1) == percent
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_tables_build_on_the_meta_device(name):
+    table = read_table(FOLDER / name)
+    base = load_model(table.model, random_init=True, device="meta")
+    assert load_config(table.model).model_type == base.config.model_type
+    for row in table.rows:
+        if row.method != "variator":
+            continue
+        flags = {key: value for key, value in row.plugin.items() if key != "preset"}
+        make = VariatorConfig.paper if row.plugin.get("preset") == "paper" else VariatorConfig
+        with torch.device("meta"):
+            model = VariatorModel(base, make(**flags))
+        assert sum(parameter.numel() for parameter in model.plugin().parameters()) > 0
+        base = model.unload()
+
+
+# --- wrong recipes
+
+
+GOOD = {"title": "t", "model": "tiny-t5", "columns": ["rte"], "rows": {"Variator": {"plugin": {"k": 2}}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colums": ["rte"]}, "unknown 'colums'; did you mean 'columns'"),
+        ({"columns": ["rtee"]}, "unknown 'rtee'; did you mean 'rte'"),
+        ({"rows": {}}, "'rows' is missing"),
+        ({"rows": {"A": {"methd": "ltp"}}}, "unknown 'methd'; did you mean 'method'"),
+        ({"rows": {"A": {"method": "prune"}}}, "unknown 'prune'; known: distill"),
+        ({"rows": {"A": {}}}, "row 'A' needs its plugin flags"),
+        ({"paper": {"B": {}}}, "unknown 'B'"),
+        ({"methods": {"ltp": {"train": {}}}}, "unknown 'train'"),
+        ({"extends": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_wrong_recipe(tmp_path, change, message):
+    file = tmp_path / "table.yaml"
+    file.write_text(yaml.safe_dump(GOOD | change), encoding="utf-8")
+    with pytest.raises(VariatorError, match=message):
+        read_table(file)
+
+
+def test_wrong_flag_of_a_run_is_found_before_anything_runs(tmp_path, data):
+    file = tmp_path / "table.yaml"
+    file.write_text(yaml.safe_dump(GOOD | {"adapt": {"max_stepps": 3}}), encoding="utf-8")
+    with pytest.raises(VariatorError, match="max-stepps"):
+        main([str(file), "--runs", str(tmp_path / "runs"), "--data-dir", str(data)])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_row_or_column_is_refused(tmp_path, data):
+    with pytest.raises(VariatorError, match="has no row 'Orignal'; it has Original"):
+        run(FOLDER / "smoke/table1.yaml", tmp_path, data, "--rows", "Orignal")
+    with pytest.raises(VariatorError, match="has no column 'mnli'"):
+        run(FOLDER / "smoke/table1.yaml", tmp_path, data, "--columns", "mnli")
+
+
+# --- settings
+
+
+def test_the_more_particular_flags_win(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump(GOOD | {"adapt": {"max_steps": 1, "seed": 1}, "options": {"seed": 0, "r": 2}})
+    )
+    rows = {"LTP": {"method": "ltp", "adapt": {"seed": 4}}}
+    over = {"extends": "base.yaml", "rows": rows, "methods": {"ltp": {"adapt": {"seed": 3, "keep": 0.5}}}}
+    over |= {"tasks": {"rte": {"seed": 2, "max_length": 9}}}
+    (tmp_path / "over.yaml").write_text(yaml.safe_dump(over))
+    table = read_table(tmp_path / "over.yaml")
+    row = table.rows[-1]
+    assert row.name == "LTP"
+    assert table.flags("adapt", row, "rte") == dict(seed=4, r=2, max_steps=1, max_length=9, keep=0.5)
+    assert table.flags("adapt") == dict(seed=1, r=2, max_steps=1)
+
+
+def test_grid_takes_the_best_of_all_combinations(tmp_path, data):
+    recipe = {
+        "extends": str(FOLDER / "smoke" / SHARED),
+        "title": "grid",
+        "columns": ["rte"],
+        "rows": {"Original": {"method": "original"}},
+        "finetune": {"grid": {"learning_rate": [1e-3, 0.1], "batch_size": [2, 4]}},
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(recipe))
+    figures = run(tmp_path / "grid.yaml", tmp_path, data)
+    results = [
+        json.loads(file.read_text(encoding="utf-8"))["figures"]
+        for file in (tmp_path / "runs").glob("finetune-*/training.json")
+    ]
+    assert len(results) == 4
+    best = max(max(score for _, score in result["held_out_history"]) for result in results)
+    chosen = figures["cells"]["Original"]["rte"]
+    assert max(score for _, score in chosen["held_out_history"]) == best
+
+
+def test_markdown_shows_ours_the_papers_and_what_is_pending(tmp_path):
+    (tmp_path / "t.yaml").write_text(
+        yaml.safe_dump(GOOD | {"columns": ["rte", "squad"], "paper": {"Variator": {"rte": 81.1}}})
+    )
+    table = read_table(tmp_path / "t.yaml")
+    cell = {"score": {"accuracy": 70.04}, "data": {"measured on": "all"}, "steps": 3}
+    text = markdown(table, "tiny", {"Variator": {"rte": cell}})
+    assert "| Variator | 70.0 (81.1) | pending |" in text
+
+
+# --- stopping and going on
+
+
+def figures_only(figures: dict) -> dict:
+    """Without what differs between two runs of the same."""
+    for columns in figures["cells"].values():
+        for cell in columns.values():
+            del cell["wall_seconds"], cell["command"]
+    return figures
+
+
+def test_finished_runs_are_not_repeated(work, data):
+    first = run(FOLDER / "smoke/table3.yaml", work, data)
+    stamps = {file: file.stat().st_mtime_ns for file in (work / "runs").rglob("training.json")}
+    again = run(FOLDER / "smoke/table3.yaml", work, data)
+    assert again == first
+    assert stamps == {file: file.stat().st_mtime_ns for file in (work / "runs").rglob("training.json")}
+
+
+def test_table_killed_twice_ends_like_the_one_that_was_not(tmp_path, data):
+    recipe = {
+        "extends": str(FOLDER / "smoke" / SHARED),
+        "title": "killed",
+        "columns": ["rte", "sst2"],
+        "finetune": {"max_steps": 8},
+        "adapt": {"max_steps": 12},
+        "rows": {"LTP": {"method": "ltp"}, "Variator": {"plugin": {"k": 2, "r": 4}}},
+    }
+    file = tmp_path / "killed.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    whole = run(file, tmp_path / "whole", data)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "llm_variator.tables", str(file), "--data-dir", str(data)]
+    command += ["--runs", str(killed / "runs"), "--results", str(killed / "results")]
+    draw = random.Random()
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(list(killed.rglob("*")))
+        while len(list(killed.rglob("*"))) <= before + 3:
+            assert process.poll() is None, "the table ended before it could be killed"
+            time.sleep(0.01)
+        time.sleep(draw.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert figures_only(run(file, killed, data)) == figures_only(whole)

@@ -1,0 +1,193 @@
+"""Whole runs of finetune, pretrain and adapt on tiny models: what is written, and that a stop changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_tasks import write_tasks
+
+from llm_variator import VariatorError, VariatorModel
+from llm_variator.baselines.ltp import LTP_FILE
+from llm_variator.evaluate.__main__ import main as evaluate
+from llm_variator.loading import load_config, load_model, load_tokenizer
+from llm_variator.train.__main__ import main
+
+SHORT = {
+    "max_steps": 4,
+    "batch_size": 4,
+    "eval_every": 2,
+    "save_every": 2,
+    "logging_every": 1,
+    "warmup_steps": 1,
+    "max_length": 300,
+    "device": "cpu",
+}
+
+
+def train(output: Path, *flags: str, **settings) -> dict:
+    argv = [*flags, "--output", str(output)]
+    for name, value in {**SHORT, **settings}.items():
+        if value is not None:
+            argv.append(f"--{name.replace('_', '-')}={value}")
+    main(argv)
+    return json.loads((output / "training.json").read_text(encoding="utf-8"))["figures"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("data"), "rte", "squad")
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory, data) -> dict[str, Path]:
+    """A fine-tuned model of each kind."""
+    folders = {kind: tmp_path_factory.mktemp(kind) / "teacher" for kind in ("t5", "bert", "llama")}
+    for kind, folder in folders.items():
+        train(folder, "--random-init", stage="finetune", model=f"tiny-{kind}", task="rte", data_dir=data)
+    return folders
+
+
+def adapt(output: Path, teacher: Path, data: Path, *flags: str, **settings) -> dict:
+    return train(output, *flags, **dict(stage="adapt", model=teacher, task="rte", data_dir=data) | settings)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "llama"])
+def test_finetuned_model_is_a_folder_like_any_other(teachers, kind):
+    folder = teachers[kind]
+    figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))["figures"]
+    assert [step for step, _ in figures["held_out_history"]] == [0, 2, 4]
+    assert set(figures["held_out"]) == {"accuracy"}
+    assert figures["data"]["trained on"] == "rte/train.parquet: 16 of 2,490 official rows (0.6%)"
+    model = load_model(folder)
+    assert len(load_tokenizer(folder)) <= model.config.vocab_size
+    if kind == "bert":
+        assert model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "llama"])
+def test_plugin_is_adapted_and_the_teacher_left_alone(teachers, data, tmp_path, kind):
+    before = load_file(teachers[kind] / "model.safetensors")
+    figures = adapt(tmp_path / "plugin", teachers[kind], data, k=2, r=4)
+    assert {path.name for path in (tmp_path / "plugin").iterdir() if path.is_file()} >= {
+        "variator.safetensors", "variator_config.json", "README.md", "training.json",
+    }  # fmt: skip
+    assert "rte/train.parquet" in (tmp_path / "plugin" / "README.md").read_text(encoding="utf-8")
+    assert figures["config"]["k"] == 2
+    model = VariatorModel.from_pretrained(load_model(teachers[kind]), tmp_path / "plugin")
+    assert any(parameter.abs().sum() > 0 for parameter in model.plugin().parameters())
+    after = load_file(teachers[kind] / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_pretrained_plugin_is_where_adaptation_starts(teachers, data, tmp_path, kind):
+    figures = train(
+        tmp_path / "pre", "--random-init", model=f"tiny-{kind}", k=4, r=4, seq_length=40, eval_windows=4,
+        max_length=None, learning_rate=1e-3,
+    )  # fmt: skip
+    assert set(figures["held_out"]) == {"distillation_loss"}
+    history = [loss for _, loss in figures["held_out_history"]]
+    assert history[-1] < history[0]
+    adapt(tmp_path / "on", teachers[kind], data, plugin=tmp_path / "pre", learning_rate=1e-9)
+    pre, on = (load_file(tmp_path / name / "variator.safetensors") for name in ("pre", "on"))
+    for name, value in pre.items():
+        torch.testing.assert_close(on[name], value, rtol=0, atol=1e-6)
+
+
+def test_lora_is_small_and_loads_merged(teachers, data, tmp_path):
+    figures = train(
+        tmp_path / "lora", "--lora", stage="finetune", model=teachers["t5"], task="rte", data_dir=data, lora_r=2,
+        learning_rate=0.1,
+    )  # fmt: skip
+    assert set(figures["held_out"]) == {"accuracy"}
+    assert not (tmp_path / "lora" / "model.safetensors").exists()
+    adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in adapter} == {"q", "v"}
+    merged, plain = load_model(tmp_path / "lora"), load_model(teachers["t5"])
+    assert load_config(tmp_path / "lora").d_model == plain.config.d_model
+    for (name, value), (_, base) in zip(merged.state_dict().items(), plain.state_dict().items(), strict=True):
+        stem = name.removesuffix(".weight")
+        pair = [adapter.get(f"base_model.model.{stem}.lora_{side}.weight") for side in "BA"]
+        expected = base if pair[0] is None else base + 32 / 2 * pair[0] @ pair[1]
+        torch.testing.assert_close(value, expected)
+    adapt(tmp_path / "plugin", tmp_path / "lora", data, k=2, r=4)
+
+
+def test_baselines(teachers, data, tmp_path):
+    ltp = adapt(tmp_path / "ltp", teachers["t5"], data, method="ltp", keep=0.5)
+    assert json.loads((tmp_path / "ltp" / LTP_FILE).read_text(encoding="utf-8"))["keep"] == 0.5
+    student = adapt(tmp_path / "student", teachers["t5"], data, method="distill")
+    sizes = [load_model(folder).num_parameters() for folder in (tmp_path / "student", teachers["t5"])]
+    assert sizes[0] < sizes[1]
+    for name, figures in (("ltp", ltp), ("student", student)):
+        evaluate(
+            ["task", "--model", str(tmp_path / name), "--task", "rte", "--max-length", "300",
+             "--data-dir", str(data), "--json", str(tmp_path / f"{name}.json")]
+        )  # fmt: skip
+        read = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+        assert read["figures"]["held_out"] == figures["held_out"]
+
+
+def test_free_text_task(data, tmp_path):
+    teacher = tmp_path / "teacher"
+    flags = dict(task="squad", data_dir=data, max_length=200)
+    figures = train(teacher, "--random-init", stage="finetune", model="tiny-t5", **flags)
+    assert set(figures["held_out"]) == {"exact_match", "f1"}
+    assert set(train(tmp_path / "k2", stage="adapt", model=teacher, k=2, r=4, **flags)["held_out"]) == {
+        "exact_match", "f1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["variator", "ltp", "distill"])
+def test_resumed_run_ends_like_the_whole_one(teachers, data, tmp_path, method):
+    settings = dict(method=method, save_total_limit=9)
+    if method == "variator":
+        settings |= dict(k=2, r=4)
+    whole = adapt(tmp_path / "whole", teachers["t5"], data, **settings)
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", half / "checkpoint-2")
+    shutil.copy(tmp_path / "whole" / "run.json", half)
+    resumed = adapt(half, teachers["t5"], data, "--resume", **settings)
+    assert resumed["held_out"] == whole["held_out"]
+    assert resumed["loss_history"] == whole["loss_history"]
+    name = "variator.safetensors" if method == "variator" else "model.safetensors"
+    one, other = load_file(half / name), load_file(tmp_path / "whole" / name)
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def test_best_checkpoint_is_kept(teachers, data, tmp_path):
+    """With a rate that ruins the model after step 2, the result is what step 2 was."""
+    figures = train(
+        tmp_path / "run", stage="finetune", model=teachers["t5"], task="rte", data_dir=data, learning_rate=30.0,
+        max_steps=6, save_total_limit=9,
+    )  # fmt: skip
+    scores = dict(figures["held_out_history"])
+    best = figures["best_step"]
+    assert best
+    assert scores[best] == max(score for step, score in scores.items() if step)
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    for name, value in load_file(tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors").items():
+        assert torch.equal(value, kept[name]), name
+
+
+def test_checkpoints_can_be_dropped_at_the_end(teachers, data, tmp_path):
+    adapt(tmp_path / "run", teachers["t5"], data, "--drop-checkpoints", k=2, r=4)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert (tmp_path / "run" / "variator.safetensors").is_file()
+
+
+def test_wrong_combinations(teachers, data, tmp_path):
+    with pytest.raises(VariatorError, match="a classifier cannot give"):
+        adapt(tmp_path / "a", teachers["bert"], data, k=2, task="squad")
+    with pytest.raises(VariatorError, match="token pruning is for encoders"):
+        adapt(tmp_path / "b", teachers["llama"], data, method="ltp")
+    with pytest.raises(VariatorError, match="nothing to train in mean and copy"):
+        adapt(tmp_path / "c", teachers["t5"], data, k=2, compressor="mean", decompressor="copy")
+    assert not list(tmp_path.iterdir())
