@@ -136,9 +136,9 @@ def _encoder(
         figures["prompts"][str(n)] = {
             name: {
                 **_figures(cost),
-                "encoder_of_dense": round(cost.encoder / dense.encoder, 4),
-                "of_dense": round(cost.total / dense.total, 4),
-                "parameters_of_model": round(counts[name] / counts["model"], 4),
+                "encoder_of_dense": round(cost.encoder / dense.encoder, 6),
+                "of_dense": round(cost.total / dense.total, 6),
+                "parameters_of_model": round(counts[name] / counts["model"], 6),
             }
             for name, cost in costs.items()
         }
@@ -206,13 +206,13 @@ def _papers_count(
         "table_1": {
             name: dict(zip(("parameters", "flops"), row, strict=True)) for name, row in paper.items()
         },
-        "ffn_operations_saved": round(1 - left, 4),
-        "ffn_parameters_added": round(ffn_parameters(config.k, config.r, shape.dim) / shape.ffn_weights, 4),
+        "ffn_operations_saved": round(1 - left, 6),
+        "ffn_parameters_added": round(ffn_parameters(config.k, config.r, shape.dim) / shape.ffn_weights, 6),
         "ffn_share_implied": {
-            name: round((1 - paper[name][1] / 100) / (1 - now), 4) for name, now in rows.items()
+            name: round((1 - paper[name][1] / 100) / (1 - now), 6) for name, now in rows.items()
         },
-        "ffn_share_of_encoder": round(cost.ffn / cost.encoder, 4),
-        "ffn_share_without_scores": round(cost.ffn / (cost.ffn + cost.projections), 4),
+        "ffn_share_of_encoder": round(cost.ffn / cost.encoder, 6),
+        "ffn_share_without_scores": round(cost.ffn / (cost.ffn + cost.projections), 6),
     }
 
 
