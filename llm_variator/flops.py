@@ -136,15 +136,16 @@ def _encoder(
         figures["prompts"][str(n)] = {
             name: {
                 **_figures(cost),
-                "encoder_of_dense": round(cost.encoder / dense.encoder, 4),
-                "of_dense": round(cost.total / dense.total, 4),
-                "parameters_of_model": round(counts[name] / counts["model"], 4),
+                "encoder_of_dense": round(cost.encoder / dense.encoder, 6),
+                "of_dense": round(cost.total / dense.total, 6),
+                "parameters_of_model": round(counts[name] / counts["model"], 6),
             }
             for name, cost in costs.items()
         }
         _print_encoder(args.model, n, answer, costs, counts, paper if n == PAPER_TOKENS else {})
     if paper:
-        _print_papers_count(base.config, config, shape, paper)
+        figures["paper"] = _papers_count(config, shape, paper)
+        _print_papers_count(figures["paper"])
 
 
 def _is_papers(args: argparse.Namespace, config: VariatorConfig) -> bool:
@@ -193,23 +194,36 @@ def _added(name: str, share: str) -> str:
     return f"+{share}" if name == "plugin" else share
 
 
-def _print_papers_count(
-    shape: Any, config: VariatorConfig, encoder: EncoderShape, paper: Mapping[str, tuple[float, float]]
-) -> None:
-    """Why the paper's column of operations is not ours."""
+def _papers_count(
+    config: VariatorConfig, shape: EncoderShape, paper: Mapping[str, tuple[float, float]]
+) -> dict[str, Any]:
+    """The paper's own formula, and what its column of operations implies: why that column is not ours."""
     assert isinstance(config.k, int)
-    left = ffn_share_left(config.k, config.r, encoder.dim)
-    more = ffn_parameters(config.k, config.r, encoder.dim) / encoder.ffn_weights
-    implied = [
-        (1 - paper[row][1] / 100) / (1 - now) for row, now in (("plugin", left), ("token pruning", 0.25))
-    ]
-    cost = encoding(encoder, PAPER_TOKENS)
+    left = ffn_share_left(config.k, config.r, shape.dim)
+    rows = {"plugin": left, "token pruning": PAPER_KEEP}
+    cost = encoding(shape, PAPER_TOKENS)
+    return {
+        "table_1": {
+            name: dict(zip(("parameters", "flops"), row, strict=True)) for name, row in paper.items()
+        },
+        "ffn_operations_saved": round(1 - left, 6),
+        "ffn_parameters_added": round(ffn_parameters(config.k, config.r, shape.dim) / shape.ffn_weights, 6),
+        "ffn_share_implied": {
+            name: round((1 - paper[name][1] / 100) / (1 - now), 6) for name, now in rows.items()
+        },
+        "ffn_share_of_encoder": round(cost.ffn / cost.encoder, 6),
+        "ffn_share_without_scores": round(cost.ffn / (cost.ffn + cost.projections), 6),
+    }
+
+
+def _print_papers_count(count: Mapping[str, Any]) -> None:
+    implied = [f"{share:.1%}" for share in count["ffn_share_implied"].values()]
     Console().print(
-        f"One FFN by the paper's own formula (section 3.4): {1 - left:.1%} of its operations saved, {more:.1%} more "
-        f"parameters. With it the paper's FLOPs column asks FFNs to be {min(implied):.1%} to {max(implied):.1%} of all "
-        f"operations. They are {cost.ffn / cost.encoder:.1%} of this encoder's, "
-        f"{cost.ffn / (cost.ffn + cost.projections):.1%} without the attention scores, and less with the decoder; "
-        "the paper does not say what it counts.",
+        f"One FFN by the paper's own formula (section 3.4): {count['ffn_operations_saved']:.1%} of its operations "
+        f"saved, {count['ffn_parameters_added']:.1%} more parameters. With it, the paper's FLOPs of plugin and token "
+        f"pruning ask FFNs to be {' and '.join(implied)} of all operations. They are "
+        f"{count['ffn_share_of_encoder']:.1%} of this encoder's, {count['ffn_share_without_scores']:.1%} without the "
+        "attention scores, and less with the decoder; the paper does not say what it counts.",
         highlight=False,
         soft_wrap=True,
     )

@@ -24,7 +24,7 @@ BASE = BaseSignature("base", "llama", 32, 3)
         ({"k": {"ffn": 0}}, "k\\['ffn'\\] must be an integer >= 1"),
         ({"sites": ()}, "sites must name each"),
         ({"sites": ("ffn", "ffn")}, "at most once"),
-        ({"sites": ("mlp",)}, "site must be one of ffn, attention, kv; got 'mlp'"),
+        ({"sites": ("mlp",)}, "site must be one of ffn, attention, kv, cross; got 'mlp'"),
         ({"sites": ("kv", "attention")}, "exclude each other"),
         ({"r": 0}, "r must be"),
         ({"compressor": "max"}, "compressor must be one of weighted, mean"),
