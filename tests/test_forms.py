@@ -58,16 +58,25 @@ def compressed(model, **settings) -> VariatorModel:
 def test_t5_reads_the_template_and_answers_after_the_sentinel():
     form = form_for(t5_model(), TASKS["sst2"], T5)
     batch = form.collate(MOVIES[:2])
-    first, last = T5.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
+    first = T5.convert_tokens_to_ids("<extra_id_0>")
     answer = T5("negative", add_special_tokens=False)["input_ids"]
     assert T5.decode(batch["input_ids"][0], skip_special_tokens=False).startswith(
         "Sentence: fun Does this sentence express positive or negative emotions? <extra_id_0></s>"
     )
-    assert batch["decoder_input_ids"][0].tolist() == [0, first, *answer]
-    assert batch["labels"][0].tolist() == [IGNORED, *answer, last]
+    assert batch["decoder_input_ids"][0].tolist() == [0, first, *answer[:-1]]
+    assert batch["labels"][0].tolist() == [IGNORED, *answer]
     assert batch["attention_mask"].sum(1).tolist() == [
         len(T5(movie.prompt)["input_ids"]) for movie in MOVIES[:2]
     ]
+
+
+def test_free_text_of_t5_ends_with_the_next_sentinel():
+    form = form_for(t5_model(), TASKS["squad"], T5)
+    batch = form.collate(PASSAGES)
+    first, last = T5.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
+    answer = T5("Ann", add_special_tokens=False)["input_ids"]
+    assert batch["decoder_input_ids"][0].tolist() == [0, first, *answer]
+    assert batch["labels"][0].tolist() == [IGNORED, *answer, last]
 
 
 def test_decoder_reads_prompt_and_answer_in_one_row():

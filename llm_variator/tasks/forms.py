@@ -84,7 +84,7 @@ def predict_all(
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqForm:
-    """T5: the decoder starts with `<extra_id_0>` and ends its answer with `<extra_id_1>`."""
+    """T5: the decoder starts with `<extra_id_0>`; a free-text answer ends with `<extra_id_1>`."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ class Seq2SeqForm:
         return self.tokenizer(texts, padding=True, return_tensors="pt")
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Encoder and decoder input; the decoder reads `start <extra_id_0> answer`."""
+        """Encoder and decoder input; the decoder reads `start <extra_id_0>` and the answer but its last token."""
         answers = self._answers([example.answer for example in examples])
         return {**self.encode(examples), **answers}
 
@@ -133,11 +133,13 @@ class Seq2SeqForm:
 
     def _answers(self, answers: Sequence[str]) -> Batch:
         rows = self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-        first, last = self._id(DECODER_START), self._id(DECODER_END)
+        # nothing is generated after a label, so nothing is learned there
+        ends = [] if self.task.answers else [self._id(DECODER_END)]
+        targets = [[self._id(DECODER_START), *row, *ends] for row in rows]
         return {
-            "decoder_input_ids": _padded([[self.start, first, *row] for row in rows], 0),
-            "decoder_attention_mask": _padded([[1] * (len(row) + 2) for row in rows], 0),
-            "labels": _padded([[IGNORED, *row, last] for row in rows], IGNORED),
+            "decoder_input_ids": _padded([[self.start, *target[:-1]] for target in targets], 0),
+            "decoder_attention_mask": _padded([[1] * len(target) for target in targets], 0),
+            "labels": _padded([[IGNORED, *target[1:]] for target in targets], IGNORED),
         }
 
     def _id(self, token: str) -> int:

@@ -56,6 +56,8 @@ class Objective:
         inputs = dict(batch)
         if not self._task_weight:  # the models would compute a loss that nobody reads
             inputs.pop("labels", None)
+        if not takes_prompt_length(bare):  # dropout's noise would hide what is to be learned from the teacher
+            bare.eval()
         with torch.no_grad(), self._learner.teaching() as teacher:
             theirs, _ = self._outputs(teacher, teacher, batch, inputs)
         ours, task_loss = self._outputs(model, bare, batch, inputs)

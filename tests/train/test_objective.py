@@ -127,6 +127,14 @@ def test_teacher_gets_no_gradient(kind):
     assert all(parameter.grad is not None for parameter in model.plugin().parameters())
 
 
+def test_distillation_runs_without_dropout():
+    student, teacher = make("t5"), make("t5")
+    student.train()
+    assert any(module.p > 0 for module in student.modules() if isinstance(module, torch.nn.Dropout))
+    loss = Objective(ModelLearner(student, teacher), "mse")(student, form_of(student, "t5").collate(PAIRS))
+    assert loss.item() == 0
+
+
 def test_separate_teacher_is_frozen_and_teaches():
     student, teacher = make("t5"), make("t5")
     with torch.no_grad():
