@@ -16,6 +16,7 @@ from llm_variator import cli
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 from llm_variator.results import write_result
+from llm_variator.tables.cost import row_costs
 from llm_variator.tables.recipe import TableRecipe, read_table
 from llm_variator.tables.render import averages, markdown
 from llm_variator.tables.runner import Cell, Runner
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = args.model or table.model
     file = args.results / f"{table.name}.json"
     cells = _known_cells(file, table)
+    costs = row_costs(table, model)
     for row, task in chosen:
         cells.setdefault(row.name, {})[task] = runner.cell(row, task)
         figures = {
@@ -74,14 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model": model,
             "cells": _in_order(cells, table),
             "averages": averages(cells),
+            "costs": costs,
             "paper": table.paper,
         }
         result = write_result(
             file, figures, command=["llm_variator.tables", *argv], seed=None, started=started
         )
-        text = markdown(table, result["figures"]["model"], cells)
+        text = markdown(table, result["figures"]["model"], cells, costs)
         write_atomically(file.with_suffix(".md"), text)
-    print(markdown(table, model, cells))
+    print(markdown(table, model, cells, costs))
     print(f"written to {file} and {file.with_suffix('.md')}")
 
 

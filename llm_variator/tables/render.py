@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llm_variator.tables.cost import TOKENS
 from llm_variator.tables.recipe import TableRecipe
 from llm_variator.tasks import TASKS, average
 
@@ -20,11 +21,19 @@ def averages(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def markdown(table: TableRecipe, model: str, cells: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table with a row per method; a cell reads "ours (paper's)", in percent."""
+def markdown(
+    table: TableRecipe,
+    model: str,
+    cells: Mapping[str, Mapping[str, Any]],
+    costs: Mapping[str, Mapping[str, float]],
+) -> str:
+    """The table with a row per method; a cell reads "ours (paper's)", in percent.
+
+    `cells`: of `Runner.cell` by row and task. `costs`: of `row_costs`.
+    """
     means = averages(cells)
     with_mean = set(TASKS) <= set(table.columns)
-    head = ["", *table.columns, *(["average"] if with_mean else [])]
+    head = ["", *table.columns, *(["average"] if with_mean else []), "parameters", "operations"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in table.rows:
         words = [row.name]
@@ -34,8 +43,16 @@ def markdown(table: TableRecipe, model: str, cells: Mapping[str, Mapping[str, An
         if with_mean:
             mean = f"{means[row.name]:.1f}" if row.name in means else PENDING
             words.append(mean + _beside(table.paper.get(row.name, {}).get("average")))
+        cost = costs.get(row.name)
+        added = "+" if row.method == "variator" else ""
+        words += (
+            [f"{added}{cost['parameters']:.1f} %", f"{cost['operations']:.1f} %"] if cost else ["100 %"] * 2
+        )
         lines.append(_line(words))
-    notes = [f"Model: {model}. In brackets: what the paper printed for its own models."]
+    notes = [
+        f"Model: {model}. In brackets: what the paper printed for its own models.",
+        f"Parameters, and operations of reading {TOKENS} tokens (of T5 by its encoder), in per cent of the original.",
+    ]
     if table.note:
         notes.append(table.note)
     for task in table.columns:
