@@ -139,6 +139,15 @@ def load_tokenizer(name: str | os.PathLike[str], *, stand_in: bool = False) -> P
     return tokenizer
 
 
+def model_source(name: str | os.PathLike[str]) -> str:
+    """What transformers' `from_pretrained` takes for a name: a local folder or a hub id.
+
+    Raises:
+        VariatorError: the name is empty, a file, no model folder, or no possible hub id.
+    """
+    return str(_source(_checked_name(name)))
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer without a vocabulary file: one token per UTF-8 byte, plus `<pad>`, `<s>` and `</s>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
