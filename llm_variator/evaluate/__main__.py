@@ -1,4 +1,4 @@
-"""`python -m llm_variator.evaluate continuation`: how well text is continued after a compressed prompt."""
+"""`python -m llm_variator.evaluate`: text continued after a compressed prompt, and lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from llm_variator import cli
 from llm_variator.corpora import EMBEDDED, read_windows, spread
 from llm_variator.errors import VariatorError
+from llm_variator.evaluate import harness
 from llm_variator.loading import load_model, load_tokenizer
 from llm_variator.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.model import VariatorModel
@@ -69,6 +70,11 @@ def build_parser() -> cli.Parser:
     add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
     add("--seed", type=cli.natural, default=0, help="of random weights (--random-init, --untrained)")
     add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+    commands.add_parser(
+        "harness",
+        add_help=False,
+        help="lm-eval's tasks and flags, one run or plugins side by side; `harness` itself may be left out",
+    )
     return parser
 
 
@@ -76,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one evaluation, print its table and store its figures."""
     started = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and (argv[0] == "harness" or (argv[0].startswith("-") and argv[0] not in ("-h", "--help"))):
+        harness.main(argv[1:] if argv[0] == "harness" else argv)
+        return
     args = cli.parse(build_parser(), argv)
     windows = _windows(args)
     model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))

@@ -248,8 +248,13 @@ def _merge_config(plugin: str | None, k: int | None, fields: Mapping[str, Any]) 
         return None
     if isinstance(given.get("sites"), str):
         given["sites"] = tuple(given["sites"].split("+"))
+    return mean_config(k, **given)
+
+
+def mean_config(k: int, **fields: Any) -> VariatorConfig:
+    """An untrained plugin: groups become their mean, which every member gets back."""
     return VariatorConfig(
-        **{"k": k, "sites": ("ffn", "kv"), "compressor": "mean", "decompressor": "copy", **given}
+        **{"k": k, "sites": ("ffn", "kv"), "compressor": "mean", "decompressor": "copy", **fields}
     )
 
 

@@ -133,7 +133,7 @@ def test_each_context_is_read_once(monkeypatch):
     forward = model.base.forward
 
     def counting(*args, **kwargs):
-        seen.append((kwargs["input_ids"].shape, kwargs.get("past_key_values") is None))
+        seen.append(tuple(kwargs["input_ids"].shape))
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model.base, "forward", counting)
