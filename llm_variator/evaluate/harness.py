@@ -75,9 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--repetitions",
-        type=cli.positive_int,
+        type=cli.natural,
         default=5,
-        help="with --compare: of the timing, in turns (default: 5)",
+        help="with --compare: of the timing, in turns; 0: nothing is timed (default: 5)",
     )
     return parser
 

@@ -161,11 +161,13 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
     names = {
         entry.label: None if entry.label == DENSE else entry.label for entry in entries if entry.label != HF
     }
-    windows = read_windows(EMBEDDED, lm.tokenizer, seq_length=max(ours["prompt_tokens"]))
-    prefill = [
-        measure_prefill(lm.variator, names, windows[:1, :tokens].to(lm.device), ours["repetitions"])
-        for tokens in ours["prompt_tokens"]
-    ]
+    prefill = []
+    if repetitions := ours["repetitions"]:
+        windows = read_windows(EMBEDDED, lm.tokenizer, seq_length=max(ours["prompt_tokens"]))
+        prefill = [
+            measure_prefill(lm.variator, names, windows[:1, :tokens].to(lm.device), repetitions)
+            for tokens in ours["prompt_tokens"]
+        ]
     quality = quality_rows(runs)
     show(console, quality, prefill, model)
     if output:
@@ -369,7 +371,7 @@ def markdown(
         "|---" * (len(labels) + 1) + "|",
     ]
     lines += ["| " + " | ".join(cells) + " |" for cells in _cells(quality, prefill)]
-    lines += ["", "In brackets: of the first column timed. Columns:", ""]
+    lines += ["", "In brackets: relative to the first column timed.", ""] if prefill else [""]
     lines += [f"- {entry.label}: {entry.described}" for entry in entries]
     lines += ["", "Items per task:", ""]
     data = {row.task: f"{row.items} items" + (f" ({row.data})" if row.data else "") for row in quality}
