@@ -42,8 +42,9 @@ class VariatorLM(HFLM):
         sites, dense_head, dense_tail: of that untrained plugin (see `VariatorConfig`); several sites as
             "ffn+kv", which is the default.
         rolling_context, rolling_stride: tokens; see `loglikelihood_rolling`.
-        logits_cache: as in `hf`, without a plugin only. It merges requests of the same text wherever their
-            contexts end, which decides what is compressed.
+        logits_cache: as in `hf`, without a plugin only: it merges requests of the same text wherever their
+            contexts end. That decides what is compressed; and of requests whose contexts end at different places
+            `hf` scores the wrong tokens (lm-eval 0.4.13), so those are never merged here.
         **kwargs: everything that `hf` takes: `dtype`, `device`, `batch_size` (also "auto"), `parallelize`,
             `peft`, `load_in_4bit`, `load_in_8bit` and the `bnb_` settings, chat templates.
 
@@ -153,7 +154,7 @@ class VariatorLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         if self.variator.active_plugin is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return self._dense(requests, disable_tqdm, override_bs)
         wanted = [self._request(context, continuation) for _, context, continuation in requests]
         if not wanted:
             return []
@@ -184,6 +185,21 @@ class VariatorLM(HFLM):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
+
+    def _dense(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool, override_bs: int | None
+    ) -> list[tuple[float, bool]]:
+        """As `hf`, but for requests that its `logits_cache` answers wrongly: those of one text split differently."""
+        ends: dict[tuple[int, ...], int] = {}
+        same = all(
+            ends.setdefault((*context, *continuation[:-1]), len(context)) == len(context)
+            for _, context, continuation in requests
+        )
+        asked, self.logits_cache = self.logits_cache, self.logits_cache and same
+        try:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        finally:
+            self.logits_cache = asked
 
     def _request(self, context: list[int], continuation: list[int]) -> scoring.Request:
         """Too long a context loses its beginning, as in `hf`."""

@@ -197,9 +197,9 @@ def test_hub_tasks_by_name_unchanged(tmp_path, monkeypatch):
     (folder / "README.md").write_text(f"---\nconfigs:\n  - config_name: sst2\n    data_files:\n{files}---\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    from llm_variator.integrations.harness import VariatorLM
-
     from lm_eval import simple_evaluate
+
+    from llm_variator.integrations.harness import VariatorLM
 
     results = simple_evaluate(
         VariatorLM(model_folder(), k=2, device="cpu", batch_size=4), tasks=["sst2"], bootstrap_iters=0
