@@ -54,6 +54,7 @@ class VariatorLM(HFLM):
 
     _BACKEND = "causal"
     _model: Any
+    logits_cache: bool
 
     def __init__(
         self,

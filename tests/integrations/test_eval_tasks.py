@@ -6,17 +6,21 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub.constants
 import pyarrow
 import pytest
 from pyarrow import parquet
 from tiny import model_folder
 
 pytest.importorskip("lm_eval")
-
+import datasets.config
+import lm_eval.evaluator
+import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
 from llm_variator import VariatorError
 from llm_variator.evaluate.harness import TASKS
+from llm_variator.integrations.harness import VariatorLM
 from llm_variator.loading import byte_tokenizer
 from llm_variator.tasks import TASKS as TABLE
 from llm_variator.tasks import load_examples
@@ -196,13 +200,16 @@ def test_hub_tasks_by_name_unchanged(tmp_path, monkeypatch):
     files = "".join(f"      - {{split: {split}, path: {split}.jsonl}}\n" for split in ("train", "validation"))
     (folder / "README.md").write_text(f"---\nconfigs:\n  - config_name: sst2\n    data_files:\n{files}---\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    from lm_eval import simple_evaluate
-
-    from llm_variator.integrations.harness import VariatorLM
-
-    results = simple_evaluate(
-        VariatorLM(model_folder(), k=2, device="cpu", batch_size=4), tasks=["sst2"], bootstrap_iters=0
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # asks pip, which is slow
+    glue = Path(lm_eval.tasks.__file__).parent / "glue" / "sst2"
+    results = lm_eval.simple_evaluate(
+        VariatorLM(model_folder(), k=2, device="cpu", batch_size=4),
+        tasks=["sst2"],
+        task_manager=TaskManager(include_path=str(glue), include_defaults=False),
+        bootstrap_iters=0,
     )
     assert 0 <= results["results"]["sst2"]["acc,none"] <= 1
     assert len(results["samples"]["sst2"]) == 4
