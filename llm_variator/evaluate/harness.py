@@ -99,8 +99,8 @@ def main(argv: Sequence[str]) -> None:
     ours = {name: vars(args).pop(name) for name in _OURS}
     try:
         if ours["compare"]:
-            if ours["plugin"] or ours["k"]:
-                raise VariatorError("--compare names all plugins itself; leave out --plugin and --k")
+            if ours["plugin"] or ours["k"] or {"plugin", "k"} & set(args.model_args or ()):
+                raise VariatorError("--compare names all plugins itself; leave out plugin and k")
             args.model = args.model or DEFAULT_MODEL
             table.main(args, ours, argv=argv, started=started)
         else:

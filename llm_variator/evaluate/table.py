@@ -151,7 +151,8 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
         console.print(f"== {entry.label}: {entry.described}", highlight=False)
         begun = time.perf_counter()
         if entry.label == HF:
-            runs[HF] = _evaluate(harness.HFLM(model_source(model), **options), config, tasks)
+            theirs = {name: value for name, value in options.items() if not name.startswith("rolling_")}
+            runs[HF] = _evaluate(harness.HFLM(model_source(model), **theirs), config, tasks)
             gc.collect()
         else:
             lm.variator.set_plugin(None if entry.label == DENSE else entry.label)

@@ -166,6 +166,7 @@ def test_a_recipe_holds_flags_of_both(data, tmp_path):
         (["--compare", "none,k9"], "no plugin 'k9' is shipped"),
         (["--compare", "none,none"], "every label once"),
         (["--compare", "none", "--plugin", "x/y"], "names all plugins itself"),
+        (["--compare", "none", "--model_args", "k=2"], "names all plugins itself"),
         (["--compare", "none", "--use_cache", "c"], "knows requests, not plugins"),
         (["--compare", "none", "--output_path", "folder"], "ends in .json"),
         (["--plugin", "nowhere"], "nowhere"),

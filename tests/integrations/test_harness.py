@@ -321,3 +321,21 @@ def test_automatic_batch_size_on_a_processor(compressed):
     long, short = (None, [5] * 10_000, [5]), (None, [5] * 10, [5])
     assert compressed._detect_batch_size([long]) == 1
     assert compressed._detect_batch_size([short]) == 64
+
+
+def test_the_shipped_plugin_on_real_weights(smollm2):
+    base, tokenizer = smollm2
+    lm = VariatorLM(base, tokenizer=tokenizer, plugin="smollm2-135m/k2", batch_size=2)
+    try:
+        context = "The town has a market, a school and two bridges. " * 12 + "The number of its bridges is"
+        pairs = [(context, " two"), (context, " seven, as everybody knows"), (context[49:], " two")]
+        found = log_likelihoods(lm, pairs)
+        for (text, continuation), (value, _) in zip(pairs, found, strict=True):
+            assert value == pytest.approx(teacher_forced(lm, text, continuation), abs=1e-3)
+        assert lm.variator.kv_cache_report().bytes < lm.variator.kv_cache_report().dense_bytes
+        with lm.variator.disable_plugin():
+            dense = log_likelihoods(lm, pairs)
+            assert dense == log_likelihoods(HFLM(base, tokenizer=tokenizer, batch_size=2), pairs)
+        assert abs(found[0][0] - dense[0][0]) > 1e-3
+    finally:
+        lm.variator.unload()
