@@ -1,4 +1,4 @@
-"""Plugins side by side: quality by lm-eval, measured prefill time and KV bytes, as a table, JSON and a plot."""
+"""Plugins side by side: quality by lm-eval, measured prefill time and KV bytes."""
 
 from __future__ import annotations
 
@@ -16,62 +16,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from llm_variator.compare import DENSE
 from llm_variator.corpora import EMBEDDED, read_windows
 from llm_variator.errors import VariatorError
+from llm_variator.evaluate.render import HF, Entry, Prefill, Quality, markdown, plot, show
 from llm_variator.files import write_atomically
 from llm_variator.loading import load_config, model_source, shipped_plugins
 from llm_variator.model import VariatorModel
 from llm_variator.results import write_result
-
-HF = "hf"
-"""lm-eval's own model type, for comparison."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One column of the table."""
-
-    label: str
-    plugin: str | None = None
-    """Shipped name, folder or hub id."""
-    k: int | None = None
-    """Of an untrained plugin that merges by means."""
-
-    @property
-    def described(self) -> str:
-        """What it is, in words."""
-        if self.k is not None:
-            return f"untrained, means, k={self.k}"
-        return self.plugin or ("lm-eval's own model type" if self.label == HF else "the base model")
-
-
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """One row of the table: a metric of a task, by label."""
-
-    task: str
-    metric: str
-    higher_is_better: bool
-    items: int
-    data: str | None
-    """Which rows of which data, where the task says so."""
-    values: dict[str, float]
-    stderr: dict[str, float | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefill:
-    """Cost of reading a prompt of so many tokens, by label."""
-
-    tokens: int
-    seconds: dict[str, float]
-    """Median."""
-    kv_bytes: dict[str, int] | None
-    """None for T5, whose encoder keeps no cache."""
 
 
 def parse_entries(text: str, model: str) -> list[Entry]:
@@ -116,31 +70,67 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
         argv: the whole command line, for the stored result.
         started: `time.perf_counter()` at the start.
     """
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-
-    from llm_variator.integrations import harness
-
     model, entries = args.model, parse_entries(ours["compare"], args.model)
     if args.use_cache:
         raise VariatorError(
             "--use_cache knows requests, not plugins: all columns would be the same; leave it out"
         )
-    if output := args.output_path:
-        output = Path(output)
-        if output.suffix != ".json":
-            raise VariatorError(f"--output_path {output}: with --compare give a file that ends in .json")
+    output = Path(args.output_path) if args.output_path else None
+    if output and output.suffix != ".json":
+        raise VariatorError(f"--output_path {output}: with --compare give a file that ends in .json")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about flags that are meant here
+    console = Console()
+    lm, runs, config = _evaluate_all(args, entries, console)
+    names = {
+        entry.label: None if entry.label == DENSE else entry.label for entry in entries if entry.label != HF
+    }
+    prefill = []
+    if names and ours["repetitions"]:
+        windows = read_windows(EMBEDDED, lm.tokenizer, seq_length=max(ours["prompt_tokens"]))
+        prefill = [
+            measure_prefill(lm.variator, names, windows[:1, :tokens].to(lm.device), ours["repetitions"])
+            for tokens in ours["prompt_tokens"]
+        ]
+    quality = quality_rows(runs)
+    show(console, quality, prefill, model)
+    if not output:
+        return
+    figures = {
+        "model": model,
+        "entries": {entry.label: entry.described for entry in entries},
+        "configs": {name: made.to_dict() for name, made in lm.variator.plugins.items()},
+        "limit": config.limit,
+        "batch_size": config.batch_size,
+        "quality": [dataclasses.asdict(row) for row in quality],
+        "agreement": agreement(runs),
+        "prefill": [dataclasses.asdict(row) for row in prefill],
+        "evaluation_seconds": {label: run["seconds"] for label, run in runs.items()},
+    }
+    words = ["llm_variator.evaluate", "harness", *argv]
+    seed = config.seed[0] if config.seed else None
+    write_result(output, figures, command=words, seed=seed, started=started)
+    write_atomically(output.with_suffix(".md"), markdown(quality, prefill, model, entries))
+    write_atomically(output.with_suffix(".png"), lambda path: plot(path, quality, prefill, model))
+    console.print(f"stored in {output}, with .md and .png", highlight=False)
+
+
+def _evaluate_all(
+    args: argparse.Namespace, entries: Sequence[Entry], console: Console
+) -> tuple[Any, dict[str, dict[str, Any]], Any]:
+    """Our model type with all plugins loaded, lm-eval's results by label, and its settings."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    from llm_variator.integrations import harness
+
+    model = args.model
     seq2seq = load_config(model).is_encoder_decoder
     args.model = "variator-seq2seq" if seq2seq else "variator"
     args.model_args = {**(args.model_args or {}), "pretrained": model}
     config = EvaluatorConfig.from_cli(args)
+    tasks = config.process_tasks(config.metadata)
     options = {name: value for name, value in config.model_args.items() if name != "pretrained"}
     options |= dict(batch_size=config.batch_size, max_batch_size=config.max_batch_size, device=config.device)
-
-    console = Console()
-    tasks = config.process_tasks(config.metadata)
-    kind = harness.VariatorSeq2SeqLM if seq2seq else harness.VariatorLM
-    lm = kind(model, **options)
+    lm = (harness.VariatorSeq2SeqLM if seq2seq else harness.VariatorLM)(model, **options)
     for entry in entries:
         if entry.plugin:
             lm.variator.load_plugin(entry.plugin, entry.label)
@@ -159,37 +149,7 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
             runs[entry.label] = _evaluate(lm, config, tasks)
         runs[entry.label]["seconds"] = time.perf_counter() - begun
     lm.variator.set_plugin(None)
-    names = {
-        entry.label: None if entry.label == DENSE else entry.label for entry in entries if entry.label != HF
-    }
-    prefill = []
-    if repetitions := ours["repetitions"]:
-        windows = read_windows(EMBEDDED, lm.tokenizer, seq_length=max(ours["prompt_tokens"]))
-        prefill = [
-            measure_prefill(lm.variator, names, windows[:1, :tokens].to(lm.device), repetitions)
-            for tokens in ours["prompt_tokens"]
-        ]
-    quality = quality_rows(runs)
-    show(console, quality, prefill, model)
-    if output:
-        figures = {
-            "model": model,
-            "entries": {entry.label: entry.described for entry in entries},
-            "configs": {name: made.to_dict() for name, made in lm.variator.plugins.items()},
-            "limit": config.limit,
-            "batch_size": config.batch_size,
-            "quality": [dataclasses.asdict(row) for row in quality],
-            "agreement": agreement(runs),
-            "prefill": [dataclasses.asdict(row) for row in prefill],
-            "evaluation_seconds": {label: run["seconds"] for label, run in runs.items()},
-        }
-        words = ["llm_variator.evaluate", "harness", *argv]
-        write_result(
-            output, figures, command=words, seed=config.seed[0] if config.seed else None, started=started
-        )
-        write_atomically(output.with_suffix(".md"), markdown(quality, prefill, model, entries))
-        write_atomically(output.with_suffix(".png"), lambda path: plot(path, quality, prefill, model))
-        console.print(f"stored in {output}, with .md and .png", highlight=False)
+    return lm, runs, config
 
 
 def _evaluate(lm: Any, config: Any, task_manager: Any) -> dict[str, Any]:
@@ -321,95 +281,3 @@ def measure_prefill(
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# --- showing
-
-
-def _cells(quality: Sequence[Quality], prefill: Sequence[Prefill]) -> list[list[str]]:
-    """The table's rows of text: what, then one cell per label. Ratios are to the first column that was timed."""
-    labels = list(quality[0].values)
-    rows = []
-    for row in quality:
-        better = "" if row.higher_is_better else " (less is better)"
-        rows.append([f"{row.task} {row.metric}{better}", *(f"{row.values[label]:.4f}" for label in labels)])
-    for cost in prefill:
-        measures: list[tuple[str, Mapping[str, float], float, str]] = [
-            ("prefill, ms", cost.seconds, 1e3, ".0f")
-        ]
-        if cost.kv_bytes is not None:
-            measures.append(("KV cache, MiB", cost.kv_bytes, 2**-20, ".2f"))
-        for what, values, unit, form in measures:
-            base = next(iter(values.values()))
-            cells = [
-                f"{values[label] * unit:{form}} ({values[label] / base:.2f})" if label in values else "-"
-                for label in labels
-            ]
-            rows.append([f"{what}, {cost.tokens} tokens", *cells])
-    return rows
-
-
-def show(console: Console, quality: Sequence[Quality], prefill: Sequence[Prefill], model: str) -> None:
-    """Print the table."""
-    shown = Table(title=model)
-    shown.add_column("")
-    for label in quality[0].values:
-        shown.add_column(label, justify="right")
-    for cells in _cells(quality, prefill):
-        shown.add_row(*cells)
-    console.print(shown)
-
-
-def markdown(
-    quality: Sequence[Quality], prefill: Sequence[Prefill], model: str, entries: Sequence[Entry]
-) -> str:
-    """The table as a Markdown document."""
-    labels = list(quality[0].values)
-    lines = [
-        f"# {model}: plugins side by side",
-        "",
-        "| | " + " | ".join(labels) + " |",
-        "|---" * (len(labels) + 1) + "|",
-    ]
-    lines += ["| " + " | ".join(cells) + " |" for cells in _cells(quality, prefill)]
-    lines += ["", "In brackets: relative to the first column timed.", ""] if prefill else [""]
-    lines += [f"- {entry.label}: {entry.described}" for entry in entries]
-    lines += ["", "Items per task:", ""]
-    data = {row.task: f"{row.items} items" + (f" ({row.data})" if row.data else "") for row in quality}
-    lines += [f"- {task}: {text}" for task, text in data.items()]
-    return "\n".join(lines) + "\n"
-
-
-def plot(path: Path, quality: Sequence[Quality], prefill: Sequence[Prefill], model: str) -> None:
-    """Quality per task (metrics of which more is better) and cost relative to the first column, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(2, 1), layout="constrained")
-    chosen = [row for row in quality if row.higher_is_better]
-    _bars(left, [f"{row.task}\n{row.metric}" for row in chosen], [row.values for row in chosen])
-    left.set_title(f"{model}: quality")
-    left.set_ylim(0, 1)
-    costs: list[tuple[str, Mapping[str, float]]] = [
-        (f"prefill\n{cost.tokens}", cost.seconds) for cost in prefill
-    ]
-    costs += [(f"KV\n{cost.tokens}", cost.kv_bytes) for cost in prefill if cost.kv_bytes is not None]
-    ratios = [
-        {label: value / next(iter(each.values())) for label, value in each.items()} for _, each in costs
-    ]
-    _bars(right, [name for name, _ in costs], ratios)
-    right.set_title("cost, of the first column")
-    left.legend()
-    figure.savefig(path, format="png", dpi=110)
-    pyplot.close(figure)
-
-
-def _bars(axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, float]]) -> None:
-    labels = list(dict.fromkeys(label for row in rows for label in row))
-    for number, label in enumerate(labels):
-        places = [place + number / (len(labels) + 1) for place in range(len(rows))]
-        axes.bar(places, [row.get(label, 0.0) for row in rows], 1 / (len(labels) + 1), label=label)
-    axes.set_xticks([place + (len(labels) - 1) / 2 / (len(labels) + 1) for place in range(len(rows))], names)
-    axes.tick_params(axis="x", labelsize=7, labelrotation=45 if len(rows) > 6 else 0)

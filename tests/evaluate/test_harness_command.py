@@ -21,7 +21,8 @@ import lm_eval.tasks
 from llm_variator import VariatorError, VariatorModel
 from llm_variator.evaluate import harness
 from llm_variator.evaluate.__main__ import main
-from llm_variator.evaluate.table import Entry, agreement, measure_prefill, parse_entries
+from llm_variator.evaluate.render import Entry
+from llm_variator.evaluate.table import agreement, measure_prefill, parse_entries
 from llm_variator.groups import split
 from llm_variator.integrations.harness import mean_config
 from llm_variator.loading import byte_tokenizer, load_model
