@@ -132,19 +132,21 @@ def test_continuation_windows(tmp_path):
     assert found["word_perplexity"] == (-12.5, len(rows[0]["continuation"].split()))
 
 
+@pytest.mark.parametrize("thousands", [2, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_retrieval_lengths_answers_and_depths(kind):
-    tokenizer = byte_tokenizer()
-    (task,) = load(f"variator_{kind}_8k", tokenizer=model_folder()).values()
+def test_retrieval_lengths_answers_and_depths(kind, thousands):
+    tokenizer, tokens = byte_tokenizer(), 1024 * thousands
+    (task,) = load(f"variator_{kind}_{thousands}k", tokenizer=model_folder()).values()
     rows = task.eval_docs
-    again = load(f"variator_{kind}_8k", tokenizer=model_folder())[f"variator_{kind}_8k"].eval_docs
+    make = task.config.custom_dataset
+    again = make(kind=kind, tokens=tokens, tokenizer=model_folder())["test"]
     assert rows.to_list() == again.to_list()  # from the seed alone
-    other = task.config.custom_dataset(kind=kind, tokens=8192, seed=1, tokenizer=model_folder())["test"]
+    other = make(kind=kind, tokens=tokens, seed=1, tokenizer=model_folder())["test"]
     assert rows.to_list() != other.to_list()
     depths = []
     for row in rows:
         used = len(tokenizer(f"{row['prompt']} {row['cue']}")["input_ids"])
-        assert 0.85 * 8192 <= used <= 8192
+        assert 0.8 * tokens <= used <= tokens
         for answer in row["answers"]:
             assert answer in row["prompt"]
             assert answer not in row["cue"]

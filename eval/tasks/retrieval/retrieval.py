@@ -67,7 +67,7 @@ def documents(
 
     Args:
         kind: one of `KINDS`.
-        tokens: most tokens of a prompt; at least nine tenths of them are used.
+        tokens: most tokens of a prompt; at least four fifths of them are used.
         examples: how many.
         seed: of everything that is drawn.
         tokenizer: name of the model whose tokenizer measures the length.
@@ -117,14 +117,19 @@ class Text:
         """Consecutive paragraphs from a random place on, the last one cut, of `tokens` tokens at most."""
         start = rng.randrange(len(self.paragraphs))
         for paragraph in itertools.cycle(self.paragraphs[start:] + self.paragraphs[:start]):
-            if (size := self.size(paragraph)) > tokens:
-                words = paragraph.split()
-                cut = " ".join(words[: len(words) * tokens // size])
-                if self.size(cut) <= tokens:
-                    yield cut
+            if not (part := self.cut("", paragraph, tokens)):
                 return
-            tokens -= size
-            yield paragraph
+            yield part
+            if part != paragraph:
+                return
+            tokens -= self.size(part)
+
+    def cut(self, opening: str, paragraph: str, tokens: int) -> str:
+        """A paragraph behind its opening, without as many of its last words as must go; empty if all must."""
+        words = paragraph.split(" ")
+        while words and self.size(part := f"{opening}{' '.join(words)}") > tokens:
+            words = words[: len(words) * 9 // 10]
+        return part if words else ""
 
 
 def _hidden(text: Text, rng: random.Random, tokens: int, depth: float, item: Item) -> dict[str, Any]:
@@ -213,14 +218,17 @@ def _passages(text: Text, rng: random.Random, tokens: int, depth: float) -> dict
     passages: list[tuple[str, str]] = []  # with author and editor
     parts = [opening]
     start = rng.randrange(len(text.paragraphs))
-    for number, paragraph in enumerate(itertools.cycle(text.paragraphs[start:] + text.paragraphs[:start]), 1):
+    paragraphs = itertools.cycle(text.paragraphs[start:] + text.paragraphs[:start])
+    for number, paragraph in zip(range(1, len(people) // 2 + 1), paragraphs, strict=False):
         author, editor = people[2 * number - 2], people[2 * number - 1]
-        passage = f"Passage {number}, written by {author} and edited by {editor}. {paragraph[:PASSAGE]}"
-        left -= text.size(passage)
-        if left < 0:
+        opening = f"Passage {number}, written by {author} and edited by {editor}. "
+        if not (passage := text.cut(opening, paragraph[:PASSAGE], left)):
             break
+        left -= text.size(passage)
         parts.append(passage)
         passages.append((author, editor))
+        if not passage.endswith(paragraph[:PASSAGE]):
+            break
     author, editor = passages[int(depth * len(passages))]
     return _document([*parts, question.format(editor)], cue.format(editor), [author], depth)
 
