@@ -120,8 +120,9 @@ def plot(path: Path, quality: Sequence[Quality], prefill: Sequence[Prefill], mod
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(2, 1), layout="constrained")
     right.set_visible(bool(prefill))
+    labels = list(quality[0].values)
     chosen = [row for row in quality if row.higher_is_better]
-    _bars(left, [f"{row.task}\n{row.metric}" for row in chosen], [row.values for row in chosen])
+    _bars(left, [f"{row.task}\n{row.metric}" for row in chosen], [row.values for row in chosen], labels)
     left.set_title(f"{model}: quality")
     left.set_ylim(0, 1)
     costs: list[tuple[str, Mapping[str, float]]] = [
@@ -131,17 +132,20 @@ def plot(path: Path, quality: Sequence[Quality], prefill: Sequence[Prefill], mod
     ratios = [
         {label: value / next(iter(each.values())) for label, value in each.items()} for _, each in costs
     ]
-    _bars(right, [name for name, _ in costs], ratios)
+    _bars(right, [name for name, _ in costs], ratios, labels)
     right.set_title("cost, of the first column")
     left.legend()
     figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)
 
 
-def _bars(axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, float]]) -> None:
-    labels = list(dict.fromkeys(label for row in rows for label in row))
+def _bars(
+    axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, float]], labels: Sequence[str]
+) -> None:
+    """Groups of bars, one group per name; a label that a row lacks leaves its place, and its colour, free."""
+    width = 1 / (len(labels) + 1)
     for number, label in enumerate(labels):
-        places = [place + number / (len(labels) + 1) for place in range(len(rows))]
-        axes.bar(places, [row.get(label, 0.0) for row in rows], 1 / (len(labels) + 1), label=label)
-    axes.set_xticks([place + (len(labels) - 1) / 2 / (len(labels) + 1) for place in range(len(rows))], names)
+        places = [place + number * width for place in range(len(rows))]
+        axes.bar(places, [row.get(label, 0.0) for row in rows], width, label=label)
+    axes.set_xticks([place + (len(labels) - 1) * width / 2 for place in range(len(rows))], names)
     axes.tick_params(axis="x", labelsize=7, labelrotation=45 if len(rows) > 6 else 0)

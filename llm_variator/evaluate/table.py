@@ -25,7 +25,7 @@ from llm_variator.evaluate.render import HF, Entry, Prefill, Quality, markdown, 
 from llm_variator.files import write_atomically
 from llm_variator.loading import load_config, model_source, shipped_plugins
 from llm_variator.model import VariatorModel
-from llm_variator.results import write_result
+from llm_variator.results import scrub_paths, write_result
 
 
 def parse_entries(text: str, model: str) -> list[Entry]:
@@ -109,8 +109,10 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
     words = ["llm_variator.evaluate", "harness", *argv]
     seed = config.seed[0] if config.seed else None
     write_result(output, figures, command=words, seed=seed, started=started)
-    write_atomically(output.with_suffix(".md"), markdown(quality, prefill, model, entries))
-    write_atomically(output.with_suffix(".png"), lambda path: plot(path, quality, prefill, model))
+    text = markdown(quality, prefill, model, entries)
+    write_atomically(output.with_suffix(".md"), scrub_paths(text))
+    title = scrub_paths(model)
+    write_atomically(output.with_suffix(".png"), lambda path: plot(path, quality, prefill, title))
     console.print(f"stored in {output}, with .md and .png", highlight=False)
 
 

@@ -128,6 +128,7 @@ def test_side_by_side(data, tmp_path, capsys):
     text = (tmp_path / "t.md").read_text()
     assert f"| variator_sst2 acc | {row['values']['hf']:.4f} |" in text
     assert "untrained, means, k=4" in text
+    assert str(Path(model_folder()).parent) not in text + (tmp_path / "t.json").read_text()
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert "variator_sst2 acc" in capsys.readouterr().out
 
