@@ -106,7 +106,7 @@ def markdown(
     lines += ["", "In brackets: relative to the first column timed.", ""] if prefill else [""]
     lines += [f"- {entry.label}: {entry.described}" for entry in entries]
     lines += ["", "Items per task:", ""]
-    data = {row.task: f"{row.items} items" + (f" ({row.data})" if row.data else "") for row in quality}
+    data = {row.task: f"{row.items} items" + (f", from {row.data}" if row.data else "") for row in quality}
     lines += [f"- {task}: {text}" for task, text in data.items()]
     return "\n".join(lines) + "\n"
 
