@@ -7,6 +7,7 @@ see `scoring`. Importing this module imports lm-eval, which takes seconds, and r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from llm_variator.errors import VariatorError
 from llm_variator.integrations import scoring
 from llm_variator.loading import model_source
 from llm_variator.model import VariatorModel
+
+logger = logging.getLogger(__name__)
 
 CPU_TOKENS_PER_BATCH = 16_384
 """`batch_size=auto` on a CPU, where memory cannot be probed by running out of it."""
@@ -54,6 +57,7 @@ class VariatorLM(HFLM):
 
     _BACKEND = "causal"
     _model: Any
+    _untied = False
     logits_cache: bool
 
     def __init__(
@@ -91,6 +95,11 @@ class VariatorLM(HFLM):
             logits_cache=True if logits_cache is None else logits_cache,
             **kwargs,
         )
+        if self._untied and not _is_untied(self._model):
+            logger.warning(
+                "lm-eval has tied the output head of this model to its embeddings, but its checkpoint has one of its "
+                "own (T5 with transformers 5): scores equal lm-eval's `hf` and are not those of the checkpoint"
+            )
         if not isinstance(self._model, VariatorModel):
             self._model = VariatorModel(self._model)
         if plugin:
@@ -239,6 +248,7 @@ class VariatorLM(HFLM):
                 given["bnb_4bit_compute_dtype"] = get_dtype(dtype)
             kwargs["quantization_config"] = BitsAndBytesConfig(**given)
         super()._create_model(pretrained, **kwargs)
+        self._untied = _is_untied(self._model)
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         if self.device.type != "cpu":
@@ -252,6 +262,11 @@ class VariatorSeq2SeqLM(VariatorLM):
     """A T5 with a compression plugin: the context is the encoder's input, all of it compressed."""
 
     _BACKEND = "seq2seq"
+
+
+def _is_untied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def _merge_config(plugin: str | None, k: int | None, fields: Mapping[str, Any]) -> VariatorConfig | None:

@@ -339,3 +339,8 @@ def test_the_shipped_plugin_on_real_weights(smollm2):
         assert abs(found[0][0] - dense[0][0]) > 1e-3
     finally:
         lm.variator.unload()
+
+
+def test_a_head_that_lm_eval_ties_is_told(flan_t5_small, caplog):
+    VariatorSeq2SeqLM(str(flan_t5_small), device="cpu")
+    assert "not those of the checkpoint" in caplog.text
