@@ -1,12 +1,15 @@
 # make demo   install what the demo needs; train a minute; generate with the shipped plugin; compare
 # make test   install what the tests need; lint, types, import contracts, tests
 # make lint   the same without the tests
+# make suite  SmolLM2 with and without plugins on the offline suite; DATA=folder of local copies, LIMIT=items per task
 # make clean  remove what the targets made (.venv, build outputs, runs)
 
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PROMPT := examples/long_prompt.txt
+LIMIT  := 200
+DATA   ?= $(VARIATOR_DATA)
 
 # The first interpreter that is new enough; override with `make PYTHON=/path/to/python test`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
@@ -14,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint suite clean
 
 demo: $(VENV)/.demo
 	@echo "== Train a k=2 plugin on SmolLM2-135M: watch the loss fall"
@@ -46,6 +49,14 @@ $(VENV)/.base: pyproject.toml constraints.txt Makefile
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base
+	@touch $@
+
+suite: $(VENV)/.eval
+	$(BIN)/python -m llm_variator.evaluate harness --model smollm2-135m --compare none,k2,k4=4 --tasks variator_offline \
+		--limit $(LIMIT) --batch_size 8 $(if $(DATA),--data-dir $(DATA)) --output_path eval/results/smollm2-135m-offline.json
+
+$(VENV)/.eval: $(VENV)/.base
+	$(PIP) --editable '.[train,eval]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base

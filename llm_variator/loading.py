@@ -150,6 +150,15 @@ def load_tokenizer(name: str | os.PathLike[str], *, stand_in: bool = False) -> P
     return tokenizer
 
 
+def model_source(name: str | os.PathLike[str]) -> str:
+    """What transformers' `from_pretrained` takes for a name: a local folder or a hub id.
+
+    Raises:
+        VariatorError: the name is empty, a file, no model folder, or no possible hub id.
+    """
+    return str(_source(_checked_name(name)))
+
+
 def _stand_in(name: str) -> PreTrainedTokenizerFast:
     try:
         model_type = load_config(name).model_type

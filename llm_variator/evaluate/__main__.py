@@ -1,4 +1,4 @@
-"""`python -m llm_variator.evaluate`: how well text is continued after a compressed prompt, and tasks are solved."""
+"""`python -m llm_variator.evaluate`: text continued after a compressed prompt, the paper's tasks, lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_variator import cli
 from llm_variator.corpora import EMBEDDED, read_windows, spread
 from llm_variator.errors import VariatorError
-from llm_variator.evaluate import task
+from llm_variator.evaluate import harness, task
 from llm_variator.loading import load_model, load_tokenizer
 from llm_variator.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.model import VariatorModel
@@ -77,6 +77,11 @@ def build_parser() -> cli.Parser:
             description="Score on the validation split of one of the paper's seven tasks, in percent.",
         )
     )
+    commands.add_parser(
+        "harness",
+        add_help=False,
+        help="lm-eval's tasks and flags, one run or plugins side by side; `harness` itself may be left out",
+    )
     return parser
 
 
@@ -84,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one evaluation, print its table and store its figures."""
     started = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and (argv[0] == "harness" or (argv[0].startswith("-") and argv[0] not in ("-h", "--help"))):
+        harness.main(argv[1:] if argv[0] == "harness" else argv)
+        return
     args = cli.parse(build_parser(), argv)
     if args.command == "task":
         task.run(args, argv)
