@@ -143,7 +143,7 @@ def _evaluate_all(
         console.print(f"== {entry.label}: {entry.described}", highlight=False)
         begun = time.perf_counter()
         if entry.label == HF:
-            theirs = {name: value for name, value in options.items() if not name.startswith("rolling_")}
+            theirs = {name: value for name, value in options.items() if name not in harness.OURS}
             runs[HF] = _evaluate(harness.HFLM(model_source(model), **theirs), config, tasks)
             gc.collect()
         else:

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 CPU_TOKENS_PER_BATCH = 16_384
 """`batch_size=auto` on a CPU, where memory cannot be probed by running out of it."""
 
+OURS = frozenset({"rolling_context", "rolling_stride", "tie_head"})
+"""Arguments of the model types that `hf` does not know, beside those of the plugin."""
+
 _MERGE_FIELDS = ("sites", "dense_head", "dense_tail")
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit")
 
@@ -44,6 +47,8 @@ class VariatorLM(HFLM):
         k: without `plugin`, an untrained plugin that merges k vectors into their mean; with one, must be its k.
         sites, dense_head, dense_tail: of that untrained plugin (see `VariatorConfig`); several sites as
             "ffn+kv", which is the default.
+        tie_head: tie a T5's own output head to its embeddings, as `hf` of lm-eval 0.4.13 does with transformers 5;
+            its scores are then those of `hf`, but not of the checkpoint.
         rolling_context, rolling_stride: tokens; see `loglikelihood_rolling`.
         logits_cache: as in `hf`, without a plugin only: it merges requests of the same text wherever their
             contexts end. That decides what is compressed; and of requests whose contexts end at different places
@@ -57,7 +62,7 @@ class VariatorLM(HFLM):
 
     _BACKEND = "causal"
     _model: Any
-    _untied = False
+    _tie_head: bool
     logits_cache: bool
 
     def __init__(
@@ -71,6 +76,7 @@ class VariatorLM(HFLM):
         dense_tail: int | None = None,
         rolling_context: int | None = None,
         rolling_stride: int = 128,
+        tie_head: bool = False,
         logits_cache: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -89,17 +95,13 @@ class VariatorLM(HFLM):
         if isinstance(pretrained, str):
             pretrained = model_source(pretrained)
         self.rolling_context, self.rolling_stride = rolling_context, rolling_stride
+        self._tie_head = tie_head
         super().__init__(
             pretrained,
             backend=kwargs.pop("backend", self._BACKEND),
             logits_cache=True if logits_cache is None else logits_cache,
             **kwargs,
         )
-        if self._untied and not _is_untied(self._model):
-            logger.warning(
-                "lm-eval has tied the output head of this model to its embeddings, but its checkpoint has one of its "
-                "own (T5 with transformers 5): scores equal lm-eval's `hf` and are not those of the checkpoint"
-            )
         if not isinstance(self._model, VariatorModel):
             self._model = VariatorModel(self._model)
         if plugin:
@@ -248,7 +250,10 @@ class VariatorLM(HFLM):
                 given["bnb_4bit_compute_dtype"] = get_dtype(dtype)
             kwargs["quantization_config"] = BitsAndBytesConfig(**given)
         super()._create_model(pretrained, **kwargs)
-        self._untied = _is_untied(self._model)
+        # Set by hand, because T5's configuration always says tied, also where the checkpoint has a head of its own
+        # (flan-t5, T5 1.1), and lm-eval's `hf` ties the weights again after loading.
+        if _is_untied(self._model) and not self._tie_head:
+            self._model.config.tie_word_embeddings = False
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         if self.device.type != "cpu":

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from conftest import make_decoder, make_encoder, randomise
+from safetensors.torch import load_file
 from tiny import model_folder
 
 pytest.importorskip("lm_eval")
@@ -341,6 +342,13 @@ def test_the_shipped_plugin_on_real_weights(smollm2):
         lm.variator.unload()
 
 
-def test_a_head_that_lm_eval_ties_is_told(flan_t5_small, caplog):
-    VariatorSeq2SeqLM(str(flan_t5_small), device="cpu")
-    assert "not those of the checkpoint" in caplog.text
+def test_a_t5_keeps_its_own_head_unless_hf_is_to_be_equalled(flan_t5_small):
+    """lm-eval's hf ties the head of FLAN-T5 to its embeddings, which the checkpoint does not."""
+    own, tied = (
+        VariatorSeq2SeqLM(str(flan_t5_small), device="cpu", tie_head=tie).variator for tie in (False, True)
+    )
+    expected = load_file(flan_t5_small / "model.safetensors")
+    assert torch.equal(own.base.lm_head.weight, expected["lm_head.weight"].to(own.base.dtype))
+    assert torch.equal(tied.base.lm_head.weight, expected["shared.weight"].to(tied.base.dtype))
+    for model in (own, tied):
+        assert model.base.encoder.embed_tokens.weight is model.base.shared.weight
