@@ -138,6 +138,8 @@ class _AttentionCall:
     grouping: Grouping | None
     """None: one dense token per row."""
     held: CompressedLayer | None
+    cache: Any
+    """The whole cache that `held` is a layer of: it moves offloaded layers when they are updated."""
     width: int
     site: SiteLayers | None = None
     causal: bool = True
@@ -157,13 +159,12 @@ class _AttentionCall:
         self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.grouping is None:
-            assert self.held is not None
-            return self.held.update(key, value)
+            return self.cache.update(key, value, layer)
         if not self.whole:
             key, value = self.grouping.take(key, 2), self.grouping.take(value, 2)
         if self.held is None:
             return key, value
-        return self.held.append(key, value, self.grouping, self.width)
+        return self.cache.update(key, value, layer, grouping=self.grouping, width=self.width)
 
     @property
     def plain_causal(self) -> bool:
@@ -204,7 +205,8 @@ def _hook_attention(
         session = current()
         if session is None:
             return None
-        held = _compressed_layer(kwargs.get("past_key_values"), layer)
+        cache = kwargs.get("past_key_values")
+        held = _compressed_layer(cache, layer)
         plugin = session.plugin
         whole = plugin.at("attention", layer) if plugin else None
         site = whole or (plugin.at("kv", layer) if plugin else None)
@@ -217,7 +219,7 @@ def _hook_attention(
         hidden = kwargs["hidden_states"]
         grouping = session.segment.grouping(site.k if site else 1) if session.segment else None
         width = hidden.shape[1]
-        call = _AttentionCall(grouping, held, width, site, causal, whole is not None, hidden)
+        call = _AttentionCall(grouping, held, cache, width, site, causal, whole is not None, hidden)
         if "position_bias" in kwargs and kwargs["position_bias"] is None:
             # T5's first layer makes the bias for all layers: of tokens, before they are merged
             kwargs["position_bias"] = module.compute_bias(width, width, device=hidden.device)

@@ -1,0 +1,162 @@
+"""Files of compressed contexts: one safetensors file whose header says in JSON what it belongs to.
+
+One file, because two cannot be replaced at once.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache
+
+import llm_variator
+from llm_variator.cache import CompressedLayer
+from llm_variator.errors import VariatorError
+from llm_variator.files import write_atomically
+from llm_variator.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
+from llm_variator.stores import SharedLayer, whole
+
+if TYPE_CHECKING:
+    from llm_variator.contexts import CompressedContext
+    from llm_variator.model import VariatorModel
+
+FORMAT = "llm_variator.context"
+FORMAT_VERSION = 1
+
+
+def save(context: CompressedContext, path: Path) -> None:
+    """Write `context` to `path`, whole or not at all."""
+    tensors = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
+    layers: list[dict[str, Any]] = []
+    for index, layer in enumerate(context.cache.layers):
+        facts: dict[str, Any] = {"tokens": layer.get_seq_length()}
+        if isinstance(layer, CompressedLayer):
+            keys, values = whole(layer.store)
+            tensors[f"{index}.columns"] = layer.columns
+            facts["has_fillers"] = layer.has_fillers
+        else:
+            keys, values = layer.keys, layer.values
+        tensors |= {f"{index}.keys": keys, f"{index}.values": values}
+        layers.append(facts)
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    facts = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library": llm_variator.__version__,
+        "belongs_to": _owners(context.model, context.plugin, context.tokenizer),
+        "ends_before_last_token": bool(getattr(context.cache, "ends_before_last_token", False)),
+        "messages": context.messages,
+        "layers": layers,
+        "checksums": {name: _checksum(value) for name, value in stored.items()},
+    }
+    # views of one storage (a context of one row for many) must not be stored as such
+    stored = {name: value.clone() if value._is_view() else value for name, value in stored.items()}
+    write_atomically(path, lambda file: save_file(stored, file, metadata={"context": json.dumps(facts)}))
+
+
+def load(path: Path, model: VariatorModel, tokenizer: Any, *, verify: bool) -> dict[str, Any]:
+    """The fields of the `CompressedContext` in `path`; errors as in its `load`."""
+    if not path.is_file():
+        raise VariatorError(f"{path} not found: save a context there first")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            facts = json.loads((opened.metadata() or {}).get("context", "null"))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise VariatorError(
+            f"{path} is not a whole safetensors file ({error}); save the context again"
+        ) from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise VariatorError(
+            f"{path} is a safetensors file, but no compressed context; name one that save() wrote"
+        )
+    if facts["format_version"] != FORMAT_VERSION:
+        raise VariatorError(
+            f"{path}: format_version {facts['format_version']} is not supported, this version of llm_variator "
+            f"reads {FORMAT_VERSION}; compress the context again"
+        )
+    plugin = _owner(path, facts["belongs_to"], model, tokenizer)
+    if tensors.keys() != facts["checksums"].keys():
+        raise VariatorError(f"{path} lacks tensors or has surplus ones; save the context again")
+    if verify:
+        for name, value in tensors.items():
+            if _checksum(value) != facts["checksums"][name]:
+                raise VariatorError(f"{path} is damaged ({name}); save the context again")
+    cache: Any = DynamicCache(config=model.config)
+    for index, layer in enumerate(facts["layers"]):
+        keys, values = (tensors[f"{index}.{name}"].to(model.device) for name in ("keys", "values"))
+        if "has_fillers" in layer:
+            columns = tensors[f"{index}.columns"].to(model.device)
+            store = SharedLayer(((keys, values),))
+            cache.layers[index] = CompressedLayer.holding(
+                store, layer["tokens"], columns, layer["has_fillers"]
+            )
+        else:
+            cache.layers[index].update(keys, values)
+            cache.layers[index].cumulative_length = layer["tokens"]
+    cache.ends_before_last_token = facts["ends_before_last_token"]
+    return {
+        "plugin": plugin,
+        "input_ids": tensors["input_ids"].to(model.device),
+        "attention_mask": tensors["attention_mask"].to(model.device),
+        "cache": cache,
+        "messages": facts["messages"],
+    }
+
+
+def _owners(model: VariatorModel, plugin: str | None, tokenizer: Any) -> dict[str, Any]:
+    """What the entries depend on."""
+    return {
+        "base": {
+            "name": model.signature.name,
+            "dtype": str(model.dtype),
+            "fingerprint": model_fingerprint(model.base),
+        },
+        "plugin": None
+        if plugin is None
+        else {
+            "name": plugin,
+            "fingerprint": plugin_fingerprint(model.plugin(plugin)),
+            "config": model.plugins[plugin].to_dict(),
+        },
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    }
+
+
+def _owner(path: Path, made: Mapping[str, Any], model: VariatorModel, tokenizer: Any) -> str | None:
+    """Name of the context's plugin in `model`; raises where the two do not belong together."""
+    base, name = made["base"], model.signature.name
+    if base["dtype"] != str(model.dtype):
+        raise VariatorError(
+            f"{path} was made in {base['dtype']}, the model is {model.dtype}: load the model in that dtype"
+        )
+    if base["fingerprint"] != model_fingerprint(model.base):
+        raise VariatorError(
+            f"{path} was made with {base['name']!r}, this model ({name!r}) has other weights: compress the "
+            "context again, or load the model it was made with"
+        )
+    if tokenizer is not None and made["tokenizer"] not in (None, tokenizer_fingerprint(tokenizer)):
+        raise VariatorError(
+            f"{path} was made with another tokenizer: load the one that belongs to {base['name']!r}"
+        )
+    if made["plugin"] is None:
+        return None
+    for own in model.plugins:
+        if plugin_fingerprint(model.plugin(own)) == made["plugin"]["fingerprint"]:
+            return own
+    raise VariatorError(
+        f"{path} was made with the plugin {made['plugin']['name']!r}, which this model has not loaded or has with "
+        f"other weights or settings (loaded: {', '.join(model.plugins) or 'none'}); load it, or compress again"
+    )
+
+
+def _checksum(value: Tensor) -> int:
+    return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

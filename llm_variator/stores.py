@@ -1,0 +1,138 @@
+"""Where a cache layer's keys and values lie: growing layers beside those of transformers. Know no compression.
+
+A *store* is a `DynamicLayer`: `update` appends keys and values (b, kv_heads, n, head_dim) and returns all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class SharedLayer(DynamicLayer):
+    """A store that goes on from tensors of others: `parts` are never written, only `keys` and `values` are its own.
+
+    A part of one row serves any number of rows: it is expanded for the moment of an `update`, and not kept.
+    """
+
+    def __init__(self, parts: tuple[tuple[Tensor, Tensor], ...]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.lazy_initialization(*parts[0])
+
+    @property
+    def shared(self) -> int:
+        """Entries that lie in the parts."""
+        return sum(keys.shape[-2] for keys, _ in self.parts)
+
+    def get_seq_length(self) -> int:
+        """Entries of the parts and its own."""
+        return self.shared + (self.keys.shape[-2] if self.keys.numel() else 0)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to its own tensors; returns those of the parts in front of them."""
+        self.keys = torch.cat((self.keys, key_states), dim=-2) if self.keys.numel() else key_states
+        self.values = torch.cat((self.values, value_states), dim=-2) if self.values.numel() else value_states
+        return self.whole()
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in one tensor each."""
+        parts = [*self.parts, (self.keys, self.values)] if self.keys.numel() else [*self.parts]
+        rows = max(len(keys) for keys, _ in parts)
+        keys, values = (
+            torch.cat([part[side].expand(rows, -1, -1, -1) for part in parts], dim=-2) for side in (0, 1)
+        )
+        return keys, values
+
+    def truncate(self, entries: int) -> None:
+        """Keep the first `entries`; parts are cut by views."""
+        own = entries - self.shared
+        if own >= 0:
+            self.keys, self.values = self.keys[:, :, :own], self.values[:, :, :own]
+            return
+        kept: list[tuple[Tensor, Tensor]] = []
+        for keys, values in self.parts:
+            size = min(keys.shape[-2], entries - sum(part.shape[-2] for part, _ in kept))
+            kept.append((keys[:, :, :size], values[:, :, :size]))
+        self.parts = tuple(kept)
+        self.lazy_initialization(*self.parts[0])
+
+    def reset(self) -> None:
+        """Refused by its owner: a shared store is replaced, not emptied."""
+        raise AssertionError("replace a shared store instead")
+
+    def offload(self) -> None:
+        """Nothing: what is shared stays where it is."""
+
+    def prefetch(self) -> None:
+        """Nothing, like `offload`."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows; parts of one row are the same for all."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row; parts of one row serve as they are."""
+        self._each_part(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows; parts of one row serve as they are."""
+        self._each_part(lambda t: t[indices.to(t.device)])
+
+    def _each_part(self, change: Any) -> None:
+        if self.keys.numel():
+            self.keys, self.values = change(self.keys), change(self.values)
+        self.parts = tuple(
+            (change(keys), change(values)) if len(keys) > 1 else (keys, values) for keys, values in self.parts
+        )
+
+
+def fork_store(store: DynamicLayer) -> DynamicLayer:
+    """A store that goes on by itself from the same entries, sharing them."""
+    if not store.is_initialized:
+        return copy.copy(store)
+    if isinstance(store, SharedLayer):
+        own = ((store.keys, store.values),) if store.keys.numel() else ()
+        return SharedLayer(store.parts + own)
+    if type(store) is DynamicLayer:
+        assert store.keys is not None
+        assert store.values is not None
+        return SharedLayer(((store.keys, store.values),))
+    return copy.copy(store)  # quantised layers replace their tensors, they never write into them
+
+
+def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
+    """All keys and values of a store in one tensor each (b, kv_heads, entries, head_dim)."""
+    if isinstance(store, SharedLayer):
+        return store.whole()
+    assert store.keys is not None
+    assert store.values is not None
+    return store.keys, store.values
+
+
+def held_bytes(store: DynamicLayer) -> tuple[int, int]:
+    """Bytes that a store holds, and how many of them lie in tensors that others may use too."""
+    own = sum(t.nbytes for t in (store.keys, store.values) if t is not None)
+    shared = 0
+    if isinstance(store, SharedLayer):
+        shared = sum(keys.nbytes + values.nbytes for keys, values in store.parts)
+    return own + shared, shared
+
+
+def column_bytes(store: DynamicLayer) -> int:
+    """Bytes that keys and values of one column take in a dense cache, over all rows."""
+    parts = [(store.keys, store.values)]
+    if isinstance(store, SharedLayer):
+        parts += store.parts
+    sizes = [
+        (keys.nbytes + values.nbytes) // keys.shape[-2]
+        for keys, values in parts
+        if keys is not None and values is not None and keys.numel()
+    ]
+    return max(sizes, default=0)
