@@ -20,7 +20,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping
-from llm_variator.stores import column_bytes, fork_store, held_bytes, whole
+from llm_variator.recent import Recent
+from llm_variator.stores import SharedLayer, column_bytes, fork_store, held_bytes, truncate, whole
 
 
 class CompressedLayer(DynamicLayer):
@@ -33,9 +34,9 @@ class CompressedLayer(DynamicLayer):
         self.store = DynamicLayer() if store is None else store
         self.tokens = self.store.get_seq_length()
         self.has_fillers = False
-        self._columns: Tensor | None = (
-            None  # of the prompt entries; the dense ones after them follow from `tokens`
-        )
+        self.recent: Recent | None = None
+        # of the first entries; the dense ones after them follow from `tokens`
+        self._columns: Tensor | None = None
 
     @classmethod
     def holding(
@@ -48,18 +49,18 @@ class CompressedLayer(DynamicLayer):
 
     # What transformers reads and writes on a layer is the store's.
 
-    @property  # type: ignore[override]
-    def keys(self) -> Tensor | None:
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """The store's keys; of a shared store only its own part."""
         return self.store.keys
 
-    @property  # type: ignore[override]
-    def values(self) -> Tensor | None:
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """Like `keys`."""
         return self.store.values
 
-    @property  # type: ignore[override]
-    def is_initialized(self) -> bool:
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether the store has seen keys yet."""
         return self.store.is_initialized
 
@@ -113,12 +114,27 @@ class CompressedLayer(DynamicLayer):
             self.has_fillers |= grouping.has_fillers
         return out
 
+    def merge(self, keys: Tensor, values: Tensor, k: int) -> None:
+        """Put `keys` and `values` in place of the oldest recent entries, one for every k of them."""
+        assert self.recent is not None
+        old, known, start = keys.shape[2] * k, len(self.recent), self.entries - len(self.recent)
+        columns, (all_keys, all_values) = self.columns, whole(self.store)
+        ends = columns[:, start : start + old].unflatten(1, (-1, k)).amax(-1)
+        self._columns = torch.cat((columns[:, :start], ends, columns[:, start + old :]), dim=1)
+        rest = slice(start + old, None)
+        keys = torch.cat((keys, all_keys[:, :, rest]), dim=2)
+        values = torch.cat((values, all_values[:, :, rest]), dim=2)
+        truncate(self.store, start)
+        self.store.update(keys, values)
+        self.recent = self.recent.last(known - old)
+
     def hide(self, mask: Tensor) -> None:
         """Make entries invisible whose token (rows, tokens) is not in `mask`; for tokens behind the end of a row."""
         columns = self.columns.expand(len(mask), -1)
         seen = mask.bool().to(columns.device).gather(1, columns.clamp(min=0))
         self._columns = torch.where(seen, columns, FILLER)
         self.has_fillers |= bool((self._columns == FILLER).any())
+        self.recent = None
 
     def get_seq_length(self) -> int:
         """Columns this layer stands for: what positions and 2D masks count."""
@@ -135,7 +151,7 @@ class CompressedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything; tensors that others share are left alone."""
         self.store = DynamicLayer()
-        self.tokens, self._columns, self.has_fillers = 0, None, False
+        self.tokens, self._columns, self.has_fillers, self.recent = 0, None, False, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows, for beam search."""
@@ -146,6 +162,8 @@ class CompressedLayer(DynamicLayer):
         """Repeat every row."""
         if self._columns is not None and len(self._columns) > 1:
             self._columns = self._columns.repeat_interleave(repeats, dim=0)
+        if self.recent is not None:
+            self.recent = self.recent.rows(lambda t: t.repeat_interleave(repeats, dim=0))
         self.store.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -156,6 +174,10 @@ class CompressedLayer(DynamicLayer):
     def _rows(self, indices: Tensor) -> None:
         if self._columns is not None and len(self._columns) > 1:
             self._columns = self._columns[indices.to(self._columns.device)]
+        if self.recent is not None and (
+            len(self.recent.hidden) > 1 or not isinstance(self.store, SharedLayer)
+        ):
+            self.recent = self.recent.rows(lambda t: t[indices.to(t.device)])
 
     def fork(self) -> CompressedLayer:
         """A layer that goes on by itself from the same entries; storage is shared until the two diverge."""
@@ -226,6 +248,7 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
                 placed.append(F.pad(own, (store.get_seq_length() - own.shape[1], 0), value=FILLER))
             columns = torch.cat(placed)
             new: Any = CompressedLayer.holding(store, tokens, columns, bool((columns == FILLER).any()))
+            new.recent = Recent.stack([getattr(part, "recent", None) for part in parts], [*map(len, rows)])
         elif isinstance(like, DynamicSlidingWindowLayer):
             new = _stack_tensors(_tensors(parts, rows), copy.copy(like))
             new.cumulative_length = tokens
@@ -287,6 +310,7 @@ class KVCacheReport:
                 layers.append(LayerReport(0, 0, 0, 0))
             elif isinstance(layer, CompressedLayer):
                 held, shared = held_bytes(layer.store)
+                held += layer.recent.nbytes if layer.recent is not None else 0
                 dense = layer.tokens * column_bytes(layer.store)
                 layers.append(LayerReport(layer.entries, held, layer.tokens, dense, shared))
             else:

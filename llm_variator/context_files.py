@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-import llm_variator
 from llm_variator.cache import CompressedLayer
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 from llm_variator.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
+from llm_variator.recent import Recent
 from llm_variator.stores import SharedLayer, whole
 
 if TYPE_CHECKING:
@@ -37,28 +38,32 @@ def save(context: CompressedContext, path: Path) -> None:
     tensors = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
     layers: list[dict[str, Any]] = []
     for index, layer in enumerate(context.cache.layers):
+        assert isinstance(layer, DynamicLayer)
         facts: dict[str, Any] = {"tokens": layer.get_seq_length()}
         if isinstance(layer, CompressedLayer):
             keys, values = whole(layer.store)
             tensors[f"{index}.columns"] = layer.columns
             facts["has_fillers"] = layer.has_fillers
+            if layer.recent is not None:
+                parts = (layer.recent.hidden, *layer.recent.position)
+                tensors |= {f"{index}.recent.{i}": part for i, part in enumerate(parts)}
+                facts["recent"] = len(parts)
         else:
-            keys, values = layer.keys, layer.values
+            keys, values = whole(layer)
         tensors |= {f"{index}.keys": keys, f"{index}.values": values}
         layers.append(facts)
+    # safetensors refuses tensors that share memory, as those of several layers may
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    stored = {name: value.clone() if ".recent." in name else value for name, value in stored.items()}
     facts = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "library": llm_variator.__version__,
         "belongs_to": _owners(context.model, context.plugin, context.tokenizer),
         "ends_before_last_token": bool(getattr(context.cache, "ends_before_last_token", False)),
         "messages": context.messages,
         "layers": layers,
         "checksums": {name: _checksum(value) for name, value in stored.items()},
     }
-    # views of one storage (a context of one row for many) must not be stored as such
-    stored = {name: value.clone() if value._is_view() else value for name, value in stored.items()}
     write_atomically(path, lambda file: save_file(stored, file, metadata={"context": json.dumps(facts)}))
 
 

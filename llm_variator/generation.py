@@ -65,7 +65,9 @@ def read_ahead(
         config = copy.deepcopy(kwargs.get("generation_config") or host.generation_config)
         config.prefill_chunk_size = None
         kwargs["generation_config"] = config
-    ids, mask, cache = (kwargs.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+    ids: Any = kwargs.get("input_ids")
+    mask: Any = kwargs.get("attention_mask")
+    cache: Any = kwargs.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
     repeats = max(setting(host, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
     if chunk is not None or (forked and slides(cache) and not bool(mask[:, past:].all())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import tempfile
@@ -96,11 +97,21 @@ class VariatorModel(nn.Module):
         return self._put(name, self._build(config))
 
     def load_plugin(
-        self, plugin: str | os.PathLike[str], plugin_name: str, *, dtype: torch.dtype | None = None
+        self,
+        plugin: str | os.PathLike[str],
+        plugin_name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        decode_block: int | None = None,
     ) -> CompressionPlugin:
-        """Load a saved plugin without activating it, in `dtype` (default: the base's). Nothing changes on error."""
+        """Load a saved plugin without activating it, in `dtype` (default: the base's). Nothing changes on error.
+
+        `decode_block` replaces the plugin's own: merging generated tokens needs no other weights.
+        """
         folder = plugin_folder(plugin)
         config = VariatorConfig.from_json(folder / CONFIG_FILE)
+        if decode_block is not None:
+            config = dataclasses.replace(config, decode_block=decode_block)
         if config.base is None:
             raise VariatorError(f"{folder / CONFIG_FILE} does not name its base model; save the plugin again")
         try:

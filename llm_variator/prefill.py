@@ -41,7 +41,7 @@ def passes(n: int, *, head: int, tail: int, step: int, chunk: int) -> Iterator[P
             room = max(step, (chunk - first) // step * step)
             part = Pass(start, min(start + first + room, n - tail), first, 0)
         else:
-            part = Pass(start, start + chunk, 0, chunk)
+            part = Pass(start, start + chunk, first, chunk)
         yield part
         start = part.end
     if start < n:

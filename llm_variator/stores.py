@@ -19,6 +19,9 @@ class SharedLayer(DynamicLayer):
     A part of one row serves any number of rows: it is expanded for the moment of an `update`, and not kept.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, parts: tuple[tuple[Tensor, Tensor], ...]) -> None:
         super().__init__()
         self.parts = parts
@@ -60,7 +63,7 @@ class SharedLayer(DynamicLayer):
         for keys, values in self.parts:
             size = min(keys.shape[-2], entries - sum(part.shape[-2] for part, _ in kept))
             kept.append((keys[:, :, :size], values[:, :, :size]))
-        self.parts = tuple(kept)
+        self.parts = tuple(part for part in kept if part[0].shape[-2]) or tuple(kept[:1])
         self.lazy_initialization(*self.parts[0])
 
     def reset(self) -> None:
@@ -105,6 +108,15 @@ def fork_store(store: DynamicLayer) -> DynamicLayer:
         assert store.values is not None
         return SharedLayer(((store.keys, store.values),))
     return copy.copy(store)  # quantised layers replace their tensors, they never write into them
+
+
+def truncate(store: DynamicLayer, entries: int) -> None:
+    """Keep the first `entries` of a store, in place; shared ones are cut by views."""
+    if isinstance(store, SharedLayer):
+        store.truncate(entries)
+        return
+    keys, values = whole(store)
+    store.keys, store.values = keys[:, :, :entries], values[:, :, :entries]
 
 
 def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
