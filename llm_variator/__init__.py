@@ -4,6 +4,15 @@ from llm_variator.config import VariatorConfig
 from llm_variator.contexts import CompressedContext
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
+from llm_variator.paging import KVPool, PoolExhaustedError
 
 __version__ = "0.1.0"
-__all__ = ["CompressedContext", "VariatorConfig", "VariatorError", "VariatorModel", "__version__"]
+__all__ = [
+    "CompressedContext",
+    "KVPool",
+    "PoolExhaustedError",
+    "VariatorConfig",
+    "VariatorError",
+    "VariatorModel",
+    "__version__",
+]

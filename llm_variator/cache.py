@@ -7,9 +7,10 @@ is the business of its *store*: any growing cache layer, transformers' own or on
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping
+from llm_variator.paging import PagedLayer, PoolReport
 from llm_variator.recent import Recent
-from llm_variator.stores import SharedLayer, column_bytes, fork_store, held_bytes, truncate, whole
+from llm_variator.stores import SharedLayer, Store, fork_store, sizes, truncate, whole
 
 
 class CompressedLayer(DynamicLayer):
@@ -221,6 +223,23 @@ def fork(cache: Cache) -> DynamicCache:
     return new
 
 
+def release(cache: Cache) -> None:
+    """Give back the blocks of a pool that `cache` holds."""
+    for layer in cache.layers:
+        if isinstance(layer, CompressedLayer) and isinstance(layer.store, Store):
+            layer.store.free()
+
+
+@contextlib.contextmanager
+def released_on_error(cache: Cache) -> Iterator[None]:
+    """Give back the blocks of `cache` at once if the block fails, not when the error is forgotten."""
+    try:
+        yield
+    except BaseException:
+        release(cache)
+        raise
+
+
 def expand(cache: Cache, rows: int) -> None:
     """Make a cache of one row serve `rows` rows, in place; a shared store keeps its one copy."""
     for layer in cache.layers:
@@ -246,6 +265,8 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
                 own = torch.where(own == FILLER, FILLER, own + tokens - part.get_seq_length())
                 own = own.expand(len(keys), -1)
                 placed.append(F.pad(own, (store.get_seq_length() - own.shape[1], 0), value=FILLER))
+            if like.entries and isinstance(like.store, Store):
+                store = like.store.like(*whole(store))
             columns = torch.cat(placed)
             new: Any = CompressedLayer.holding(store, tokens, columns, bool((columns == FILLER).any()))
             new.recent = Recent.stack([getattr(part, "recent", None) for part in parts], [*map(len, rows)])
@@ -299,26 +320,29 @@ class KVCacheReport:
     """`VariatorModel.kv_cache_report()`: one `LayerReport` per decoder layer, and the sums."""
 
     layers: tuple[LayerReport, ...]
+    pool: PoolReport | None = None
+    """Of the pool that the cache draws from."""
 
     @classmethod
     def of(cls, cache: Cache) -> KVCacheReport:
         """Measure what `cache` holds now."""
-        layers = []
+        layers, pool = [], None
         for layer in cache.layers:
+            if isinstance(layer, CompressedLayer) and isinstance(layer.store, PagedLayer):
+                pool = layer.store.pool.report()
             assert isinstance(layer, CacheLayerMixin)
             if not layer.is_initialized:
                 layers.append(LayerReport(0, 0, 0, 0))
             elif isinstance(layer, CompressedLayer):
-                held, shared = held_bytes(layer.store)
+                held, shared, column = sizes(layer.store)
                 held += layer.recent.nbytes if layer.recent is not None else 0
-                dense = layer.tokens * column_bytes(layer.store)
-                layers.append(LayerReport(layer.entries, held, layer.tokens, dense, shared))
+                layers.append(LayerReport(layer.entries, held, layer.tokens, layer.tokens * column, shared))
             else:
                 assert layer.keys is not None
                 assert layer.values is not None
                 size, held = layer.keys.nbytes + layer.values.nbytes, layer.keys.shape[-2]
                 layers.append(LayerReport(held, size, held, size))
-        return cls(tuple(layers))
+        return cls(tuple(layers), pool)
 
     @property
     def bytes(self) -> int:
@@ -343,4 +367,6 @@ class KVCacheReport:
             "layer entries dense",
         ]
         lines += [f"{i:5} {layer.entries:7} {layer.dense_entries:5}" for i, layer in enumerate(self.layers)]
+        if self.pool is not None:
+            lines.insert(1, str(self.pool))
         return "\n".join(lines)

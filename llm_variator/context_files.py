@@ -22,8 +22,9 @@ from llm_variator.cache import CompressedLayer
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 from llm_variator.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
+from llm_variator.paging import KVPool, PagedLayer
 from llm_variator.recent import Recent
-from llm_variator.stores import SharedLayer, whole
+from llm_variator.stores import SharedLayer, Store, whole
 
 if TYPE_CHECKING:
     from llm_variator.contexts import CompressedContext
@@ -67,7 +68,9 @@ def save(context: CompressedContext, path: Path) -> None:
     write_atomically(path, lambda file: save_file(stored, file, metadata={"context": json.dumps(facts)}))
 
 
-def load(path: Path, model: VariatorModel, tokenizer: Any, *, verify: bool) -> dict[str, Any]:
+def load(
+    path: Path, model: VariatorModel, tokenizer: Any, *, pool: KVPool | None, verify: bool
+) -> dict[str, Any]:
     """The fields of the `CompressedContext` in `path`; errors as in its `load`."""
     if not path.is_file():
         raise VariatorError(f"{path} not found: save a context there first")
@@ -100,10 +103,16 @@ def load(path: Path, model: VariatorModel, tokenizer: Any, *, verify: bool) -> d
         keys, values = (tensors[f"{index}.{name}"].to(model.device) for name in ("keys", "values"))
         if "has_fillers" in layer:
             columns = tensors[f"{index}.columns"].to(model.device)
-            store = SharedLayer(((keys, values),))
-            cache.layers[index] = CompressedLayer.holding(
-                store, layer["tokens"], columns, layer["has_fillers"]
-            )
+            store: Store = SharedLayer(((keys, values),))
+            if pool is not None:
+                store = PagedLayer(pool).like(keys, values)
+            held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])
+            if "recent" in layer:
+                hidden, *position = (
+                    tensors[f"{index}.recent.{i}"].to(model.device) for i in range(layer["recent"])
+                )
+                held.recent = Recent(hidden, tuple(position))
+            cache.layers[index] = held
         else:
             cache.layers[index].update(keys, values)
             cache.layers[index].cumulative_length = layer["tokens"]

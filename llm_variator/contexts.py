@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import Cache
 
 from llm_variator import context_files
-from llm_variator.cache import CompressedLayer, KVCacheReport, expand, fork
+from llm_variator.cache import CompressedLayer, KVCacheReport, expand, fork, release, released_on_error
 from llm_variator.errors import VariatorError
 from llm_variator.inputs import Chat, chats, continued_chat, encode, pads_first
+from llm_variator.paging import KVPool
 from llm_variator.prefill import read
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class CompressedContext:
 
     def report(self) -> KVCacheReport:
         """Entries and bytes of every layer."""
-        return KVCacheReport.of(self.cache)
+        return KVCacheReport.of(self._alive())
 
     def extend(
         self, more: Any, attention_mask: Tensor | None = None, *, prefill_chunk_size: int | None = None
@@ -75,12 +76,30 @@ class CompressedContext:
         """
         after, _ = self.behind(more, attention_mask, answer=False)
         cache, past = after.cache, after.cache.get_seq_length()
-        with self.model.use_plugin(self.plugin):
-            plugin = None if self.plugin is None else self.model.plugin()
-            ids, mask = after.input_ids, after.attention_mask
+        plugin = None if self.plugin is None else self.model.plugin(self.plugin)
+        ids, mask = after.input_ids, after.attention_mask
+        with released_on_error(cache):
             if read(self.model.base, plugin, cache, ids[:, past:], mask, chunk=prefill_chunk_size):
                 ids, mask = pads_first(ids, mask)
         return dataclasses.replace(after, input_ids=ids, attention_mask=mask)
+
+    def fork(self) -> CompressedContext:
+        """The same context once more, sharing everything; each of the two is freed by itself."""
+        return dataclasses.replace(self, cache=fork(self._alive()))
+
+    def free(self) -> None:
+        """Give the memory back. Needed for contexts in a pool where Python still refers to them.
+
+        Raises:
+            VariatorError: it was freed before.
+        """
+        release(self._alive())
+        self.cache.layers.clear()
+
+    def _alive(self) -> Cache:
+        if not self.cache.layers:
+            raise VariatorError("this context was freed: compress or load it again")
+        return self.cache
 
     def behind(
         self, more: Any, attention_mask: Tensor | None, *, answer: bool = True
@@ -99,7 +118,7 @@ class CompressedContext:
             raise VariatorError(
                 f"the context has {self.rows} rows and what comes after it {len(ids)}: give one, or as many"
             )
-        cache = fork(self.cache)
+        cache = fork(self._alive())
         if self.rows == 1 < rows:
             expand(cache, rows)
         ids, mask = ids.expand(rows, -1), mask.expand(rows, -1)
@@ -139,11 +158,18 @@ class CompressedContext:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the context to one file (safetensors), whole or not at all: an old file stays until then."""
+        self._alive()
         context_files.save(self, Path(path))
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: VariatorModel, *, tokenizer: Any = None, verify: bool = True
+        cls,
+        path: str | os.PathLike[str],
+        model: VariatorModel,
+        *,
+        tokenizer: Any = None,
+        pool: KVPool | None = None,
+        verify: bool = True,
     ) -> CompressedContext:
         """Read a file that `save` wrote, for the model, plugin and tokenizer it was made with.
 
@@ -152,15 +178,15 @@ class CompressedContext:
         Args:
             path: the file.
             model: has the plugin loaded, under any name.
-            tokenizer: for text and messages; needed where the context was made with one.
+            tokenizer: for text and messages in questions.
+            pool: copy keys and values into its blocks.
             verify: compare checksums, which reads the file once. False: only what is used is ever read.
 
         Raises:
             VariatorError: the file is damaged or no context, or belongs to another model, plugin or tokenizer.
         """
-        return cls(
-            model, tokenizer=tokenizer, **context_files.load(Path(path), model, tokenizer, verify=verify)
-        )
+        fields = context_files.load(Path(path), model, tokenizer, pool=pool, verify=verify)
+        return cls(model, tokenizer=tokenizer, **fields)
 
     def _continued(self, talk: list[Chat], answer: bool) -> tuple[list[list[int]], list[Chat]]:
         assert self.messages is not None

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.architectures import architecture_of
-from llm_variator.cache import KVCacheReport, adopt, is_compressed
+from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, release, released_on_error
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.contexts import CompressedContext
 from llm_variator.errors import VariatorError
@@ -26,6 +26,7 @@ from llm_variator.fingerprints import base_signature
 from llm_variator.generation import check_generation, pad_prompt, read_ahead, setting
 from llm_variator.inputs import chats, encode
 from llm_variator.loading import load_model, plugin_folder
+from llm_variator.paging import KVPool, PagedLayer
 from llm_variator.plugin import CompressionPlugin, Ratios
 from llm_variator.prefill import read
 from llm_variator.session import Session, current, scope
@@ -324,8 +325,9 @@ class VariatorModel(nn.Module):
             "attention_mask": after.attention_mask,
             "past_key_values": after.cache,
         }
-        read_ahead(self.base, self._host, plugin, kwargs, forked=True)
-        output = self._generate(plugin, kwargs)
+        with released_on_error(after.cache):
+            read_ahead(self.base, self._host, plugin, kwargs, forked=True)
+            output = self._generate(plugin, kwargs)
         whole = output if isinstance(output, Tensor) else output.sequences
         new = whole[:, after.tokens :]
         sequences = torch.cat((question.repeat_interleave(len(new) // len(question), dim=0), new), dim=1)
@@ -334,6 +336,8 @@ class VariatorModel(nn.Module):
         else:
             output.sequences = sequences
         if not return_context:
+            if isinstance(output, Tensor):
+                release(after.cache)
             return output
         read_ids, read_mask = kwargs["input_ids"], kwargs["attention_mask"]
         return output, after.answered(read_ids, read_mask, whole, setting(self._host, kwargs, "eos_token_id"))
@@ -346,6 +350,7 @@ class VariatorModel(nn.Module):
         *,
         tokenizer: Any = None,
         prefill_chunk_size: int | None = None,
+        pool: KVPool | None = None,
     ) -> CompressedContext:
         """Read a prompt once with the active plugin, for `generate(question, context=...)`.
 
@@ -356,6 +361,7 @@ class VariatorModel(nn.Module):
             tokenizer: for text and messages, here and in questions.
             prefill_chunk_size: read so many tokens at a time, as far as groups allow, so that activations need
                 memory for so many only; the result is the same.
+            pool: keep keys and values in its blocks, as everything that goes on from this context will.
 
         Raises:
             VariatorError: nothing to read, a form that is not known, or the model is no decoder.
@@ -364,8 +370,11 @@ class VariatorModel(nn.Module):
         ids, mask = (t.to(self._host.device) for t in encode(context, tokenizer, attention_mask))
         layers = range(self.signature.num_layers)
         cache: Any = DynamicCache(config=self._host.config)
-        adopt(cache, [i for i in layers if not self._architecture.slides(self._host, i)], len(layers))
-        read(self.base, self._active(), cache, ids, mask, chunk=prefill_chunk_size)
+        for layer in layers:
+            if not self._architecture.slides(self._host, layer):
+                cache.layers[layer] = CompressedLayer(None if pool is None else PagedLayer(pool))
+        with released_on_error(cache):
+            read(self.base, self._active(), cache, ids, mask, chunk=prefill_chunk_size)
         self._report = KVCacheReport.of(cache)
         return CompressedContext(self, self.active_plugin, ids, mask, cache, tokenizer, chats(context))
 

@@ -13,7 +13,44 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 
-class SharedLayer(DynamicLayer):
+class Store(DynamicLayer):
+    """A store of ours: what the functions below ask of it."""
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in one tensor each (b, kv_heads, entries, head_dim)."""
+        raise NotImplementedError
+
+    def truncate(self, entries: int) -> None:
+        """Keep the first `entries`, in place."""
+        raise NotImplementedError
+
+    def fork(self) -> Store:
+        """A store that goes on by itself from the same entries, sharing them."""
+        raise NotImplementedError
+
+    def like(self, keys: Tensor, values: Tensor) -> DynamicLayer:
+        """A store of this kind with other entries."""
+        raise NotImplementedError
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes held, bytes of them that others may use too, bytes of one dense column over all rows."""
+        raise NotImplementedError
+
+    def free(self) -> None:
+        """Give back what is held, where that does not happen by itself."""
+
+    def offload(self) -> None:
+        """Nothing: entries stay where they are."""
+
+    def prefetch(self) -> None:
+        """Nothing, like `offload`."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows."""
+        self.batch_select_indices(beam_idx)
+
+
+class SharedLayer(Store):
     """A store that goes on from tensors of others: `parts` are never written, only `keys` and `values` are its own.
 
     A part of one row serves any number of rows: it is expanded for the moment of an `update`, and not kept.
@@ -66,19 +103,21 @@ class SharedLayer(DynamicLayer):
         self.parts = tuple(part for part in kept if part[0].shape[-2]) or tuple(kept[:1])
         self.lazy_initialization(*self.parts[0])
 
-    def reset(self) -> None:
-        """Refused by its owner: a shared store is replaced, not emptied."""
-        raise AssertionError("replace a shared store instead")
+    def fork(self) -> SharedLayer:
+        """Its own entries become a part."""
+        own = ((self.keys, self.values),) if self.keys.numel() else ()
+        return SharedLayer(self.parts + own)
 
-    def offload(self) -> None:
-        """Nothing: what is shared stays where it is."""
+    def like(self, keys: Tensor, values: Tensor) -> DynamicLayer:
+        """One part."""
+        return SharedLayer(((keys, values),))
 
-    def prefetch(self) -> None:
-        """Nothing, like `offload`."""
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the rows; parts of one row are the same for all."""
-        self.batch_select_indices(beam_idx)
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes held, bytes of them in parts, bytes of one dense column over all rows."""
+        shared = sum(keys.nbytes + values.nbytes for keys, values in self.parts)
+        parts = [*self.parts, (self.keys, self.values)] if self.keys.numel() else self.parts
+        column = max((keys.nbytes + values.nbytes) // keys.shape[-2] for keys, values in parts)
+        return shared + self.keys.nbytes + self.values.nbytes, shared, column
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row; parts of one row serve as they are."""
@@ -98,21 +137,16 @@ class SharedLayer(DynamicLayer):
 
 def fork_store(store: DynamicLayer) -> DynamicLayer:
     """A store that goes on by itself from the same entries, sharing them."""
-    if not store.is_initialized:
-        return copy.copy(store)
-    if isinstance(store, SharedLayer):
-        own = ((store.keys, store.values),) if store.keys.numel() else ()
-        return SharedLayer(store.parts + own)
-    if type(store) is DynamicLayer:
-        assert store.keys is not None
-        assert store.values is not None
-        return SharedLayer(((store.keys, store.values),))
-    return copy.copy(store)  # quantised layers replace their tensors, they never write into them
+    if isinstance(store, Store):
+        return store.fork()
+    if type(store) is DynamicLayer and store.is_initialized:
+        return SharedLayer((whole(store),))
+    return copy.copy(store)  # transformers' layers replace their tensors, they never write into them
 
 
 def truncate(store: DynamicLayer, entries: int) -> None:
-    """Keep the first `entries` of a store, in place; shared ones are cut by views."""
-    if isinstance(store, SharedLayer):
+    """Keep the first `entries` of a store, in place."""
+    if isinstance(store, Store):
         store.truncate(entries)
         return
     keys, values = whole(store)
@@ -121,30 +155,17 @@ def truncate(store: DynamicLayer, entries: int) -> None:
 
 def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
     """All keys and values of a store in one tensor each (b, kv_heads, entries, head_dim)."""
-    if isinstance(store, SharedLayer):
+    if isinstance(store, Store):
         return store.whole()
     assert store.keys is not None
     assert store.values is not None
     return store.keys, store.values
 
 
-def held_bytes(store: DynamicLayer) -> tuple[int, int]:
-    """Bytes that a store holds, and how many of them lie in tensors that others may use too."""
-    own = sum(t.nbytes for t in (store.keys, store.values) if t is not None)
-    shared = 0
-    if isinstance(store, SharedLayer):
-        shared = sum(keys.nbytes + values.nbytes for keys, values in store.parts)
-    return own + shared, shared
-
-
-def column_bytes(store: DynamicLayer) -> int:
-    """Bytes that keys and values of one column take in a dense cache, over all rows."""
-    parts = [(store.keys, store.values)]
-    if isinstance(store, SharedLayer):
-        parts += store.parts
-    sizes = [
-        (keys.nbytes + values.nbytes) // keys.shape[-2]
-        for keys, values in parts
-        if keys is not None and values is not None and keys.numel()
-    ]
-    return max(sizes, default=0)
+def sizes(store: DynamicLayer) -> tuple[int, int, int]:
+    """Bytes held, bytes of them that others may use too, bytes of one dense column over all rows."""
+    if isinstance(store, Store):
+        return store.sizes()
+    keys, values = whole(store)
+    held = keys.nbytes + values.nbytes
+    return held, 0, held // max(1, keys.shape[-2])

@@ -80,7 +80,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def logits(base, plugin, ids: Tensor, prompt: int) -> Tensor:
-    """(1, n) tokens, the first `prompt` of them compressed -> (n, vocab). With `decode_block`, the rest is generated."""
+    """(1, n) tokens, the first `prompt` of them compressed -> (n, vocab); the rest is generated, one by one."""
     config, state, n = plugin.config, plugin.state_dict(), ids.shape[1]
     kinds = getattr(base.config, "layer_types", None) or ["full_attention"] * len(base.model.layers)
     gemma = base.config.model_type == "gemma3_text"
@@ -122,7 +122,9 @@ def logits(base, plugin, ids: Tensor, prompt: int) -> Tensor:
         later = {}
         if config.decode_block and kinds[index] != "sliding_attention":
             k = config.ratio(site, index)
-            later = held_while_decoding(n, prompt, k, config.dense_head, config.dense_tail, config.decode_block)
+            later = held_while_decoding(
+                n, prompt, k, config.dense_head, config.dense_tail, config.decode_block
+            )
         known: dict[tuple, tuple[Tensor, Tensor]] = {}
 
         def stored(entry: Entry, kind: int, site=site, index=index, h=h, heads=heads, known=known) -> Tensor:

@@ -86,7 +86,9 @@ def test_padding_never_changes_a_result(decoder):
     rows = prompts(9, 25, 26, 40)
     alone = [model.generate(row, max_new_tokens=20, do_sample=False)[0, -20:] for row in rows]
     uniform = model.generate(torch.cat(prompts(26, 26)), max_new_tokens=20, do_sample=False)
-    assert torch.equal(uniform[0, -20:], model.generate(prompts(26)[0], max_new_tokens=20, do_sample=False)[0, -20:])
+    assert torch.equal(
+        uniform[0, -20:], model.generate(prompts(26)[0], max_new_tokens=20, do_sample=False)[0, -20:]
+    )
     # rows of one length mod k have their groups at the same tokens, and so the same entries
     same = model.generate(**pad([rows[1], rows[3]], "left"), max_new_tokens=20, do_sample=False)
     assert torch.equal(same[:, -20:], torch.stack([alone[1], alone[3]]))
