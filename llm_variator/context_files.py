@@ -23,8 +23,9 @@ from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 from llm_variator.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
 from llm_variator.paging import KVPool, PagedLayer
+from llm_variator.quantised import Quantised, dense
 from llm_variator.recent import Recent
-from llm_variator.stores import SharedLayer, Store, whole
+from llm_variator.stores import Part, SharedLayer, Store, whole
 
 if TYPE_CHECKING:
     from llm_variator.contexts import CompressedContext
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = "llm_variator.context"
 FORMAT_VERSION = 1
+_QUANTISED = ("codes", "scale", "low")  # tensors of a `Quantised`
 
 
 def save(context: CompressedContext, path: Path) -> None:
@@ -41,8 +43,10 @@ def save(context: CompressedContext, path: Path) -> None:
     for index, layer in enumerate(context.cache.layers):
         assert isinstance(layer, DynamicLayer)
         facts: dict[str, Any] = {"tokens": layer.get_seq_length()}
+        keys: Tensor | Quantised
+        values: Tensor | Quantised
         if isinstance(layer, CompressedLayer):
-            keys, values = whole(layer.store)
+            keys, values = _stored(layer.store)
             tensors[f"{index}.columns"] = layer.columns
             facts["has_fillers"] = layer.has_fillers
             if layer.recent is not None:
@@ -51,7 +55,12 @@ def save(context: CompressedContext, path: Path) -> None:
                 facts["recent"] = len(parts)
         else:
             keys, values = whole(layer)
-        tensors |= {f"{index}.keys": keys, f"{index}.values": values}
+        for name, value in (("keys", keys), ("values", values)):
+            if isinstance(value, Quantised):
+                facts["bits"] = value.bits
+                tensors |= {f"{index}.{name}.{part}": getattr(value, part) for part in _QUANTISED}
+            else:
+                tensors[f"{index}.{name}"] = value
         layers.append(facts)
     # safetensors refuses tensors that share memory, as those of several layers may
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -100,12 +109,12 @@ def load(
                 raise VariatorError(f"{path} is damaged ({name}); save the context again")
     cache: Any = DynamicCache(config=model.config)
     for index, layer in enumerate(facts["layers"]):
-        keys, values = (tensors[f"{index}.{name}"].to(model.device) for name in ("keys", "values"))
+        keys, values = (_read(tensors, f"{index}.{name}", layer, model) for name in ("keys", "values"))
         if "has_fillers" in layer:
             columns = tensors[f"{index}.columns"].to(model.device)
             store: Store = SharedLayer(((keys, values),))
             if pool is not None:
-                store = PagedLayer(pool).like(keys, values)
+                store = PagedLayer(pool).like(dense(keys), dense(values))
             held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])
             if "recent" in layer:
                 hidden, *position = (
@@ -114,7 +123,7 @@ def load(
                 held.recent = Recent(hidden, tuple(position))
             cache.layers[index] = held
         else:
-            cache.layers[index].update(keys, values)
+            cache.layers[index].update(dense(keys), dense(values))
             cache.layers[index].cumulative_length = layer["tokens"]
     cache.ends_before_last_token = facts["ends_before_last_token"]
     return {
@@ -124,6 +133,22 @@ def load(
         "cache": cache,
         "messages": facts["messages"],
     }
+
+
+def _stored(store: DynamicLayer) -> Part:
+    """Keys and values as they lie, or in one tensor each where they lie in several."""
+    if isinstance(store, SharedLayer) and len(store.parts) == 1 and not store.keys.numel():
+        return store.parts[0]
+    return whole(store)
+
+
+def _read(
+    tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any], model: VariatorModel
+) -> Tensor | Quantised:
+    if "bits" not in layer:
+        return tensors[name].to(model.device)
+    parts = {part: tensors[f"{name}.{part}"].to(model.device) for part in _QUANTISED}
+    return Quantised(**parts, bits=layer["bits"], dtype=model.dtype)
 
 
 def _owners(model: VariatorModel, plugin: str | None, tokenizer: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from llm_variator.errors import VariatorError
 from llm_variator.inputs import Chat, chats, continued_chat, encode, pads_first
 from llm_variator.paging import KVPool
 from llm_variator.prefill import read
+from llm_variator.quantised import Quantised
+from llm_variator.stores import SharedLayer, Store, whole
 
 if TYPE_CHECKING:
     from llm_variator.model import VariatorModel
@@ -86,6 +88,23 @@ class CompressedContext:
     def fork(self) -> CompressedContext:
         """The same context once more, sharing everything; each of the two is freed by itself."""
         return dataclasses.replace(self, cache=fork(self._alive()))
+
+    def quantised(self, bits: int = 4) -> CompressedContext:
+        """This context with keys and values in 4 or 8 bits, in memory and in files; what comes after is dense.
+
+        Layers with a sliding window stay as they are.
+
+        Raises:
+            VariatorError: other bits, or an odd head_dim with 4.
+        """
+        cache = fork(self._alive())
+        for layer in cache.layers:
+            if isinstance(layer, CompressedLayer):
+                keys, values = (Quantised.of(t, bits) for t in whole(layer.store))
+                if isinstance(layer.store, Store):
+                    layer.store.free()
+                layer.store = SharedLayer(((keys, values),))
+        return dataclasses.replace(self, cache=cache)
 
     def free(self) -> None:
         """Give the memory back. Needed for contexts in a pool where Python still refers to them.

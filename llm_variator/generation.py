@@ -20,6 +20,7 @@ _UNSUPPORTED = {
     "prompt_lookup_num_tokens": "prompt-lookup decoding",
     "assistant_early_exit": "assisted decoding",
 }
+_GROWING = (None, "dynamic", "dynamic_full", "offloaded", "quantized")  # caches that entries can be put into
 
 
 def setting(host: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
@@ -39,7 +40,7 @@ def check_generation(
                 f"{what} ({name}) does not work with a compressed prompt; leave it out or disable the plugin"
             )
     implementation = setting(host, kwargs, "cache_implementation")
-    if plugin is not None and plugin.cache_layers and implementation not in (None, "dynamic"):
+    if plugin is not None and plugin.cache_layers and implementation not in _GROWING:
         raise VariatorError(
             f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"
         )

@@ -6,11 +6,18 @@ A *store* is a `DynamicLayer`: `update` appends keys and values (b, kv_heads, n,
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
+
+from llm_variator.errors import VariatorError
+from llm_variator.quantised import Quantised, change, dense
+
+Part = tuple[Tensor | Quantised, Tensor | Quantised]  # keys and values
 
 
 class Store(DynamicLayer):
@@ -59,10 +66,10 @@ class SharedLayer(Store):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, parts: tuple[tuple[Tensor, Tensor], ...]) -> None:
+    def __init__(self, parts: tuple[Part, ...]) -> None:
         super().__init__()
         self.parts = parts
-        self.lazy_initialization(*parts[0])
+        self._empty()
 
     @property
     def shared(self) -> int:
@@ -86,7 +93,8 @@ class SharedLayer(Store):
         parts = [*self.parts, (self.keys, self.values)] if self.keys.numel() else [*self.parts]
         rows = max(len(keys) for keys, _ in parts)
         keys, values = (
-            torch.cat([part[side].expand(rows, -1, -1, -1) for part in parts], dim=-2) for side in (0, 1)
+            torch.cat([dense(part[side]).expand(rows, -1, -1, -1) for part in parts], dim=-2)
+            for side in (0, 1)
         )
         return keys, values
 
@@ -96,12 +104,13 @@ class SharedLayer(Store):
         if own >= 0:
             self.keys, self.values = self.keys[:, :, :own], self.values[:, :, :own]
             return
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[Part] = []
         for keys, values in self.parts:
             size = min(keys.shape[-2], entries - sum(part.shape[-2] for part, _ in kept))
-            kept.append((keys[:, :, :size], values[:, :, :size]))
+            first = operator.itemgetter((slice(None), slice(None), slice(size)))
+            kept.append((change(keys, first), change(values, first)))
         self.parts = tuple(part for part in kept if part[0].shape[-2]) or tuple(kept[:1])
-        self.lazy_initialization(*self.parts[0])
+        self._empty()
 
     def fork(self) -> SharedLayer:
         """Its own entries become a part."""
@@ -115,8 +124,10 @@ class SharedLayer(Store):
     def sizes(self) -> tuple[int, int, int]:
         """Bytes held, bytes of them in parts, bytes of one dense column over all rows."""
         shared = sum(keys.nbytes + values.nbytes for keys, values in self.parts)
-        parts = [*self.parts, (self.keys, self.values)] if self.keys.numel() else self.parts
-        column = max((keys.nbytes + values.nbytes) // keys.shape[-2] for keys, values in parts)
+        parts = [*self.parts, (self.keys, self.values)] if self.keys.numel() else [*self.parts]
+        column = max(
+            sum(t.shape[0] * t.shape[1] * t.shape[3] * t.dtype.itemsize for t in part) for part in parts
+        )
         return shared + self.keys.nbytes + self.values.nbytes, shared, column
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -127,12 +138,19 @@ class SharedLayer(Store):
         """Keep some rows; parts of one row serve as they are."""
         self._each_part(lambda t: t[indices.to(t.device)])
 
-    def _each_part(self, change: Any) -> None:
+    def _each_part(self, how: Callable[[Tensor], Tensor]) -> None:
         if self.keys.numel():
-            self.keys, self.values = change(self.keys), change(self.values)
+            self.keys, self.values = how(self.keys), how(self.values)
         self.parts = tuple(
-            (change(keys), change(values)) if len(keys) > 1 else (keys, values) for keys, values in self.parts
+            (change(keys, how), change(values, how)) if len(keys) > 1 else (keys, values)
+            for keys, values in self.parts
         )
+
+    def _empty(self) -> None:
+        """Own no entries."""
+        like = self.parts[0][0]
+        own = torch.empty(0, dtype=like.dtype, device=like.device)
+        self.lazy_initialization(own, own)
 
 
 def fork_store(store: DynamicLayer) -> DynamicLayer:
@@ -149,6 +167,11 @@ def truncate(store: DynamicLayer, entries: int) -> None:
     if isinstance(store, Store):
         store.truncate(entries)
         return
+    if isinstance(store, QuantizedLayer):
+        raise VariatorError(
+            "decode_block does not work with transformers' QuantizedCache, whose entries cannot be taken back: leave "
+            "out one of the two, or quantise a context (CompressedContext.quantised)"
+        )
     keys, values = whole(store)
     store.keys, store.values = keys[:, :, :entries], values[:, :, :entries]
 
@@ -157,6 +180,14 @@ def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
     """All keys and values of a store in one tensor each (b, kv_heads, entries, head_dim)."""
     if isinstance(store, Store):
         return store.whole()
+    if isinstance(store, QuantizedLayer):
+        stored: Any = store
+        pairs = (stored._quantized_keys, stored.keys), (stored._quantized_values, stored.values)
+        keys, values = (
+            torch.cat([stored._dequantize(old), new], dim=-2) if new.numel() else stored._dequantize(old)
+            for old, new in pairs
+        )
+        return keys, values
     assert store.keys is not None
     assert store.values is not None
     return store.keys, store.values
@@ -168,4 +199,12 @@ def sizes(store: DynamicLayer) -> tuple[int, int, int]:
         return store.sizes()
     keys, values = whole(store)
     held = keys.nbytes + values.nbytes
-    return held, 0, held // max(1, keys.shape[-2])
+    column = held // max(1, keys.shape[-2])
+    if isinstance(
+        store, QuantizedLayer
+    ):  # its backend's own form, by the bits it promises, and the dense rest
+        assert store.keys is not None
+        rest = store.keys.shape[-2] if store.keys.numel() else 0
+        packed = (keys.shape[-2] - rest) * column * store.nbits // (8 * keys.element_size())
+        held = rest * column + packed
+    return held, 0, column

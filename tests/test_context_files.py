@@ -117,7 +117,9 @@ def test_wrong_pairings_are_refused_with_the_reason(file, model):
     with torch.no_grad():
         tuned.base.model.layers[1].mlp.up_proj.weight.mul_(1.01)
     refused(tuned, "this model .* has other weights")
-    refused(VariatorModel(make_decoder("llama", vocab_size=259)), "which this model has not loaded.*loaded: none")
+    refused(
+        VariatorModel(make_decoder("llama", vocab_size=259)), "which this model has not loaded.*loaded: none"
+    )
     stale = make_variator("llama", MIXED, vocab_size=259)
     randomise(stale.plugin(), seed=2)
     refused(stale, "'default', which this model has not loaded or has with other weights")
