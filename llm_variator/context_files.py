@@ -68,7 +68,7 @@ def save(context: CompressedContext, path: Path) -> None:
     facts = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "belongs_to": _owners(context.model, context.plugin, context.tokenizer),
+        "belongs_to": _owners(context),
         "ends_before_last_token": bool(getattr(context.cache, "ends_before_last_token", False)),
         "messages": context.messages,
         "layers": layers,
@@ -128,6 +128,7 @@ def load(
     cache.ends_before_last_token = facts["ends_before_last_token"]
     return {
         "plugin": plugin,
+        "fingerprint": (facts["belongs_to"]["plugin"] or {}).get("fingerprint"),
         "input_ids": tensors["input_ids"].to(model.device),
         "attention_mask": tensors["attention_mask"].to(model.device),
         "cache": cache,
@@ -151,8 +152,9 @@ def _read(
     return Quantised(**parts, bits=layer["bits"], dtype=model.dtype)
 
 
-def _owners(model: VariatorModel, plugin: str | None, tokenizer: Any) -> dict[str, Any]:
+def _owners(context: CompressedContext) -> dict[str, Any]:
     """What the entries depend on."""
+    model, tokenizer = context.model, context.tokenizer
     return {
         "base": {
             "name": model.signature.name,
@@ -160,12 +162,8 @@ def _owners(model: VariatorModel, plugin: str | None, tokenizer: Any) -> dict[st
             "fingerprint": model_fingerprint(model.base),
         },
         "plugin": None
-        if plugin is None
-        else {
-            "name": plugin,
-            "fingerprint": plugin_fingerprint(model.plugin(plugin)),
-            "config": model.plugins[plugin].to_dict(),
-        },
+        if context.plugin is None
+        else {"name": context.plugin, "fingerprint": context.fingerprint},
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
     }
 

@@ -14,6 +14,7 @@ from transformers import Cache
 from llm_variator import context_files
 from llm_variator.cache import CompressedLayer, KVCacheReport, expand, fork, release, released_on_error
 from llm_variator.errors import VariatorError
+from llm_variator.fingerprints import plugin_fingerprint
 from llm_variator.inputs import Chat, chats, continued_chat, encode, pads_first
 from llm_variator.paging import KVPool
 from llm_variator.prefill import read
@@ -45,6 +46,8 @@ class CompressedContext:
     """For questions that are text or messages."""
     messages: list[Chat] | None = dataclasses.field(default=None, repr=False)
     """Each row's conversation so far, where the context was given as messages."""
+    fingerprint: str | None = dataclasses.field(default=None, repr=False)
+    """Of the plugin as it was when it compressed this."""
 
     @property
     def rows(self) -> int:
@@ -76,9 +79,13 @@ class CompressedContext:
             attention_mask: of ids given as a tensor.
             prefill_chunk_size: read so many tokens at a time; the result is the same.
         """
+        plugin = None if self.plugin is None else self.model.plugin(self.plugin)
+        if plugin is not None and plugin_fingerprint(plugin) != self.fingerprint:
+            raise VariatorError(
+                f"the plugin {self.plugin!r} has changed since it compressed this context: compress it again"
+            )
         after, _ = self.behind(more, attention_mask, answer=False)
         cache, past = after.cache, after.cache.get_seq_length()
-        plugin = None if self.plugin is None else self.model.plugin(self.plugin)
         ids, mask = after.input_ids, after.attention_mask
         with released_on_error(cache):
             if read(self.model.base, plugin, cache, ids[:, past:], mask, chunk=prefill_chunk_size):

@@ -6,12 +6,15 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from llm_variator.config import BaseSignature
 from llm_variator.plugin import CompressionPlugin
+
+_known: WeakKeyDictionary[CompressionPlugin, tuple[Any, str]] = WeakKeyDictionary()
 
 SAMPLED_VALUES = 64  # of each of a model's tensors: enough to notice any fine-tuning, cheap for any size
 
@@ -41,7 +44,15 @@ def model_fingerprint(base: nn.Module) -> str:
 
 
 def plugin_fingerprint(plugin: CompressionPlugin) -> str:
-    """Of a plugin's settings and all its weights."""
+    """Of a plugin's settings and all its weights; computed anew only after they changed."""
+    state = tuple((value.data_ptr(), value._version) for value in plugin.state_dict().values())
+    known = _known.get(plugin)
+    if known is None or known[0] != state:
+        known = _known[plugin] = state, _plugin_fingerprint(plugin)
+    return known[1]
+
+
+def _plugin_fingerprint(plugin: CompressionPlugin) -> str:
     settings = plugin.config.to_dict()
     settings.pop("base")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

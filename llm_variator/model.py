@@ -22,7 +22,7 @@ from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, re
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.contexts import CompressedContext
 from llm_variator.errors import VariatorError
-from llm_variator.fingerprints import base_signature
+from llm_variator.fingerprints import base_signature, plugin_fingerprint
 from llm_variator.generation import check_generation, pad_prompt, read_ahead, setting
 from llm_variator.inputs import chats, encode
 from llm_variator.loading import load_model, plugin_folder
@@ -376,7 +376,11 @@ class VariatorModel(nn.Module):
         with released_on_error(cache):
             read(self.base, self._active(), cache, ids, mask, chunk=prefill_chunk_size)
         self._report = KVCacheReport.of(cache)
-        return CompressedContext(self, self.active_plugin, ids, mask, cache, tokenizer, chats(context))
+        plugin = self._active()
+        made_by = None if plugin is None else plugin_fingerprint(plugin)
+        return CompressedContext(
+            self, self.active_plugin, ids, mask, cache, tokenizer, chats(context), made_by
+        )
 
     def kv_cache_report(self, cache: Any = None) -> KVCacheReport:
         """Entries and bytes per layer of `cache`, by default as they were after the last compressed call."""

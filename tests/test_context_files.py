@@ -130,6 +130,18 @@ def test_wrong_pairings_are_refused_with_the_reason(file, model):
     assert CompressedContext.load(file, renamed).plugin == "other name"
 
 
+def test_a_plugin_that_changed_after_compressing_is_another(model, tmp_path):
+    context = model.compress(prompts(40)[0])
+    randomise(model.plugin(), seed=2)
+    context.save(tmp_path / "context")
+    with pytest.raises(VariatorError, match="or has with other weights"):
+        CompressedContext.load(tmp_path / "context", model)
+    with pytest.raises(VariatorError, match="has changed since it compressed"):
+        context.extend([4, 5])
+    randomise(model.plugin())
+    assert CompressedContext.load(tmp_path / "context", model).extend([4, 5]).tokens == 42
+
+
 def _other_tokenizer():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["more"])
