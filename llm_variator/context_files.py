@@ -74,7 +74,9 @@ def save(context: CompressedContext, path: Path) -> None:
         "layers": layers,
         "checksums": {name: _checksum(value) for name, value in stored.items()},
     }
-    write_atomically(path, lambda file: save_file(stored, file, metadata={"context": json.dumps(facts)}))
+    text = json.dumps(facts)
+    header = {"context": text, "checksum": str(zlib.crc32(text.encode()))}
+    write_atomically(path, lambda file: save_file(stored, file, metadata=header))
 
 
 def load(
@@ -85,8 +87,14 @@ def load(
         raise VariatorError(f"{path} not found: save a context there first")
     try:
         with safe_open(path, framework="pt") as opened:
-            facts = json.loads((opened.metadata() or {}).get("context", "null"))
+            header = opened.metadata() or {}
+            text = header.get("context", "null")
+            if "checksum" in header and header["checksum"] != str(zlib.crc32(text.encode())):
+                raise VariatorError(f"{path} is damaged (its header); save the context again")
+            facts = json.loads(text) if "checksum" in header else None
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except VariatorError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise VariatorError(
             f"{path} is not a whole safetensors file ({error}); save the context again"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,9 @@ def test_foreign_files_are_refused(file, model, tmp_path):
         ({"format_version": 2}, "format_version 2 is not supported"),
         ({"checksums": {}}, "lacks tensors or has surplus ones"),
     ]:
-        save_file(tensors, foreign, metadata={"context": json.dumps(facts | change)})
+        text = json.dumps(facts | change)
+        header = {"context": text, "checksum": str(zlib.crc32(text.encode()))}
+        save_file(tensors, foreign, metadata=header)
         with pytest.raises(VariatorError, match=message):
             CompressedContext.load(foreign, model)
 
