@@ -1,8 +1,18 @@
 """Plug-and-play compression plugins that make frozen language models cheaper on long inputs."""
 
 from llm_variator.config import VariatorConfig
+from llm_variator.contexts import CompressedContext
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
+from llm_variator.paging import KVPool, PoolExhaustedError
 
 __version__ = "0.1.0"
-__all__ = ["VariatorConfig", "VariatorError", "VariatorModel", "__version__"]
+__all__ = [
+    "CompressedContext",
+    "KVPool",
+    "PoolExhaustedError",
+    "VariatorConfig",
+    "VariatorError",
+    "VariatorModel",
+    "__version__",
+]

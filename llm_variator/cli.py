@@ -147,11 +147,12 @@ def add_variator_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag("--dense-head", "first prompt tokens kept uncompressed", type=int)
     flag("--dense-tail", "least number of last prompt tokens kept uncompressed", type=int)
+    flag("--decode-block", "merge generated tokens once so many are older than the dense tail", type=int)
 
 
 _CONFIG_FLAGS = (
     "k", "sites", "r", "compressor", "decompressor", "activation",
-    "layers", "k_per_layer", "dense_head", "dense_tail",
+    "layers", "k_per_layer", "dense_head", "dense_tail", "decode_block",
 )  # fmt: skip
 
 

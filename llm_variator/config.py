@@ -57,6 +57,8 @@ class VariatorConfig:
     """First tokens of a sequence kept uncompressed (attention sinks); None: 4 for decoders, 0 for encoders."""
     dense_tail: int | None = None
     """Least number of last prompt tokens kept uncompressed; None: 1 for decoders, 0 for encoders."""
+    decode_block: int | None = None
+    """Generated tokens: merge whole groups once so many are older than the last `dense_tail`; None: stay dense."""
     base: BaseSignature | None = None
     """The base model this plugin was made for; filled in when the plugin is attached."""
     format_version: int = FORMAT_VERSION
@@ -116,9 +118,11 @@ class VariatorConfig:
             for site, ratios in self.k_per_layer.items():
                 for k in ratios:
                     _integer(f"k_per_layer[{site!r}]", k, least=1)
-        for field in ("dense_head", "dense_tail"):
+        for field, least in (("dense_head", 0), ("dense_tail", 0), ("decode_block", 1)):
             if getattr(self, field) is not None:
-                _integer(field, getattr(self, field), least=0)
+                _integer(field, getattr(self, field), least=least)
+        if self.decode_block is not None and "ffn" in self.sites and len(self.sites) == 1:
+            raise VariatorError('decode_block compresses the KV cache: it needs site "kv" or "attention"')
 
     @classmethod
     def paper(cls, k: int = 4, **overrides: Any) -> VariatorConfig:
@@ -163,6 +167,8 @@ class VariatorConfig:
                 raise VariatorError(
                     f"k_per_layer[{site!r}] has {len(ratios)} entries, but {base.name!r} has {base.num_layers} layers"
                 )
+        if self.decode_block is not None and not decoder:
+            raise VariatorError(f"decode_block is for decoders, {base.name!r} is none: leave it out")
         default_head, default_tail = (4, 1) if decoder else (0, 0)
         return dataclasses.replace(
             self,

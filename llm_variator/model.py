@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.architectures import architecture_of
-from llm_variator.cache import KVCacheReport, is_compressed
-from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
+from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, release, released_on_error
+from llm_variator.config import CONFIG_FILE, VariatorConfig
+from llm_variator.contexts import CompressedContext
 from llm_variator.errors import VariatorError
+from llm_variator.fingerprints import base_signature, plugin_fingerprint
+from llm_variator.generation import check_generation, pad_prompt, read_ahead, setting
+from llm_variator.inputs import chats, encode
 from llm_variator.loading import load_model, plugin_folder
+from llm_variator.paging import KVPool, PagedLayer
 from llm_variator.plugin import CompressionPlugin, Ratios
+from llm_variator.prefill import read
 from llm_variator.session import Session, current, scope
 
 logger = logging.getLogger(__name__)
@@ -32,13 +37,6 @@ logger = logging.getLogger(__name__)
 _scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
     "variator_scoped_plugins", default=MappingProxyType({})
 )
-
-_UNSUPPORTED_GENERATION = {
-    "assistant_model": "assisted decoding",
-    "prompt_lookup_num_tokens": "prompt-lookup decoding",
-    "assistant_early_exit": "assisted decoding",
-    "prefill_chunk_size": "chunked prefill",
-}
 
 
 class VariatorModel(nn.Module):
@@ -61,7 +59,7 @@ class VariatorModel(nn.Module):
             raise VariatorError(
                 "this base already has a VariatorModel or token pruning: use it, or unload() or remove() it first"
             )
-        self.signature = _signature(self._host, len(blocks))
+        self.signature = base_signature(self._host, len(blocks))
         self.base: Any = base
         self._plugins: dict[str, CompressionPlugin] = {}
         self._default: str | None = None
@@ -102,11 +100,21 @@ class VariatorModel(nn.Module):
         return self._put(name, self._build(config))
 
     def load_plugin(
-        self, plugin: str | os.PathLike[str], plugin_name: str, *, dtype: torch.dtype | None = None
+        self,
+        plugin: str | os.PathLike[str],
+        plugin_name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        decode_block: int | None = None,
     ) -> CompressionPlugin:
-        """Load a saved plugin without activating it, in `dtype` (default: the base's). Nothing changes on error."""
+        """Load a saved plugin without activating it, in `dtype` (default: the base's). Nothing changes on error.
+
+        `decode_block` replaces the plugin's own: merging generated tokens needs no other weights.
+        """
         folder = plugin_folder(plugin)
         config = VariatorConfig.from_json(folder / CONFIG_FILE)
+        if decode_block is not None:
+            config = dataclasses.replace(config, decode_block=decode_block)
         if config.base is None:
             raise VariatorError(f"{folder / CONFIG_FILE} does not name its base model; save the plugin again")
         try:
@@ -252,27 +260,49 @@ class VariatorModel(nn.Module):
         return output
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        context: CompressedContext | None = None,
+        return_context: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Hugging Face's `generate` with the prompt compressed by the active plugin; decoding is dense.
 
         Right-padded batches are re-padded on the left first. A cache of an earlier turn can be continued: each
         new prompt segment is compressed in its turn. Of T5 the prompt is the encoder's input, and all of the
         decoder's ways to generate are as ever.
+
+        Args:
+            inputs: token ids (rows, tokens), or `input_ids=`; after a `context` text and messages too.
+            context: what comes before `inputs`, read by `compress`; one row serves any number of questions.
+                It is shared, not changed. Sequences come back without it: question and answer.
+            return_context: return (output, context after the answer), for the next turn. Not with beams.
+            **kwargs: Hugging Face's. `prefill_chunk_size`: read the prompt so many tokens at a time, as far as
+                groups allow; the result is the same.
         """
         if not self._host.can_generate():
             raise VariatorError(
                 f"{type(self._host).__name__} cannot generate: it has no language-model decoder"
             )
-        plugin = self._active()
-        cache = kwargs.get("past_key_values")
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        if context is not None:
+            return self._generate_after(context, return_context, kwargs)
+        if return_context:
+            raise VariatorError("return_context needs a context to go on from: see VariatorModel.compress")
+        plugin, cache = self._active(), kwargs.get("past_key_values")
         if plugin is None and not is_compressed(cache):
             return self.base.generate(**kwargs)
         if self._architecture.decoder:
-            _check_generation(self._host, plugin, kwargs)
+            check_generation(self._host, plugin, kwargs)
             if cache is None or not cache.get_seq_length():
-                _pad_left(kwargs)
+                pad_prompt(kwargs)
+            read_ahead(self.base, self._host, plugin, kwargs)
+        return self._generate(plugin, kwargs)
+
+    def _generate(self, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]) -> Any:
         session = Session(plugin, generating=True)
         with scope(session):
             output = self.base.generate(**kwargs)
@@ -280,6 +310,84 @@ class VariatorModel(nn.Module):
             session.cache.ends_before_last_token = True  # type: ignore[attr-defined]
         self._remember(session)
         return output
+
+    def _generate_after(
+        self, context: CompressedContext, return_context: bool, kwargs: dict[str, Any]
+    ) -> Any:
+        plugin = self._active()
+        check_generation(self._host, plugin, kwargs)
+        if return_context and (setting(self._host, kwargs, "num_beams") or 1) > 1:
+            raise VariatorError(
+                "return_context does not work with beams: their caches are of other sequences"
+            )
+        if context.model is not self:
+            raise VariatorError(
+                "the context belongs to another VariatorModel: save it and load it for this one"
+            )
+        if kwargs.get("past_key_values") is not None:
+            raise VariatorError("give either context or past_key_values, not both")
+        after, question = context.behind(kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None))
+        kwargs |= {
+            "input_ids": after.input_ids,
+            "attention_mask": after.attention_mask,
+            "past_key_values": after.cache,
+        }
+        with released_on_error(after.cache):
+            read_ahead(self.base, self._host, plugin, kwargs, forked=True)
+            output = self._generate(plugin, kwargs)
+        whole = output if isinstance(output, Tensor) else output.sequences
+        new = whole[:, after.tokens :]
+        sequences = torch.cat((question.repeat_interleave(len(new) // len(question), dim=0), new), dim=1)
+        if isinstance(output, Tensor):
+            output = sequences
+        else:
+            output.sequences = sequences
+        if not return_context:
+            if isinstance(output, Tensor):
+                release(after.cache)
+            return output
+        read_ids, read_mask = kwargs["input_ids"], kwargs["attention_mask"]
+        return output, after.answered(read_ids, read_mask, whole, setting(self._host, kwargs, "eos_token_id"))
+
+    @torch.no_grad()
+    def compress(
+        self,
+        context: Any,
+        attention_mask: Tensor | None = None,
+        *,
+        tokenizer: Any = None,
+        prefill_chunk_size: int | None = None,
+        pool: KVPool | None = None,
+    ) -> CompressedContext:
+        """Read a prompt once with the active plugin, for `generate(question, context=...)`.
+
+        Args:
+            context: token ids (a tensor (tokens,) or (rows, tokens), or lists), a tokenizer's output, text, or
+                chat messages; one row or several.
+            attention_mask: of ids given as a tensor.
+            tokenizer: for text and messages, here and in questions.
+            prefill_chunk_size: read so many tokens at a time, as far as groups allow, so that activations need
+                memory for so many only; the result is the same.
+            pool: keep keys and values in its blocks, as everything that goes on from this context will.
+
+        Raises:
+            VariatorError: nothing to read, a form that is not known, or the model is no decoder.
+        """
+        self.decoder_only("compress", "an encoder keeps no KV cache")
+        ids, mask = (t.to(self._host.device) for t in encode(context, tokenizer, attention_mask))
+        layers = range(self.signature.num_layers)
+        cache: Any = DynamicCache(config=self._host.config)
+        for layer in layers:
+            if not self._architecture.slides(self._host, layer):
+                cache.layers[layer] = CompressedLayer(None if pool is None else PagedLayer(pool))
+        with released_on_error(cache):
+            read(self.base, self._active(), cache, ids, mask, chunk=prefill_chunk_size)
+        self._report = KVCacheReport.of(cache)
+        plugin = self._active()
+        made_by = None if plugin is None else plugin_fingerprint(plugin)
+        return CompressedContext(
+            self, self.active_plugin, ids, mask, cache, tokenizer, chats(context), made_by
+        )
 
     def kv_cache_report(self, cache: Any = None) -> KVCacheReport:
         """Entries and bytes per layer of `cache`, by default as they were after the last compressed call."""
@@ -397,43 +505,3 @@ class VariatorModel(nn.Module):
             if name in ("base", "_host", "_plugins"):  # not set yet: the base could not be loaded
                 raise
             return getattr(self.base, name)
-
-
-def _check_generation(
-    host: PreTrainedModel, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]
-) -> None:
-    config = kwargs.get("generation_config") or host.generation_config
-    for name, what in _UNSUPPORTED_GENERATION.items():
-        if kwargs.get(name) or getattr(config, name, None):
-            raise VariatorError(
-                f"{what} ({name}) does not work with a compressed prompt; leave it out or disable the plugin"
-            )
-    implementation = kwargs.get("cache_implementation") or config.cache_implementation
-    if plugin is not None and plugin.cache_layers and implementation not in (None, "dynamic"):
-        raise VariatorError(
-            f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"
-        )
-
-
-def _pad_left(kwargs: dict[str, Any]) -> None:
-    """Move right padding to the left, row by row; generation continues at the right edge."""
-    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if ids is None or mask is None or mask.ndim != 2 or mask.shape != ids.shape or bool(mask[:, -1].all()):
-        return
-    order = mask.bool().long().argsort(dim=1, stable=True)  # padding first, tokens in their order
-    kwargs["input_ids"], kwargs["attention_mask"] = ids.gather(1, order), mask.gather(1, order)
-
-
-def _signature(host: Any, num_layers: int) -> BaseSignature:
-    config = host.config
-    name = getattr(config, "_name_or_path", "") or config.model_type
-    if Path(name).is_absolute():
-        name = Path(name).name
-    weight = host.get_input_embeddings().weight
-    sample = b""
-    if weight.device.type != "meta" and weight.is_floating_point():
-        sample = (
-            weight.detach()[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
-        )
-    digest = hashlib.sha256(sample).hexdigest()[:16] if sample else ""
-    return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
 from llm_variator.cache import adopt, is_compressed
+from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Segment
 from llm_variator.plugin import CompressionPlugin
@@ -25,6 +26,8 @@ class Session:
     """None: the base model, going on from a cache that a plugin compressed."""
     prompts: int | list[int] | None = None
     """Prompt tokens of every row, or of each; None: every token of the first pass is prompt."""
+    edges: tuple[int, int] | None = None
+    """Dense tokens at both ends of the next passes, where they are parts of one prompt; None: as configured."""
     generating: bool = False
     """Inside `generate`: after the first pass all tokens are continuation."""
     passes: int = 0
@@ -79,7 +82,7 @@ def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             adopt(cache, plugin.cache_layers, config.num_hidden_layers)
     past = cache.get_seq_length() if cache is not None else 0
     session.segment, session.cache = None, cache
-    if tokens.shape[1] != 1:
+    if tokens.shape[1] != 1 or session.edges is not None:
         session.segment = _segment(session, tokens, kwargs.get("attention_mask"), past)
     if cache is not None:
         cache.ends_before_last_token = False
@@ -185,8 +188,15 @@ def _segment(session: Session, tokens: Tensor, mask: Any, past: int) -> Segment:
         raise VariatorError(f"prompt_length {prompts} exceeds the {width} tokens given")
 
     config = session.plugin.config
-    assert config.dense_head is not None
     assert config.dense_tail is not None
-    # after a cache: a generated token that no pass has read yet belongs to the continuation, keep it dense
-    head = int(getattr(session.cache, "ends_before_last_token", False)) if past else config.dense_head
-    return Segment(width, prompts, head=head, tail=config.dense_tail, device=tokens.device, valid=valid)
+    head, tail = session.edges or (first_dense(session.cache, config), config.dense_tail)
+    return Segment(width, prompts, head=head, tail=tail, device=tokens.device, valid=valid)
+
+
+def first_dense(cache: Cache | None, config: VariatorConfig) -> int:
+    """Dense tokens at the beginning of a prompt that comes after `cache`."""
+    assert config.dense_head is not None
+    if cache is None or not cache.get_seq_length():
+        return config.dense_head
+    # a generated token that no pass has read yet belongs to the continuation, keep it dense
+    return int(getattr(cache, "ends_before_last_token", False))

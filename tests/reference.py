@@ -33,6 +33,25 @@ def entries(n: int, prompt: int, k: int | None, head: int, tail: int, *, ragged:
     return out + [Entry([i], False) for i in range(start + groups * (k or 0), n)]
 
 
+def held_while_decoding(
+    n: int, prompt: int, k: int | None, head: int, tail: int, block: int
+) -> dict[int, list[Entry]]:
+    """Position of each generated token -> the entries it sees, itself the last: old tokens are merged in blocks."""
+    old = entries(prompt, prompt, k, head, tail)
+    recent: list[int] = []
+    while k and old and not old[-1].merged and old[-1].positions[0] >= head:
+        recent.insert(0, old.pop().positions[0])
+    held = {}
+    for token in range(prompt, n):
+        if k and len(recent) - tail >= block:
+            while len(recent) - tail >= k:
+                old.append(Entry(recent[:k], True))
+                recent = recent[k:]
+        recent.append(token)
+        held[token] = old + [Entry([i], False) for i in recent]
+    return held
+
+
 def merge(state: dict[str, Tensor], name: str, vectors: list[Tensor]) -> Tensor:
     """g = sum_j a_j h_j, a = softmax(W_c concat(h) + b_c); of a short group zeros fill the concatenation."""
     if f"{name}.compressor.weight" not in state:
@@ -61,7 +80,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def logits(base, plugin, ids: Tensor, prompt: int) -> Tensor:
-    """(1, n) tokens, the first `prompt` of them compressed -> (n, vocab)."""
+    """(1, n) tokens, the first `prompt` of them compressed -> (n, vocab); the rest is generated, one by one."""
     config, state, n = plugin.config, plugin.state_dict(), ids.shape[1]
     kinds = getattr(base.config, "layer_types", None) or ["full_attention"] * len(base.model.layers)
     gemma = base.config.model_type == "gemma3_text"
@@ -100,21 +119,35 @@ def logits(base, plugin, ids: Tensor, prompt: int) -> Tensor:
         last = {
             i: entry.positions[-1] for entry in kept for i in entry.positions
         }  # end of each token's group
-        keys = [heads(vector(e, f"{site}.{index}", h), "k", e.positions[-1]) for e in kept]
-        values = [heads(vector(e, f"{site}.{index}", h), "v", e.positions[-1]) for e in kept]
+        later = {}
+        if config.decode_block and kinds[index] != "sliding_attention":
+            k = config.ratio(site, index)
+            later = held_while_decoding(
+                n, prompt, k, config.dense_head, config.dense_tail, config.decode_block
+            )
+        known: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+        def stored(entry: Entry, kind: int, site=site, index=index, h=h, heads=heads, known=known) -> Tensor:
+            key = tuple(entry.positions)
+            if key not in known:
+                x = vector(entry, f"{site}.{index}", h)
+                known[key] = tuple(heads(x, name, entry.positions[-1]) for name in "kv")
+            return known[key][kind]
+
         outputs = []
         for entry in kept if whole else [Entry([i], False) for i in range(n)]:
             position = entry.positions[-1]
             query = heads(vector(entry, f"{site}.{index}", h), "q", position)
-            seen = [
-                m for m, e in enumerate(kept) if last[position] - window < e.positions[-1] <= last[position]
+            seen = later.get(position) or [
+                e for e in kept if last[position] - window < e.positions[-1] <= last[position]
             ]
-            share, out = query.shape[0] // keys[0].shape[0], []
+            share, out = query.shape[0] // stored(seen[0], 0).shape[0], []
             for head in range(query.shape[0]):
-                scores = torch.stack([keys[m][head // share] @ query[head] for m in seen]) * attention.scaling
+                scores = torch.stack([stored(e, 0)[head // share] @ query[head] for e in seen])
+                scores = scores * attention.scaling
                 weights = torch.exp(scores - scores.max())
                 weights = weights / weights.sum()
-                out.append(sum(w * values[m][head // share] for w, m in zip(weights, seen, strict=True)))
+                out.append(sum(w * stored(e, 1)[head // share] for w, e in zip(weights, seen, strict=True)))
             outputs.append((entry, attention.o_proj(torch.cat(out))))
         a = spread(outputs, f"{site}.{index}", h)
         x = x + (layer.post_attention_layernorm(a) if gemma else a)

@@ -195,9 +195,7 @@ def test_compressed_cache_goes_through_the_model():
     [
         (dict(prompt_lookup_num_tokens=3), "prompt-lookup decoding"),
         (dict(assistant_model="self"), "assisted decoding"),
-        (dict(prefill_chunk_size=8), "chunked prefill"),
         (dict(cache_implementation="static"), "cache_implementation='static'"),
-        (dict(cache_implementation="quantized"), "cache_implementation='quantized'"),
     ],
 )
 def test_unsupported_generation_is_refused(options, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import pad, randomise
 
-from llm_variator import VariatorConfig, VariatorModel
+from llm_variator import CompressedContext, KVPool, VariatorConfig, VariatorModel
 from llm_variator.loading import shipped_plugins
 
 TEXTS = [
@@ -141,3 +141,32 @@ def test_shipped_plugins_load_and_beat_their_untrained_selves(model, rows, name)
     finally:
         for which in ("shipped", "untrained"):
             model.delete_plugin(which)
+
+
+def test_contexts(model, smollm2, rows, tmp_path):
+    """Compress, save, load, ask, extend in chunks, page, age: on the real model, against a plain conversation."""
+    tokenizer = smollm2[1]
+    document, more, question = torch.cat(rows[2:5], dim=1), rows[6], rows[0]
+    with model.use_plugin("k2"):
+        context = model.compress(document, tokenizer=tokenizer, prefill_chunk_size=32)
+        context.save(tmp_path / "context")
+        loaded = CompressedContext.load(tmp_path / "context", model, tokenizer=tokenizer)
+        pool = KVPool(2000)
+        paged = CompressedContext.load(tmp_path / "context", model, pool=pool)
+        cache = model(document, use_cache=True, logits_to_keep=1).past_key_values
+        model(more, past_key_values=cache, logits_to_keep=1)
+        whole = torch.cat((document, more, question), dim=1)
+        expected = model.generate(whole, past_key_values=cache, max_new_tokens=10, **GREEDY)
+        for each in (context, loaded, paged):
+            longer = each.extend(more, prefill_chunk_size=8)
+            out = model.generate(question, context=longer, max_new_tokens=10, **GREEDY)
+            assert torch.equal(out, expected[:, -out.shape[1] :])
+        text = model.generate(TEXTS[0], context=loaded.extend(more), max_new_tokens=10, **GREEDY)
+        assert torch.equal(text[:, -10:], expected[:, -10:])
+    ageing = VariatorConfig(k=2, sites=("ffn", "kv"), r=8, dense_tail=4, decode_block=8)
+    model.add_plugin("ageing", ageing)
+    with model.use_plugin("ageing"):
+        out = model.generate(rows[0], max_new_tokens=40, return_dict_in_generate=True, **GREEDY)
+    n = rows[0].shape[1] + 39
+    assert {layer.entries for layer in out.past_key_values.layers} < set(range(4 + 4 + 8 + (n - 16) // 2 + 2))
+    model.delete_plugin("ageing")

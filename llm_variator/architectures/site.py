@@ -23,8 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llm_variator.architectures.ageing import age, remember
 from llm_variator.attention import group_causal_attention, pooled_bias, visible
 from llm_variator.cache import CompressedLayer
+from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping, Slices
 from llm_variator.plugin import SiteLayers
@@ -148,6 +150,8 @@ class _AttentionCall:
     grouping: Grouping | None
     """None: one dense token per row."""
     held: CompressedLayer | None
+    cache: Any
+    """The whole cache that `held` is a layer of: it moves offloaded layers when they are updated."""
     width: int
     site: SiteLayers | None = None
     causal: bool = True
@@ -156,6 +160,8 @@ class _AttentionCall:
     hidden: Tensor | None = None
     entries: Tensor | None = None
     """Site "kv": input of the key and value projections."""
+    read: tuple[VariatorConfig, Tensor, tuple[Tensor, ...]] | None = None
+    """What is kept of the pass where decoding compresses: the plugin's settings, inputs, positions of tokens."""
 
     def __post_init__(self) -> None:
         self.past = self.held.tokens if self.held is not None else 0
@@ -167,13 +173,22 @@ class _AttentionCall:
         self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.grouping is None:
-            assert self.held is not None
-            return self.held.update(key, value)
+            out = self.cache.update(key, value, layer)
+            self._remember()
+            return out
         if not self.whole:
             key, value = self.grouping.take(key, 2), self.grouping.take(value, 2)
         if self.held is None:
             return key, value
-        return self.held.append(key, value, self.grouping, self.width)
+        out = self.cache.update(key, value, layer, grouping=self.grouping, width=self.width)
+        self._remember()
+        return out
+
+    def _remember(self) -> None:
+        if self.read is not None:
+            assert self.held is not None
+            config, hidden, position = self.read
+            remember(self.held, config, self.grouping, hidden, position)
 
     @property
     def plain_causal(self) -> bool:
@@ -214,7 +229,8 @@ def _hook_attention(
         session = current()
         if session is None:
             return None
-        held = _compressed_layer(kwargs.get("past_key_values"), layer)
+        cache = kwargs.get("past_key_values")
+        held = _compressed_layer(cache, layer)
         plugin = session.plugin
         whole = plugin.at("attention", layer) if plugin else None
         site = whole or (plugin.at("kv", layer) if plugin else None)
@@ -227,10 +243,14 @@ def _hook_attention(
         hidden = kwargs["hidden_states"]
         grouping = session.segment.grouping(site.k if site else 1) if session.segment else None
         width = hidden.shape[1]
-        call = _AttentionCall(grouping, held, width, site, causal, whole is not None, hidden)
+        if held is not None:
+            age(module, held, site, plugin.config if plugin else None, grouping)
+        call = _AttentionCall(grouping, held, cache, width, site, causal, whole is not None, hidden)
         if "position_bias" in kwargs and kwargs["position_bias"] is None:
             # T5's first layer makes the bias for all layers: of tokens, before they are merged
             kwargs["position_bias"] = module.compute_bias(width, width, device=hidden.device)
+        if held is not None and site is not None and plugin is not None and plugin.config.decode_block:
+            call.read = plugin.config, hidden, kwargs["position_embeddings"]
         if site is not None and grouping is not None and grouping.has_groups:
             entries = grouping.compress(hidden, site.compressor)
             if whole:

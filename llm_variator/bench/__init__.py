@@ -1,0 +1,1 @@
+"""What compression saves, measured: command lines, one per subject."""

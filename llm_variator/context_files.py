@@ -1,0 +1,207 @@
+"""Files of compressed contexts: one safetensors file whose header says in JSON what it belongs to.
+
+One file, because two cannot be replaced at once.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from llm_variator.cache import CompressedLayer
+from llm_variator.errors import VariatorError
+from llm_variator.files import write_atomically
+from llm_variator.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
+from llm_variator.paging import KVPool, PagedLayer
+from llm_variator.quantised import Quantised, dense
+from llm_variator.recent import Recent
+from llm_variator.stores import Part, SharedLayer, Store, whole
+
+if TYPE_CHECKING:
+    from llm_variator.contexts import CompressedContext
+    from llm_variator.model import VariatorModel
+
+FORMAT = "llm_variator.context"
+FORMAT_VERSION = 1
+_QUANTISED = ("codes", "scale", "low")  # tensors of a `Quantised`
+
+
+def save(context: CompressedContext, path: Path) -> None:
+    """Write `context` to `path`, whole or not at all."""
+    tensors = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
+    layers: list[dict[str, Any]] = []
+    for index, layer in enumerate(context.cache.layers):
+        assert isinstance(layer, DynamicLayer)
+        facts: dict[str, Any] = {"tokens": layer.get_seq_length()}
+        keys: Tensor | Quantised
+        values: Tensor | Quantised
+        if isinstance(layer, CompressedLayer):
+            keys, values = _stored(layer.store)
+            tensors[f"{index}.columns"] = layer.columns
+            facts["has_fillers"] = layer.has_fillers
+            if layer.recent is not None:
+                parts = (layer.recent.hidden, *layer.recent.position)
+                tensors |= {f"{index}.recent.{i}": part for i, part in enumerate(parts)}
+                facts["recent"] = len(parts)
+        else:
+            keys, values = whole(layer)
+        for name, value in (("keys", keys), ("values", values)):
+            if isinstance(value, Quantised):
+                facts["bits"] = value.bits
+                tensors |= {f"{index}.{name}.{part}": getattr(value, part) for part in _QUANTISED}
+            else:
+                tensors[f"{index}.{name}"] = value
+        layers.append(facts)
+    # safetensors refuses tensors that share memory, as those of several layers may
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    stored = {name: value.clone() if ".recent." in name else value for name, value in stored.items()}
+    facts = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "belongs_to": _owners(context),
+        "ends_before_last_token": bool(getattr(context.cache, "ends_before_last_token", False)),
+        "messages": context.messages,
+        "layers": layers,
+        "checksums": {name: _checksum(value) for name, value in stored.items()},
+    }
+    text = json.dumps(facts)
+    header = {"context": text, "checksum": str(zlib.crc32(text.encode()))}
+    write_atomically(path, lambda file: save_file(stored, file, metadata=header))
+
+
+def load(
+    path: Path, model: VariatorModel, tokenizer: Any, *, pool: KVPool | None, verify: bool
+) -> dict[str, Any]:
+    """The fields of the `CompressedContext` in `path`; errors as in its `load`."""
+    if not path.is_file():
+        raise VariatorError(f"{path} not found: save a context there first")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = opened.metadata() or {}
+            text = header.get("context", "null")
+            if "checksum" in header and header["checksum"] != str(zlib.crc32(text.encode())):
+                raise VariatorError(f"{path} is damaged (its header); save the context again")
+            facts = json.loads(text) if "checksum" in header else None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except VariatorError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise VariatorError(
+            f"{path} is not a whole safetensors file ({error}); save the context again"
+        ) from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise VariatorError(
+            f"{path} is a safetensors file, but no compressed context; name one that save() wrote"
+        )
+    if facts["format_version"] != FORMAT_VERSION:
+        raise VariatorError(
+            f"{path}: format_version {facts['format_version']} is not supported, this version of llm_variator "
+            f"reads {FORMAT_VERSION}; compress the context again"
+        )
+    plugin = _owner(path, facts["belongs_to"], model, tokenizer)
+    if tensors.keys() != facts["checksums"].keys():
+        raise VariatorError(f"{path} lacks tensors or has surplus ones; save the context again")
+    if verify:
+        for name, value in tensors.items():
+            if _checksum(value) != facts["checksums"][name]:
+                raise VariatorError(f"{path} is damaged ({name}); save the context again")
+    cache: Any = DynamicCache(config=model.config)
+    for index, layer in enumerate(facts["layers"]):
+        keys, values = (_read(tensors, f"{index}.{name}", layer, model) for name in ("keys", "values"))
+        if "has_fillers" in layer:
+            columns = tensors[f"{index}.columns"].to(model.device)
+            store: Store = SharedLayer(((keys, values),))
+            if pool is not None:
+                store = PagedLayer(pool).like(dense(keys), dense(values))
+            held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])
+            if "recent" in layer:
+                hidden, *position = (
+                    tensors[f"{index}.recent.{i}"].to(model.device) for i in range(layer["recent"])
+                )
+                held.recent = Recent(hidden, tuple(position))
+            cache.layers[index] = held
+        else:
+            cache.layers[index].update(dense(keys), dense(values))
+            cache.layers[index].cumulative_length = layer["tokens"]
+    cache.ends_before_last_token = facts["ends_before_last_token"]
+    return {
+        "plugin": plugin,
+        "fingerprint": (facts["belongs_to"]["plugin"] or {}).get("fingerprint"),
+        "input_ids": tensors["input_ids"].to(model.device),
+        "attention_mask": tensors["attention_mask"].to(model.device),
+        "cache": cache,
+        "messages": facts["messages"],
+    }
+
+
+def _stored(store: DynamicLayer) -> Part:
+    """Keys and values as they lie, or in one tensor each where they lie in several."""
+    if isinstance(store, SharedLayer) and len(store.parts) == 1 and not store.keys.numel():
+        return store.parts[0]
+    return whole(store)
+
+
+def _read(
+    tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any], model: VariatorModel
+) -> Tensor | Quantised:
+    if "bits" not in layer:
+        return tensors[name].to(model.device)
+    parts = {part: tensors[f"{name}.{part}"].to(model.device) for part in _QUANTISED}
+    return Quantised(**parts, bits=layer["bits"], dtype=model.dtype)
+
+
+def _owners(context: CompressedContext) -> dict[str, Any]:
+    """What the entries depend on."""
+    model, tokenizer = context.model, context.tokenizer
+    return {
+        "base": {
+            "name": model.signature.name,
+            "dtype": str(model.dtype),
+            "fingerprint": model_fingerprint(model.base),
+        },
+        "plugin": None
+        if context.plugin is None
+        else {"name": context.plugin, "fingerprint": context.fingerprint},
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    }
+
+
+def _owner(path: Path, made: Mapping[str, Any], model: VariatorModel, tokenizer: Any) -> str | None:
+    """Name of the context's plugin in `model`; raises where the two do not belong together."""
+    base, name = made["base"], model.signature.name
+    if base["dtype"] != str(model.dtype):
+        raise VariatorError(
+            f"{path} was made in {base['dtype']}, the model is {model.dtype}: load the model in that dtype"
+        )
+    if base["fingerprint"] != model_fingerprint(model.base):
+        raise VariatorError(
+            f"{path} was made with {base['name']!r}, this model ({name!r}) has other weights: compress the "
+            "context again, or load the model it was made with"
+        )
+    if tokenizer is not None and made["tokenizer"] not in (None, tokenizer_fingerprint(tokenizer)):
+        raise VariatorError(
+            f"{path} was made with another tokenizer: load the one that belongs to {base['name']!r}"
+        )
+    if made["plugin"] is None:
+        return None
+    for own in model.plugins:
+        if plugin_fingerprint(model.plugin(own)) == made["plugin"]["fingerprint"]:
+            return own
+    raise VariatorError(
+        f"{path} was made with the plugin {made['plugin']['name']!r}, which this model has not loaded or has with "
+        f"other weights or settings (loaded: {', '.join(model.plugins) or 'none'}); load it, or compress again"
+    )
+
+
+def _checksum(value: Tensor) -> int:
+    return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,76 @@
+"""Short hashes that tell models, plugins and tokenizers apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from llm_variator.config import BaseSignature
+from llm_variator.plugin import CompressionPlugin
+
+_known: WeakKeyDictionary[CompressionPlugin, tuple[Any, str]] = WeakKeyDictionary()
+
+SAMPLED_VALUES = 64  # of each of a model's tensors: enough to notice any fine-tuning, cheap for any size
+
+
+def base_signature(host: Any, num_layers: int) -> BaseSignature:
+    """What a plugin stores about its base."""
+    config = host.config
+    name = getattr(config, "_name_or_path", "") or config.model_type
+    if Path(name).is_absolute():
+        name = Path(name).name
+    weight = host.get_input_embeddings().weight
+    sample = b""
+    if weight.device.type != "meta" and weight.is_floating_point():
+        sample = _bytes(weight.detach()[:64].to("cpu", torch.bfloat16))
+    digest = hashlib.sha256(sample).hexdigest()[:16] if sample else ""
+    return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)
+
+
+def model_fingerprint(base: nn.Module) -> str:
+    """Of a model's tensors: names, shapes, dtypes and evenly spread values. Adapters in it count."""
+    digest = hashlib.sha256()
+    for name, value in sorted(base.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        flat = value.detach().flatten()
+        digest.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED_VALUES)].cpu()))
+    return digest.hexdigest()[:32]
+
+
+def plugin_fingerprint(plugin: CompressionPlugin) -> str:
+    """Of a plugin's settings and all its weights; computed anew only after they changed."""
+    state = tuple((value.data_ptr(), value._version) for value in plugin.state_dict().values())
+    known = _known.get(plugin)
+    if known is None or known[0] != state:
+        known = _known[plugin] = state, _plugin_fingerprint(plugin)
+    return known[1]
+
+
+def _plugin_fingerprint(plugin: CompressionPlugin) -> str:
+    settings = plugin.config.to_dict()
+    settings.pop("base")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(plugin.state_dict().items()):
+        digest.update(f"{name} {value.dtype}".encode())
+        digest.update(_bytes(value.detach().cpu()))
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Of a tokenizer's vocabulary, merges, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    inner = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    for passing in ("padding", "truncation"):  # what the last call asked for
+        inner.pop(passing, None)
+    parts = [inner, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""

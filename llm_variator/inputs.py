@@ -1,0 +1,117 @@
+"""What users pass as context or question, as token ids: ids, text or chat messages, one row or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_variator.errors import VariatorError
+
+Chat = list[dict[str, Any]]
+_ANSWER = "\u2402\u2403"  # stands for an answer where only what a chat template prints after it is wanted
+
+
+def encode(
+    what: Any, tokenizer: Any = None, mask: Tensor | None = None, *, special: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, n) and mask (rows, n), padded on the left.
+
+    Args:
+        what: ids (a tensor (n,) or (rows, n), a list, a list of lists), a tokenizer's output, a text, a list of
+            texts, or chat messages (a list of `{"role": ..., "content": ...}`, or a list of such lists).
+        tokenizer: for texts and messages.
+        mask: of ids given as a tensor.
+        special: whether a text gets the tokenizer's special tokens.
+
+    Raises:
+        VariatorError: the form is unknown, a tokenizer is missing, or a row is empty.
+    """
+    if isinstance(what, Mapping):
+        what, mask = what["input_ids"], what.get("attention_mask", mask)
+    if isinstance(what, Tensor):
+        ids = what if what.ndim == 2 else what[None]
+        mask = torch.ones_like(ids) if mask is None else mask.reshape(ids.shape).to(ids.device)
+        return pad_left(ids, mask)
+    several = isinstance(what, (list, tuple)) and not _is_chat(what) and not _is_ids(what)
+    rows = list(what) if several else [what]
+    tokens = [_row(row, tokenizer, special) for row in rows]
+    if not tokens or not all(tokens):
+        raise VariatorError("the prompt is empty: every row needs at least one token")
+    width = max(map(len, tokens))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens])
+
+
+def pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move right padding to the left, row by row; generation continues at the right edge."""
+    return (ids, mask) if ids.shape[1] == 0 or bool(mask[:, -1].all()) else pads_first(ids, mask)
+
+
+def pads_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move all padding to the beginning of its row."""
+    order = mask.bool().long().argsort(dim=1, stable=True)  # padding first, tokens in their order
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def chats(what: Any) -> list[Chat] | None:
+    """The conversations, where `what` is one or several; else None."""
+    if _is_chat(what):
+        return [list(what)]
+    if isinstance(what, Sequence) and not isinstance(what, str) and what and all(map(_is_chat, what)):
+        return [list(chat) for chat in what]
+    return None
+
+
+def continued_chat(before: Chat, after: Chat, tokenizer: Any, seen: list[int], *, prompt: bool) -> list[int]:
+    """Ids of the messages `after`, to be read behind the ids `seen` of `before`; `prompt`: and an answer's beginning.
+
+    Raises:
+        VariatorError: the tokenizer's template does not print `before` as the beginning of the whole.
+    """
+    if before and before[-1]["role"] == "assistant":
+        marked = [*before[:-1], {**before[-1], "content": _ANSWER}]
+        text = tokenizer.apply_chat_template([*marked, *after], add_generation_prompt=prompt, tokenize=False)
+        rest = text.rpartition(_ANSWER)[2]
+        last = tokenizer.decode(seen[-1:])
+        return _tokens(tokenizer, rest.removeprefix(last) if last.strip() else rest, special=False)
+    ids = _template(tokenizer, [*before, *after], prompt=prompt)
+    if ids[: len(seen)] != seen:
+        raise VariatorError(
+            "the tokenizer's chat template does not print the context's messages as the beginning of the whole "
+            "conversation; give the question as text"
+        )
+    return ids[len(seen) :]
+
+
+def _row(row: Any, tokenizer: Any, special: bool) -> list[int]:
+    if _is_ids(row) or row is None or (isinstance(row, (list, tuple)) and not row):
+        return list(row or ())
+    if tokenizer is None and (isinstance(row, str) or _is_chat(row)):
+        raise VariatorError("text and messages need a tokenizer: pass tokenizer=..., or token ids")
+    if isinstance(row, str):
+        return _tokens(tokenizer, row, special)
+    if _is_chat(row):
+        return _template(tokenizer, row, prompt=False)
+    raise VariatorError(
+        f"expected token ids, text or chat messages, one or several; got a {type(row).__name__}"
+    )
+
+
+def _template(tokenizer: Any, chat: Chat, *, prompt: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
+    return _tokens(tokenizer, text, special=False)
+
+
+def _tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=special).input_ids
+
+
+def _is_chat(what: Any) -> bool:
+    return isinstance(what, (list, tuple)) and bool(what) and all(isinstance(m, Mapping) for m in what)
+
+
+def _is_ids(what: Any) -> bool:
+    return isinstance(what, (list, tuple)) and bool(what) and all(isinstance(token, int) for token in what)

@@ -1,0 +1,57 @@
+"""`python -m llm_variator.bench.contexts` on a tiny decoder: every figure it prints, checked where it can be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import randomise
+from tiny import model_folder
+
+from llm_variator import VariatorConfig, VariatorModel
+from llm_variator.bench.contexts import main
+from llm_variator.loading import load_model
+
+CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=5)
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory) -> str:
+    model = VariatorModel(load_model(model_folder()), CONFIG)
+    randomise(model.plugin(), std=0.1)
+    folder = tmp_path_factory.mktemp("plugin") / "k3"
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def measure(tmp_path, plugin: str, command: str, *sizes: object) -> dict:
+    file = tmp_path / "figures.json"
+    main([command, "--model", model_folder(), "--plugin", plugin, "--json", str(file), *map(str, sizes)])
+    return json.loads(file.read_text(encoding="utf-8"))["figures"]
+
+
+def test_questions(tmp_path, plugin):
+    sizes = ["--context", 60, "--question", 5, "--questions", 3, "--new-tokens", 2, "--repeats", 1]
+    figures = measure(tmp_path, plugin, "questions", *sizes)
+    assert figures["batch_equals_one_by_one"]
+    assert figures["copies_of_the_context"] == 1
+    assert (
+        figures["context_bytes"] < figures["all_sessions_bytes"] < figures["dense_bytes_of_all_sessions"] / 3
+    )
+
+
+def test_decode(tmp_path, plugin):
+    figures = measure(tmp_path, plugin, "decode", "--context", 30, "--new-tokens", 60, "--decode-block", 6)
+    assert figures["within"]
+    assert figures["dense"]["entries"] == [90]
+    assert figures["decoding_intact"]["entries"] == [90 - 7 * 2]  # (30 - 2 - 5) // 3 groups
+    # 2 + 5 window tokens and 83 others: at most 5 of them wait for their group or block
+    assert 2 + 5 + 83 // 3 <= figures["ageing"]["entries"][0] <= figures["bound"]
+
+
+def test_pool(tmp_path, plugin):
+    sizes = ["--context", 20, "--documents", 2, "--sessions", 6, "--operations", 25, "--block-size", 4]
+    figures = measure(tmp_path, plugin, "pool", *sizes, "--blocks", 2000)
+    assert sum(figures["operations"].values()) == 25
+    assert figures["wrong_answers"] == figures["blocks_left_after_all_are_freed"] == 0
+    assert figures["peak_blocks"] < figures["peak_blocks_without_sharing"]

@@ -1,0 +1,216 @@
+"""Saved contexts: the same answers in another process, and every wrong, damaged or half-written file refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_decoder, make_variator, pad, prompts, randomise
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from llm_variator import CompressedContext, VariatorConfig, VariatorError, VariatorModel, context_files
+from llm_variator.loading import byte_tokenizer
+
+MIXED = VariatorConfig(k={"ffn": 4, "kv": 3}, sites=("ffn", "kv"), r=5, dense_head=2, dense_tail=3)
+GREEDY = dict(do_sample=False, max_new_tokens=5)
+
+
+@pytest.fixture
+def model() -> VariatorModel:
+    return make_variator("llama", MIXED, vocab_size=259)
+
+
+@pytest.fixture
+def file(model, tmp_path) -> Path:
+    model.compress(prompts(40)[0], tokenizer=byte_tokenizer()).save(tmp_path / "document.safetensors")
+    return tmp_path / "document.safetensors"
+
+
+def test_a_loaded_context_answers_as_the_saved_one(decoder, tmp_path):
+    model = make_variator(decoder, MIXED)
+    rows = prompts(50, 21, 1, 36)
+    contexts = [
+        model.compress(rows[0]),
+        model.compress(**{"context": pad(rows, "left")}),
+        model.compress(pad(rows, "right"), prefill_chunk_size=13),
+        model.generate(prompts(9)[0], context=model.compress(rows[1]), return_context=True, **GREEDY)[1],
+    ]
+    with model.disable_plugin():
+        contexts.append(model.compress(rows[0]))
+    for context in contexts:
+        context.save(tmp_path / "context")
+        loaded = CompressedContext.load(tmp_path / "context", model)
+        assert loaded.plugin == context.plugin
+        assert loaded.entries == context.entries
+        for question in prompts(7, 15, seed=3):
+            expected = model.generate(question, context=context, **GREEDY)
+            assert torch.equal(model.generate(question, context=loaded, **GREEDY), expected)
+
+
+def test_another_process_goes_on_where_this_one_stopped(file, model):
+    question = prompts(9, seed=5)[0]
+    expected = model.generate(question, context=CompressedContext.load(file, model), **GREEDY)
+    program = (
+        "import sys, torch; from conftest import *; from llm_variator import CompressedContext\n"
+        "from test_context_files import MIXED, GREEDY\n"
+        "model = make_variator('llama', MIXED, vocab_size=259)\n"
+        "context = CompressedContext.load(sys.argv[1], model)\n"
+        "print(model.generate(prompts(9, seed=5)[0], context=context, **GREEDY).tolist())\n"
+    )
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", program, file],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected.tolist()
+
+
+def test_messages_are_kept(model, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    chat = [{"role": "system", "content": "A document."}]
+    context = model.compress(chat, tokenizer=tokenizer)
+    context.save(tmp_path / "chat")
+    loaded = CompressedContext.load(tmp_path / "chat", model, tokenizer=tokenizer)
+    asked = [{"role": "user", "content": "Why?"}]
+    assert loaded.messages == [chat]
+    assert torch.equal(
+        model.generate(asked, context=loaded, **GREEDY), model.generate(asked, context=context, **GREEDY)
+    )
+    tokenizer.chat_template += "!"
+    with pytest.raises(VariatorError, match="made with another tokenizer"):
+        CompressedContext.load(tmp_path / "chat", model, tokenizer=tokenizer)
+
+
+def test_keys_and_values_are_mapped_not_read(file, model):
+    """On the CPU the entries are views of the file: nothing is copied before it is used."""
+    context = CompressedContext.load(file, model, verify=False)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc to look into")
+    address = context.cache.layers[0].store.parts[0][0].data_ptr()
+    for line in maps.read_text(encoding="utf-8").splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            assert line.endswith(file.name)
+            return
+    pytest.fail("no mapping holds the keys")
+
+
+def test_wrong_pairings_are_refused_with_the_reason(file, model):
+    def refused(other, message, **options):
+        with pytest.raises(VariatorError, match=message):
+            CompressedContext.load(file, other, **options)
+
+    refused(make_variator("llama", MIXED), "this model .* has other weights")
+    tuned = make_variator("llama", MIXED, vocab_size=259)
+    with torch.no_grad():
+        tuned.base.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    refused(tuned, "this model .* has other weights")
+    refused(
+        VariatorModel(make_decoder("llama", vocab_size=259)), "which this model has not loaded.*loaded: none"
+    )
+    stale = make_variator("llama", MIXED, vocab_size=259)
+    randomise(stale.plugin(), seed=2)
+    refused(stale, "'default', which this model has not loaded or has with other weights")
+    refused(make_variator("llama", MIXED, vocab_size=259).to(torch.bfloat16), "made in torch.float32")
+    refused(model, "another tokenizer", tokenizer=_other_tokenizer())
+    renamed = VariatorModel(make_decoder("llama", vocab_size=259))
+    randomise(renamed.add_plugin("other name", MIXED))
+    assert CompressedContext.load(file, renamed).plugin == "other name"
+
+
+def test_a_plugin_that_changed_after_compressing_is_another(model, tmp_path):
+    context = model.compress(prompts(40)[0])
+    randomise(model.plugin(), seed=2)
+    context.save(tmp_path / "context")
+    with pytest.raises(VariatorError, match="or has with other weights"):
+        CompressedContext.load(tmp_path / "context", model)
+    with pytest.raises(VariatorError, match="has changed since it compressed"):
+        context.extend([4, 5])
+    randomise(model.plugin())
+    assert CompressedContext.load(tmp_path / "context", model).extend([4, 5]).tokens == 42
+
+
+def _other_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["more"])
+    return tokenizer
+
+
+def test_damaged_files_are_refused(file, model, tmp_path):
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    broken = tmp_path / "broken"
+    cuts = [0, 1, 7, 8, 20, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]
+    for data in [whole[:cut] for cut in cuts] + [whole + b"\0"]:
+        broken.write_bytes(data)
+        with pytest.raises(VariatorError, match="not a whole safetensors file"):
+            CompressedContext.load(broken, model)
+    for place in range(header, len(whole), 997):
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(VariatorError, match=r"is damaged \(.*\); save the context again"):
+            CompressedContext.load(broken, model)
+    for place in range(0, header, 211):  # in the header: anything but a silent success with other values
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            loaded = CompressedContext.load(broken, model)
+        except VariatorError:
+            continue
+        again = CompressedContext.load(file, model)
+        assert loaded.entries == again.entries
+        assert torch.equal(loaded.cache.layers[0].columns, again.cache.layers[0].columns)
+    with pytest.raises(VariatorError, match="not found"):
+        CompressedContext.load(tmp_path / "nothing", model)
+
+
+def test_foreign_files_are_refused(file, model, tmp_path):
+    foreign = tmp_path / "foreign"
+    save_file({"weight": torch.ones(3)}, foreign)
+    with pytest.raises(VariatorError, match="no compressed context"):
+        CompressedContext.load(foreign, model)
+    with safe_open(file, framework="pt") as opened:
+        facts = json.loads(opened.metadata()["context"])
+    tensors = load_file(file)
+    for change, message in [
+        ({"format_version": 2}, "format_version 2 is not supported"),
+        ({"checksums": {}}, "lacks tensors or has surplus ones"),
+    ]:
+        text = json.dumps(facts | change)
+        header = {"context": text, "checksum": str(zlib.crc32(text.encode()))}
+        save_file(tensors, foreign, metadata=header)
+        with pytest.raises(VariatorError, match=message):
+            CompressedContext.load(foreign, model)
+
+
+def test_an_interrupted_save_leaves_the_old_file(file, model, monkeypatch):
+    """The writer dies after any number of bytes: the old file is as it was, and nothing else is left."""
+    old, other = file.read_bytes(), model.compress(prompts(60)[0])
+
+    for written in (0, 1, 100, 5000, 20000):
+
+        def dies(tensors, target, metadata, written=written):
+            save_file(tensors, target, metadata=metadata)
+            data = target.read_bytes()[:written]
+            target.write_bytes(data)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(context_files, "save_file", dies)
+            with pytest.raises(KeyboardInterrupt):
+                other.save(file)
+        assert file.read_bytes() == old
+        assert [path.name for path in file.parent.iterdir()] == [file.name]
+    other.save(file)
+    assert CompressedContext.load(file, model).tokens == 60
