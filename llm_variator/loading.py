@@ -235,6 +235,15 @@ def hub_reachable(seconds: float = HUB_PROBE_SECONDS) -> bool:
     return answered.is_set()
 
 
+def model_source(name: str | os.PathLike[str]) -> Path | str:
+    """What other programs load a model of this name from: a local folder or a hub id.
+
+    Raises:
+        VariatorError: there is no such folder, or the name is no possible hub id.
+    """
+    return _source(_checked_name(name))
+
+
 # --- names and arguments
 
 

@@ -23,7 +23,7 @@ from llm_variator.cache import KVCacheReport, is_compressed
 from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.loading import load_model, plugin_folder
-from llm_variator.plugin import CompressionPlugin, Ratios
+from llm_variator.plugin import CompressionPlugin, attachment
 from llm_variator.session import Session, current, scope
 
 logger = logging.getLogger(__name__)
@@ -177,24 +177,8 @@ class VariatorModel(nn.Module):
 
     def _build(self, config: VariatorConfig) -> CompressionPlugin:
         config = config.resolved(self.signature, decoder=self._architecture.decoder)
-        return CompressionPlugin(config, self._ratios(config), self.signature.hidden_size)
-
-    def _ratios(self, config: VariatorConfig) -> Ratios:
-        """What is attached where. Layers with a sliding window keep their attention dense: its cache is short."""
-        ratios: dict[str, dict[int, int]] = {}
-        for site in config.sites:
-            ratios[site] = {
-                layer: k
-                for layer in range(self.signature.num_layers)
-                if (k := config.ratio(site, layer)) is not None
-                and (site == "ffn" or not self._architecture.slides(self._host, layer))
-            }
-            if not ratios[site]:
-                raise VariatorError(
-                    f"site {site!r} has no layer left in {self.signature.name!r}: `layers` or `k_per_layer` leave "
-                    "all dense, or every layer has a sliding window (whose attention is not compressed)"
-                )
-        return ratios
+        ratios = attachment(config, self.signature, lambda layer: self._architecture.slides(self._host, layer))
+        return CompressionPlugin(config, ratios, self.signature.hidden_size)
 
     def _put(self, name: str, plugin: CompressionPlugin) -> CompressionPlugin:
         if name in self._plugins:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, VariatorConfig
+from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, BaseSignature, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 from llm_variator.layers import HiddenCompressor, HiddenDecompressor
 
 Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
+
+
+def attachment(config: VariatorConfig, base: BaseSignature, slides: Callable[[int], bool]) -> Ratios:
+    """What a plugin attaches to which layer of `base`.
+
+    Layers that attend through a sliding window (`slides`) keep their attention dense: their cache is short.
+
+    Raises:
+        VariatorError: a site has no layer left.
+    """
+    ratios: dict[str, dict[int, int]] = {}
+    for site in config.sites:
+        ratios[site] = {
+            layer: k
+            for layer in range(base.num_layers)
+            if (k := config.ratio(site, layer)) is not None and (site == "ffn" or not slides(layer))
+        }
+        if not ratios[site]:
+            raise VariatorError(
+                f"site {site!r} has no layer left in {base.name!r}: `layers` or `k_per_layer` leave "
+                "all dense, or every layer has a sliding window (whose attention is not compressed)"
+            )
+    return ratios
 
 
 class SiteLayers(nn.Module):
