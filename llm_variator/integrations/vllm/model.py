@@ -143,6 +143,18 @@ class VariatorMixin:
 
         return VariatorModelState
 
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """The model's own loading, unaware of plugins."""
+        host: Any = super()
+        loaded = host.load_weights(weights)
+        if self.variator.compresses_kv:
+            from llm_variator.integrations.vllm.attkv import keep_projection
+
+            model: Any = self
+            for index in self._layers():
+                keep_projection(model.model.layers[index].self_attn)
+        return loaded
+
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, its prompts compressed as their requests ask."""
         host: Any = super()
