@@ -177,7 +177,9 @@ class VariatorModel(nn.Module):
 
     def _build(self, config: VariatorConfig) -> CompressionPlugin:
         config = config.resolved(self.signature, decoder=self._architecture.decoder)
-        ratios = attachment(config, self.signature, lambda layer: self._architecture.slides(self._host, layer))
+        ratios = attachment(
+            config, self.signature, lambda layer: self._architecture.slides(self._host, layer)
+        )
         return CompressionPlugin(config, ratios, self.signature.hidden_size)
 
     def _put(self, name: str, plugin: CompressionPlugin) -> CompressionPlugin:

@@ -58,7 +58,9 @@ def make_plugin(model: str, folder: Path, k: int, **settings: Any) -> str:
     return str(folder)
 
 
-def expected(variator: VariatorModel, prompts: Sequence[Sequence[int]], ks: Sequence[int], tokens: int) -> list:
+def expected(
+    variator: VariatorModel, prompts: Sequence[Sequence[int]], ks: Sequence[int], tokens: int
+) -> list:
     """Greedy continuations, one prompt at a time."""
     found = []
     for prompt, k in zip(prompts, ks, strict=True):

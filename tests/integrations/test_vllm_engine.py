@@ -7,9 +7,7 @@ import torch
 
 pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
 
-from engine import BLOCK, BOTH, FFN, Engine, expected, make_model, make_plugin, reference_model
-
-from llm_variator import VariatorError
+from engine import BOTH, FFN, Engine, expected, make_model, make_plugin, reference_model
 
 LENGTHS = (1, 3, 9, 33, 64, 117, 250, 700)
 

@@ -50,9 +50,7 @@ class CompressedPromptManager(FullAttentionManager):
     def _entries(self, request_id: str, tokens: int) -> int:
         return tokens if self.entries_of is None else self.entries_of(request_id, tokens)
 
-    def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
-    ) -> int:
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks that `num_tokens` tokens still need."""
         return super().get_num_blocks_to_allocate(
             request_id, self._entries(request_id, num_tokens), *args, **kwargs
@@ -214,7 +212,7 @@ class CompressedImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query (rows, H, d), key and value (entries, H_kv, d) -> output (rows, H, d), filled in."""
+        """Fill in `output` (rows, H, d) from `query` (rows, H, d), `key` and `value` (entries, H_kv, d)."""
         if attn_metadata is None:
             return output
         blocks, kv_heads, size, _ = kv_cache.shape
@@ -311,39 +309,43 @@ class CompressedAttention(nn.Module):
 
     def run(self, positions: Tensor, x: Tensor) -> Tensor:
         """What the op does."""
-        metadata = _metadata(self.attn.layer_name)
+        host: Any = self
+        metadata = _metadata(host.attn.layer_name)
         if metadata is None or not metadata.layout.groups:
             return super().forward(positions, x)
         layout = metadata.layout
-        merge = {k: self.variator_plugins[k].at("kv", self.variator_layer).compressor for k in layout.groups}
         members = {plugin: layout.members(x, plugin) for plugin in layout.groups}
-        entries = layout.compress(members, x, merge)
+        entries = layout.compress(members, x, self._merges(layout))
         if metadata.positions is None:
             last = [layout.members(positions, plugin)[:, -1] for plugin in layout.groups]
             metadata.positions = torch.cat((*last, layout.alone(positions)))
-        query, _, _ = self._project(x, query=True)
-        _, key, value = self._project(entries, query=False)
-        query, _ = self.rotary_emb(positions, self._normed("q_norm", query), None)
-        key, _ = self.rotary_emb(metadata.positions, self._normed("k_norm", key), None)
-        output, _ = self.o_proj(self.attn(query, key, value))
+        (query,), (key, value) = _project(host, x, entries)
+        query, _ = host.rotary_emb(positions, _normed(host, "q_norm", query), None)
+        key, _ = host.rotary_emb(metadata.positions, _normed(host, "k_norm", key), None)
+        output, _ = host.o_proj(host.attn(query, key, value))
         return output
 
-    def _project(self, x: Tensor, *, query: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries alone or keys and values alone: the fused projection's weight in two halves."""
-        weights = _halves(self.qkv_proj, self.q_size)
-        if weights is None:  # quantised: the whole projection, the other half unused
-            out, _ = self.qkv_proj(x)
-            q, k, v = out.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-            return q.contiguous(), k.contiguous(), v.contiguous()
-        out = F.linear(x, *weights[0 if query else 1])
-        if query:
-            return out, x[:0], x[:0]
-        k, v = out.split([self.kv_size, self.kv_size], dim=-1)
-        return x[:0], k.contiguous(), v.contiguous()
+    def _merges(self, layout: Layout) -> dict[int, Any]:
+        sites = {k: self.variator_plugins[k].at("kv", self.variator_layer) for k in layout.groups}
+        return {k: site.compressor for k, site in sites.items() if site}
 
-    def _normed(self, name: str, x: Tensor) -> Tensor:
-        norm = getattr(self, name, None)
-        return x if norm is None else norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+def _project(attention: Any, x: Tensor, entries: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Queries of `x`, and keys and values of `entries`: the fused projection's weight in two halves."""
+    sizes = [attention.q_size, attention.kv_size, attention.kv_size]
+    halves = _halves(attention.qkv_proj, attention.q_size)
+    if halves is None:  # quantised: the whole projection twice, the other half unused
+        query = attention.qkv_proj(x)[0].split(sizes, dim=-1)[:1]
+        pair = attention.qkv_proj(entries)[0].split(sizes, dim=-1)[1:]
+    else:
+        query = [F.linear(x, *halves[0])]
+        pair = F.linear(entries, *halves[1]).split(sizes[1:], dim=-1)
+    return [part.contiguous() for part in query], [part.contiguous() for part in pair]
+
+
+def _normed(attention: Any, name: str, x: Tensor) -> Tensor:
+    norm = getattr(attention, name, None)
+    return x if norm is None else norm(x.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
 
 
 def _halves(projection: Any, queries: int) -> list[tuple[Tensor, Tensor | None]] | None:
@@ -363,7 +365,7 @@ def keep_projection(attention: Any) -> None:
         projection.variator_weight = projection.weight.detach().clone()
 
 
-def _metadata(layer_name: str) -> CompressedMetadata | None:
+def _metadata(layer_name: str) -> Any:
     metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
     return metadata.get(layer_name) if isinstance(metadata, dict) else None
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_pp_group
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -101,7 +100,8 @@ class VariatorMixin:
     """Comes before a model's own class: plugins loaded and attached, every pass planned and checked."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        host: Any = super()
+        host.__init__(vllm_config=vllm_config, prefix=prefix)
         self.variator: Settings = settings_of(vllm_config)
         self.variator.check_engine(vllm_config)
         self.variator_rows = row_table(vllm_config)
@@ -217,7 +217,9 @@ class VariatorMixin:
         for k, served in self.variator.plugins.items():
             current = Pass([Chunk(0, rows, 0, rows, k)], self.variator.shapes)
             self._run(host, context, current, input_ids, positions, *args, **kwargs)
-            logger.info("self-check: %s compresses, %s", served.folder.name, sorted(set(current.compressed_rows)))
+            logger.info(
+                "self-check: %s compresses, %s", served.folder.name, sorted(set(current.compressed_rows))
+            )
         self._checked = True
 
 

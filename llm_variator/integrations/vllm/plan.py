@@ -16,7 +16,6 @@ from torch import Tensor
 
 from llm_variator.groups import split
 
-
 Merges = Mapping[int, Callable[[Tensor], Tensor]]  # plugin -> ((groups, k, d) -> (groups, d))
 Restores = Mapping[int, Callable[[Tensor, Tensor], Tensor]]  # plugin -> ((g, d), (g, k, d) -> (g, k, d))
 
@@ -156,9 +155,7 @@ class Layout:
         merged = [merge[plugin](groups) for plugin, groups in members.items()]
         return _join([*merged, self.alone(x)] if self.dense else merged)
 
-    def restore(
-        self, entries: Tensor, members: Mapping[int, Tensor], x: Tensor, restore: Restores
-    ) -> Tensor:
+    def restore(self, entries: Tensor, members: Mapping[int, Tensor], x: Tensor, restore: Restores) -> Tensor:
         """(entries, d) -> (rows, d): inverse of `compress` for the outputs of the frozen layer. Padding is zero."""
         outputs = {
             plugin: restore[plugin](part, members[plugin]).flatten(0, 1)

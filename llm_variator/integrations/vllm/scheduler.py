@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -21,8 +21,8 @@ from llm_variator.integrations.vllm.settings import settings_of
 from llm_variator.policy import Load
 
 
-class VariatorScheduling:
-    """Comes before vLLM's scheduler class."""
+class VariatorScheduler(Scheduler):
+    """vLLM's scheduler for compressed prompts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,8 +30,8 @@ class VariatorScheduling:
         self._shapes = self._settings.shapes
         self._policy = self._settings.make_policy() if self._shapes else None
         self._ratios: dict[str, int] = {}
-        self._read: Counter[int] = Counter()
-        self._read_at = 0.0
+        self._steps: deque[tuple[Any, Counter[int], float]] = deque()
+        self._ended = 0.0
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if hasattr(manager, "entries_of"):
                 manager.entries_of = self._entries
@@ -66,10 +66,8 @@ class VariatorScheduling:
 
     # --- chunks
 
-    def _reserve_prefill_lookahead(
-        self, request: Any, num_computed_tokens: int, num_new_tokens: int
-    ) -> int:
-        """vLLM's hook on the size of every chunk: end it where no group is."""
+    def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """A hook of vLLM on the size of every chunk: end it where no group is."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         shape = self._shape(request.request_id)
         if shape is None:
@@ -80,24 +78,31 @@ class VariatorScheduling:
     def _shape(self, request_id: str) -> Shape | None:
         return self._shapes.get(self._ratios.get(request_id, 0))
 
+    # --- what the policy learns
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule a step, and time the one before it for the policy."""
-        self._observe()
+        """Schedule a step, and remember which prompts it reads."""
         output = super().schedule(*args, **kwargs)
-        self._read = Counter()
+        read: Counter[int] = Counter()
         for request_id, tokens in output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            if request.num_computed_tokens - tokens < request.num_prompt_tokens and tokens > 1:
-                self._read[self._ratios.get(request_id, 0)] += tokens
-        self._read_at = time.monotonic()
+            request = self.requests[request_id]  # its computed tokens include this step's already
+            if tokens > 1 and request.num_computed_tokens - tokens < request.num_prompt_tokens:
+                read[self._ratios.get(request_id, 0)] += tokens
+        if self._policy is not None:
+            self._steps.append((output, read, time.monotonic()))
         return output
 
-    def _observe(self) -> None:
-        # a step that read prompts is over when the next is scheduled; a pause in between is no reading time,
-        # so only steps that follow on another count
-        if self._policy is not None and self._read and self.has_unfinished_requests():
-            self._policy.observe(self._read, time.monotonic() - self._read_at)
-        self._read = Counter()
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take a step's results, and tell the policy how long it took. Steps may overlap, but end in order."""
+        while self._steps:
+            output, read, began = self._steps.popleft()
+            if output is scheduler_output:
+                now = time.monotonic()
+                if read and self._policy is not None:
+                    self._policy.observe(read, now - max(began, self._ended))
+                self._ended = now
+                break
+        return super().update_from_output(scheduler_output, *args, **kwargs)
 
     # --- caches
 
@@ -134,7 +139,7 @@ class VariatorScheduling:
         request.update_block_hashes()
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        """vLLM's hook on prefix caching: a hit that ends inside a group is shortened to a block that does not."""
+        """A hook of vLLM on prefix caching: shorten a hit that ends inside a group to whole blocks before it."""
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         shape = self._shape(request.request_id)
         if shape is None or not tokens:
@@ -158,15 +163,12 @@ class VariatorScheduling:
         return kv_params, ec_params
 
 
-class VariatorScheduler(VariatorScheduling, Scheduler):
-    """vLLM's scheduler for compressed prompts."""
-
-
-class VariatorAsyncScheduler(VariatorScheduling, AsyncScheduler):
+class VariatorAsyncScheduler(VariatorScheduler, AsyncScheduler):
     """vLLM's asynchronous scheduler for compressed prompts."""
 
 
 def make_scheduler(*, vllm_config: Any, **kwargs: Any) -> Scheduler:
     """What vLLM calls for a scheduler."""
-    made = VariatorAsyncScheduler if vllm_config.scheduler_config.async_scheduling else VariatorScheduler
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    made: Any = VariatorAsyncScheduler if asynchronous else VariatorScheduler
     return made(vllm_config=vllm_config, **kwargs)
