@@ -18,21 +18,18 @@ from typing import Any
 
 from llm_variator.cli import Parser, json_mapping, parse, positive_float, positive_int, run
 from llm_variator.errors import VariatorError
+from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
+from llm_variator.integrations.vllm.rows import AUTO
 from llm_variator.loading import shipped_plugins
-
-AUTO = "auto"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; raises VariatorError for wrong input. Returns when the server ends."""
     words = list(sys.argv[1:] if argv is None else argv)
-    own, _, others = _partition(words)
+    split = words.index("--") if "--" in words else len(words)
+    own, others = words[:split], words[split + 1 :]
     args = parse(build_parser(), own)
     plugins = parse_plugins(args.plugin)
-    if importlib.util.find_spec("vllm") is None:
-        raise VariatorError("serving needs vLLM: pip install 'llm-variator[vllm]'")
-    from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
-
     policy: dict[str, Any] = dict(args.policy or {})
     if args.target_seconds is not None:
         policy["target_seconds"] = args.target_seconds
@@ -45,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print("python -m vllm.entrypoints.openai.api_server", shlex.join(flags))
         return
+    if importlib.util.find_spec("vllm") is None:
+        raise VariatorError("serving needs vLLM: pip install 'llm-variator[vllm]'")
     with tempfile.TemporaryDirectory(prefix="variator-metrics-") as folder:
         # before prometheus_client is imported anywhere: the scheduler counts in another process
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
@@ -56,13 +55,6 @@ def _serve(flags: list[str]) -> None:
 
     sys.argv = ["llm_variator.serve", *flags]
     serve()
-
-
-def _partition(words: list[str]) -> tuple[list[str], bool, list[str]]:
-    if "--" not in words:
-        return words, False, []
-    place = words.index("--")
-    return words[:place], True, words[place + 1 :]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -147,3 +147,31 @@ def test_a_layer_that_a_plugin_leaves_dense():
     layout = Layout([Chunk(0, 20, 0, 20, 2)], {2: None}, SHAPES)
     assert not layout.groups
     assert layout.dense == [slice(0, 20)]
+
+
+def test_tensor_parallel_ranks_restore_the_same_vectors():
+    """Sharded linears reduce at the MLP's end: every rank merges, and restores, full-width vectors."""
+    torch.manual_seed(0)
+    dim, inner = 6, 8
+    gate, up, down = torch.randn(inner, dim), torch.randn(inner, dim), torch.randn(dim, inner)
+    chunks = [Chunk(0, 30, 0, 30, 2), Chunk(30, 3, 7, 4, 0), Chunk(33, 21, 0, 21, 4)]
+    layout = Layout(chunks, {2: 2, 4: 4}, SHAPES)
+    made = {k: layers(k) for k in (2, 4)}
+    x = torch.randn(layout.rows, dim)
+
+    def run(mlp):
+        members = {k: layout.members(x, k) for k in layout.groups}
+        entries = layout.compress(members, x, {k: layer[0] for k, layer in made.items()})
+        return layout.restore(mlp(entries), members, x, {k: layer[1] for k, layer in made.items()})
+
+    def whole(h):
+        return (torch.nn.functional.silu(h @ gate.T) * (h @ up.T)) @ down.T
+
+    def sharded(h):
+        parts_ = [slice(0, inner // 2), slice(inner // 2, inner)]
+        outputs = [
+            (torch.nn.functional.silu(h @ gate[own].T) * (h @ up[own].T)) @ down[:, own].T for own in parts_
+        ]
+        return outputs[0] + outputs[1]  # the all-reduce of a row-parallel linear
+
+    torch.testing.assert_close(run(sharded), run(whole))

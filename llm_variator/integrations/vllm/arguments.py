@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm import FAMILIES
-from llm_variator.integrations.vllm.rows import Choice
+from llm_variator.integrations.vllm.rows import Choice, tracker_path
 from llm_variator.integrations.vllm.settings import KEY, Settings
 from llm_variator.loading import load_config, model_source, plugin_folder
 
@@ -36,8 +36,6 @@ def engine_arguments(
     Raises:
         VariatorError: something does not fit.
     """
-    from llm_variator.integrations.vllm.rows_v1 import tracker_path
-
     config = load_config(model)
     architecture = (getattr(config, "architectures", None) or [_causal(config.model_type)])[0]
     known = {f"{family}ForCausalLM": f"Variator{family}ForCausalLM" for family in FAMILIES}

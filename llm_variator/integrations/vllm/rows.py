@@ -44,6 +44,11 @@ def check_choice(choice: Any, served: Sequence[int]) -> Choice:
     raise VariatorError(f'{ARGUMENT} must be one of {known} or "{AUTO}", got {choice!r}')
 
 
+def tracker_path(default: Choice, served: Sequence[int]) -> str:
+    """The name of the class in `rows_v1` that accepts these choices, for vLLM's `logits_processors`."""
+    return f"{__name__}_v1:RowTracker_" + "_".join(map(str, (default, 0, *served)))
+
+
 class RowTable:
     """Requests by row of the runner's batch, for the next forward pass."""
 

@@ -9,7 +9,6 @@ Such names resolve by `__getattr__` below. It also satisfies the V2 runner's int
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -25,11 +24,6 @@ TABLE = "variator.rows"
 def row_table(vllm_config: Any) -> RowTable:
     """The table of this engine's worker."""
     return vllm_config.compilation_config.static_forward_context.setdefault(TABLE, RowTable())
-
-
-def tracker_path(default: Choice, served: Sequence[int]) -> str:
-    """The name of the class for vLLM's `logits_processors`."""
-    return f"{__name__}:RowTracker_" + "_".join(map(str, (default, 0, *served)))
 
 
 class RowTracker(LogitsProcessor, LogitsProcessorV2):
