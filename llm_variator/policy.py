@@ -95,6 +95,7 @@ class LoadPolicy:
         self.costs = {0: 1.0} | {k: 0.3 + 0.7 / k for k in self.ratios[1:]} | dict(costs or {})
         self.utilisation, self.window_seconds = utilisation, window_seconds
         self._arriving, self._arrived_at = 0.0, clock()
+        self._seen = (0.0, 0.0)
         self._level = 0
         self._needed_at = -float("inf")
 
@@ -148,6 +149,9 @@ class LoadPolicy:
         work = self.work(tokens)
         if work <= 0 or seconds <= 0:
             return
-        measured = work / seconds
-        share = min(1.0, work / 4096)
-        self.speed = measured if self.speed is None else self.speed + share * (measured - self.speed)
+        if self.speed is None:  # not from the first few steps alone: they warm up
+            self._seen = (self._seen[0] + work, self._seen[1] + seconds)
+            if self._seen[0] >= 1024:
+                self.speed = self._seen[0] / self._seen[1]
+            return
+        self.speed += min(1.0, work / 4096) * (work / seconds - self.speed)

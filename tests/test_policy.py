@@ -90,7 +90,9 @@ def test_keeps_up_with_what_arrives():
 def test_speed_is_learned():
     fresh = policy(tokens_per_second=None)
     assert fresh.choose(Load(10**6)) == 0  # nothing known yet
-    fresh.observe({0: 2000}, 2.0)
+    fresh.observe({0: 500}, 1.5)
+    assert fresh.speed is None
+    fresh.observe({0: 1500}, 0.5)
     assert fresh.speed == 1000
     fresh.observe({2: 2048}, 0.5)  # 1,331.2 dense tokens at 2,662.4 a second, 0.325 of the average
     assert fresh.speed == pytest.approx(1000 + 0.325 * 1662.4)

@@ -27,9 +27,9 @@ FFN = dict(sites=("ffn",), r=8, k_per_layer=None, dense_head=4, dense_tail=5)
 BOTH = FFN | dict(sites=("ffn", "kv"))
 
 
-def make_model(name: str, folder: Path) -> str:
+def make_model(name: str, folder: Path, **overrides: int) -> str:
     """A tiny decoder's folder. Norms of one keep its logits apart."""
-    model = make_decoder(name, **SHAPE)
+    model = make_decoder(name, **(SHAPE | overrides))
     with torch.no_grad():
         for part, parameter in model.named_parameters():
             if "norm" in part:

@@ -17,7 +17,7 @@ from llm_variator.integrations.vllm.rows import Request, RowTable, check_choice
 from llm_variator.integrations.vllm.settings import Settings
 from llm_variator.loading import load_config, load_model
 from llm_variator.policy import LoadPolicy
-from llm_variator.serve import main
+from llm_variator.serve.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def test_refused_plugins(plugins, tmp_path):
         read({"k2": plugins(2)}, make_decoder("llama", num_hidden_layers=2).config)
     with pytest.raises(VariatorError, match="model_type"):
         read({"k2": plugins(2)}, make_decoder("qwen3").config)
+    window = load_config(model_folder())
+    window.sliding_window = 8
     with pytest.raises(VariatorError, match="every layer has a sliding window"):
-        window = load_config(model_folder())
-        window.sliding_window = 8
         read({"k2": plugins(2, sites=("kv",))}, window)
 
 
