@@ -193,7 +193,7 @@ def measure_blocks(args: argparse.Namespace) -> dict[str, Any]:
                 args,
                 plugins,
                 max_num_seqs=args.requests,
-                max_num_batched_tokens=1024,
+                max_num_batched_tokens=args.requests * args.tokens,  # all at once: nobody ends before
                 num_gpu_blocks_override=pool,
                 enforce_eager=True,
             )
