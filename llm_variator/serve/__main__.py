@@ -18,6 +18,7 @@ from typing import Any
 
 from llm_variator.cli import Parser, json_mapping, parse, positive_float, positive_int, run
 from llm_variator.errors import VariatorError
+from llm_variator.integrations.vllm import SERVER
 from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
 from llm_variator.integrations.vllm.rows import AUTO
 from llm_variator.loading import shipped_plugins
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="variator-metrics-") as folder:
         # before prometheus_client is imported anywhere: the scheduler counts in another process
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        os.environ[SERVER] = str(os.getpid())
         _serve(flags)
 
 

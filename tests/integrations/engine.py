@@ -22,7 +22,7 @@ os.environ |= {
 }
 BLOCK = 32
 
-SHAPE = dict(vocab_size=211, hidden_size=64, intermediate_size=96, head_dim=32, max_position_embeddings=2048)
+SHAPE = dict(vocab_size=211, hidden_size=128, intermediate_size=96, head_dim=32, max_position_embeddings=2048)
 FFN = dict(sites=("ffn",), r=8, k_per_layer=None, dense_head=4, dense_tail=5)
 BOTH = FFN | dict(sites=("ffn", "kv"))
 
