@@ -64,7 +64,7 @@ def watch(engine, monkeypatch):
     return seen
 
 
-def test_ffn(model, ffn, monkeypatch):
+def test_ffn(model, ffn):
     """One engine, prefix caching on: a mixed batch, other orders, cached prefixes, and what is refused."""
     prompts, ks = random_prompts(*LENGTHS), [2, 4, 0, 2, 4, 0, 4, 2]
     wanted = expected(reference_model(model, ffn), prompts, ks, 24)

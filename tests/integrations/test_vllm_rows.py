@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
 
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality, _load_logitsprocs_by_fqcns
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.logits_processor.loader import (
@@ -70,7 +71,7 @@ def test_the_class_is_named_by_what_it_accepts():
 def test_the_v2_front_end_validates_with_the_same_class():
     validate = build_custom_logits_processors_params_validator([tracker_path(0, (2,))])
     validate(params(2))
-    with pytest.raises(ValueError, match="must be one of 0, 2"):
+    with pytest.raises(VLLMValidationError, match="must be one of 0, 2"):
         validate(params(4))
 
 

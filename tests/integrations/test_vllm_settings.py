@@ -96,13 +96,18 @@ def test_refused_settings(plugins):
     assert read({"k2": plugins(2)}, policy={"class": "collections:Counter"}).make_policy() == {2: 1}
 
 
+def parallel(**changes):
+    values = dict(decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False)
+    return SimpleNamespace(**(values | changes))
+
+
 def engine(**changes):
     mode = SimpleNamespace(name=changes.pop("mode", "FULL_AND_PIECEWISE"))
     values = dict(
         speculative_config=None,
         kv_transfer_config=None,
         model_config=SimpleNamespace(enable_prompt_embeds=False),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=parallel(),
         compilation_config=SimpleNamespace(cudagraph_mode=mode),
         cache_config=SimpleNamespace(enable_prefix_caching=True),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, long_prefill_token_threshold=0),
@@ -117,9 +122,8 @@ def test_refused_engines(plugins):
         "speculative decoding": dict(speculative_config=1),
         "KV connector": dict(kv_transfer_config=1),
         "prompt embeddings": dict(model_config=SimpleNamespace(enable_prompt_embeds=True)),
-        "context parallelism": dict(
-            parallel_config=SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1)
-        ),
+        "context parallelism": dict(parallel_config=parallel(decode_context_parallel_size=2)),
+        "micro-batches": dict(parallel_config=parallel(use_ubatching=True)),
         "cudagraph_mode FULL": dict(mode="FULL"),
         "at least 6 tokens": dict(
             scheduler_config=SimpleNamespace(max_num_batched_tokens=5, long_prefill_token_threshold=0)

@@ -161,7 +161,9 @@ class VariatorMixin:
         if not self._plugins or not is_forward_context_available():
             return host.forward(input_ids, positions, *args, **kwargs)
         context = get_forward_context()
-        if not isinstance(context.attn_metadata, dict) or not context.attn_metadata:
+        if not isinstance(context.attn_metadata, dict | None):
+            raise RuntimeError("llm_variator: this pass is split into micro-batches, which is not supported")
+        if not context.attn_metadata:  # a dummy batch: profiling, warming up
             if not self._checked:
                 self._self_check(host, context, input_ids, positions, *args, **kwargs)
             return host.forward(input_ids, positions, *args, **kwargs)

@@ -153,7 +153,7 @@ class Layout:
     def compress(self, members: Mapping[int, Tensor], x: Tensor, merge: Merges) -> Tensor:
         """Entries (entries, ...) of `x` (rows, ...), the groups `members` of each plugin merged by its `merge`."""
         merged = [merge[plugin](groups) for plugin, groups in members.items()]
-        return _join([*merged, self.alone(x)] if self.dense else merged)
+        return _join([*merged, *(x[piece] for piece in self.dense)])
 
     def restore(self, entries: Tensor, members: Mapping[int, Tensor], x: Tensor, restore: Restores) -> Tensor:
         """(entries, d) -> (rows, d): inverse of `compress` for the outputs of the frozen layer. Padding is zero."""

@@ -133,6 +133,7 @@ class Settings:
             "prompt embeddings (enable_prompt_embeds)": vllm_config.model_config.enable_prompt_embeds,
             "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1
             or parallel.prefill_context_parallel_size > 1,
+            "micro-batches (enable_dbo)": parallel.use_ubatching,
             "cudagraph_mode FULL (use FULL_AND_PIECEWISE)": vllm_config.compilation_config.cudagraph_mode
             is not None
             and vllm_config.compilation_config.cudagraph_mode.name == "FULL",
