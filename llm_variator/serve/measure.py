@@ -120,6 +120,13 @@ def engine(args: argparse.Namespace, plugins: dict[str, str], **options: Any) ->
     return LLM(**engine_arguments(args.model, plugins, **(settings | options)))
 
 
+def vllm_version() -> str:
+    """Of vLLM as installed."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
 def generate(llm: Any, prompts: list[list[int]], k: int, tokens: int) -> list[Any]:
     """Greedy continuations at one ratio."""
     from vllm import SamplingParams
@@ -168,8 +175,12 @@ def measure_prefill(args: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "model": args.model,
+        "vllm": vllm_version(),
         "tokens": args.tokens,
         "sites": list(args.sites),
+        "dense_tail": args.dense_tail,
+        "dtype": args.dtype,
+        "compiled": args.compile,
         "threads": torch.get_num_threads(),
         "seconds": {str(k): times for k, times in seconds.items()},
         "median_seconds": {str(k): value for k, value in middle.items()},
@@ -184,7 +195,8 @@ def measure_blocks(args: argparse.Namespace) -> dict[str, Any]:
     prompts = random_prompts(config.vocab_size, args.tokens, args.requests)
     each = -(-(args.tokens + 64) // args.block_size)
     small = args.pool or 2 * each + 1
-    figures: dict[str, Any] = {"model": args.model, "tokens": args.tokens, "requests": args.requests}
+    figures: dict[str, Any] = {"model": args.model, "vllm": vllm_version(), "dense_tail": args.dense_tail}
+    figures |= {"tokens": args.tokens, "requests": args.requests}
     figures |= {"block_size": args.block_size, "small_pool": small, "peak_blocks": {}, "concurrent": {}}
     with tempfile.TemporaryDirectory() as folder:
         plugins = untrained_plugins(args, ("ffn", "kv"), folder)
