@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,10 +21,8 @@ from llm_variator.cache import KVCacheReport, is_compressed
 from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.loading import load_model, plugin_folder
-from llm_variator.plugin import CompressionPlugin, attachment
+from llm_variator.plugin import CompressionPlugin, attachment, warn_if_other_weights, weights_digest
 from llm_variator.session import Session, current, scope
-
-logger = logging.getLogger(__name__)
 
 # Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
 _scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
@@ -112,13 +108,7 @@ class VariatorModel(nn.Module):
         except VariatorError as error:
             raise VariatorError(f"{folder}: {error}") from None
         built.load_weights(folder)
-        if config.base.weights and self.signature.weights not in ("", config.base.weights):
-            logger.warning(
-                "%s was trained on %s with other weights than this model's; expect lower quality unless this "
-                "model is fine-tuned from it",
-                folder,
-                config.base.name,
-            )
+        warn_if_other_weights(folder, config.base, self.signature.weights)
         return self._put(plugin_name, built.to(dtype or self._host.dtype))
 
     def delete_plugin(self, name: str) -> None:
@@ -403,11 +393,5 @@ def _signature(host: Any, num_layers: int) -> BaseSignature:
     name = getattr(config, "_name_or_path", "") or config.model_type
     if Path(name).is_absolute():
         name = Path(name).name
-    weight = host.get_input_embeddings().weight
-    sample = b""
-    if weight.device.type != "meta" and weight.is_floating_point():
-        sample = (
-            weight.detach()[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
-        )
-    digest = hashlib.sha256(sample).hexdigest()[:16] if sample else ""
+    digest = weights_digest(host.get_input_embeddings().weight)
     return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)

@@ -5,7 +5,9 @@ Every parameter of a `CompressionPlugin` is trained and saved, and nothing else 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +23,28 @@ from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 from llm_variator.layers import HiddenCompressor, HiddenDecompressor
 
+logger = logging.getLogger(__name__)
+
 Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
+
+
+def weights_digest(embedding: torch.Tensor) -> str:
+    """Short hash of the first input embeddings (vocabulary, d), the same in fp32 and bf16; "" if not loaded."""
+    if embedding.device.type == "meta" or not embedding.is_floating_point():
+        return ""
+    sample = embedding.detach()[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def warn_if_other_weights(folder: Path, base: BaseSignature, digest: str) -> None:
+    """Warn that the plugin in `folder` was trained on other weights than those of `digest`."""
+    if base.weights and digest not in ("", base.weights):
+        logger.warning(
+            "%s was trained on %s with other weights than this model's; expect lower quality unless this "
+            "model is fine-tuned from it",
+            folder,
+            base.name,
+        )
 
 
 def attachment(config: VariatorConfig, base: BaseSignature, slides: Callable[[int], bool]) -> Ratios:

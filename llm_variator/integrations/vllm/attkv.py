@@ -184,6 +184,10 @@ class CompressedImpl(CPUAttentionBackendImpl):
         blocks, kv_heads, size, _ = kv_cache.shape
         cache = kv_cache.view(blocks, kv_heads, size * 2, -1).chunk(2, dim=2)
         layout, slots = attn_metadata.layout, attn_metadata.slots
+        if layout.groups and len(key) != len(slots):
+            raise RuntimeError(
+                f"llm_variator: {len(key)} keys for {len(slots)} entries, the KV cache was not compressed as planned"
+            )
         ops.cpu_attn_reshape_and_cache(
             key[: len(slots)],
             value[: len(slots)],

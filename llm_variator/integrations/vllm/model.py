@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -26,7 +27,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.settings import Settings, settings_of
-from llm_variator.plugin import CompressionPlugin
+from llm_variator.plugin import CompressionPlugin, warn_if_other_weights, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,6 @@ class VariatorMixin:
                 plugin = served.build(hidden)
             plugin = plugin.to(device=parameter.device, dtype=vllm_config.model_config.dtype).eval()
             self._plugins[k] = plugin.requires_grad_(False)  # in a plain dict: not a part of the checkpoint
-        self._sites = 0
         for index in range(model.model.start_layer, model.model.end_layer):
             self._attach(model.model.layers[index], index, f"{prefix}.variator.{index}")
         self._checked = not self._plugins
@@ -129,7 +129,6 @@ class VariatorMixin:
             mlp.variator_name, mlp.variator_layer = f"{name}.ffn", index
             mlp.variator_plugins = self._plugins
             context[mlp.variator_name] = mlp
-            self._sites += 1
         if self.variator.compresses_kv:
             from llm_variator.integrations.vllm.attkv import attach_attention
 
@@ -146,11 +145,16 @@ class VariatorMixin:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The model's own loading, unaware of plugins."""
         host: Any = super()
+        model: Any = self
         loaded = host.load_weights(weights)
+        if get_pp_group().is_first_rank and get_tensor_model_parallel_rank() == 0:
+            digest = weights_digest(model.model.embed_tokens.weight)
+            for served in self.variator.plugins.values():
+                assert served.config.base is not None
+                warn_if_other_weights(served.folder, served.config.base, digest)
         if self.variator.compresses_kv:
             from llm_variator.integrations.vllm.attkv import keep_projection
 
-            model: Any = self
             for index in self._layers():
                 keep_projection(model.model.layers[index].self_attn)
         return loaded
