@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
 
-from engine import BLOCK, BOTH, FFN, Engine, expected, make_model, make_plugin, reference_model
 from vllm.exceptions import VLLMValidationError
+from vllm_engine import BLOCK, BOTH, FFN, Engine, expected, make_model, make_plugin, reference_model
 
 from llm_variator.errors import VariatorError
 

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
 
 import psutil
-from engine import FFN, expected, make_model, make_plugin, reference_model
+from vllm_engine import FFN, expected, make_model, make_plugin, reference_model
 
 from llm_variator.loading import byte_tokenizer
 from llm_variator.serve.measure import main as measure

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
 
-from engine import BOTH, FFN, Engine, expected, make_plugin, reference_model
+from vllm_engine import BOTH, FFN, Engine, expected, make_plugin, reference_model
 
 LENGTHS = (1, 5, 70, 200, 333, 512, 1024, 1700)
 NEW = 26  # 8 prompts: 208 tokens
