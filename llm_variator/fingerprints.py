@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator.config import BaseSignature
-from llm_variator.plugin import CompressionPlugin
+from llm_variator.plugin import CompressionPlugin, weights_digest
 
 _known: WeakKeyDictionary[CompressionPlugin, tuple[Any, str]] = WeakKeyDictionary()
 
@@ -25,11 +25,7 @@ def base_signature(host: Any, num_layers: int) -> BaseSignature:
     name = getattr(config, "_name_or_path", "") or config.model_type
     if Path(name).is_absolute():
         name = Path(name).name
-    weight = host.get_input_embeddings().weight
-    sample = b""
-    if weight.device.type != "meta" and weight.is_floating_point():
-        sample = _bytes(weight.detach()[:64].to("cpu", torch.bfloat16))
-    digest = hashlib.sha256(sample).hexdigest()[:16] if sample else ""
+    digest = weights_digest(host.get_input_embeddings().weight)
     return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,11 +26,9 @@ from llm_variator.generation import check_generation, pad_prompt, read_ahead, se
 from llm_variator.inputs import chats, encode
 from llm_variator.loading import load_model, plugin_folder
 from llm_variator.paging import KVPool, PagedLayer
-from llm_variator.plugin import CompressionPlugin, Ratios
+from llm_variator.plugin import CompressionPlugin, attachment, warn_if_other_weights
 from llm_variator.prefill import read
 from llm_variator.session import Session, current, scope
-
-logger = logging.getLogger(__name__)
 
 # Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
 _scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
@@ -122,13 +119,7 @@ class VariatorModel(nn.Module):
         except VariatorError as error:
             raise VariatorError(f"{folder}: {error}") from None
         built.load_weights(folder)
-        if config.base.weights and self.signature.weights not in ("", config.base.weights):
-            logger.warning(
-                "%s was trained on %s with other weights than this model's; expect lower quality unless this "
-                "model is fine-tuned from it",
-                folder,
-                config.base.name,
-            )
+        warn_if_other_weights(folder, config.base, self.signature.weights)
         return self._put(plugin_name, built.to(dtype or self._host.dtype))
 
     def delete_plugin(self, name: str) -> None:
@@ -187,29 +178,15 @@ class VariatorModel(nn.Module):
 
     def _build(self, config: VariatorConfig) -> CompressionPlugin:
         config = config.resolved(self.signature, decoder=self._architecture.decoder)
-        return CompressionPlugin(config, self._ratios(config), self.signature.hidden_size)
-
-    def _ratios(self, config: VariatorConfig) -> Ratios:
-        """What is attached where. Layers with a sliding window keep their attention dense: its cache is short."""
-        ratios: dict[str, dict[int, int]] = {}
-        for site in config.sites:
-            if site == "cross" and self._architecture.answering(self._host) is None:
-                raise VariatorError(
-                    f'site "cross" is for T5 with its decoder; {type(self._host).__name__} has no decoder that reads '
-                    "an encoder: leave it out of sites"
-                )
-            ratios[site] = {
-                layer: k
-                for layer in range(self.signature.num_layers)
-                if (k := config.ratio(site, layer)) is not None
-                and (site in ("ffn", "cross") or not self._architecture.slides(self._host, layer))
-            }
-            if not ratios[site]:
-                raise VariatorError(
-                    f"site {site!r} has no layer left in {self.signature.name!r}: `layers` or `k_per_layer` leave "
-                    "all dense, or every layer has a sliding window (whose attention is not compressed)"
-                )
-        return ratios
+        if "cross" in config.sites and self._architecture.answering(self._host) is None:
+            raise VariatorError(
+                f'site "cross" is for T5 with its decoder; {type(self._host).__name__} has no decoder that reads '
+                "an encoder: leave it out of sites"
+            )
+        ratios = attachment(
+            config, self.signature, lambda layer: self._architecture.slides(self._host, layer)
+        )
+        return CompressionPlugin(config, ratios, self.signature.hidden_size)
 
     def _put(self, name: str, plugin: CompressionPlugin) -> CompressionPlugin:
         if name in self._plugins:

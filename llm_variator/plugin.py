@@ -5,9 +5,11 @@ Every parameter of a `CompressionPlugin` is trained and saved, and nothing else 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,57 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, VariatorConfig
+from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, BaseSignature, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 from llm_variator.layers import HiddenCompressor, HiddenDecompressor
 
+logger = logging.getLogger(__name__)
+
 Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
+
+
+def weights_digest(embedding: torch.Tensor) -> str:
+    """Short hash of the first input embeddings (vocabulary, d), the same in fp32 and bf16; "" if not loaded."""
+    if embedding.device.type == "meta" or not embedding.is_floating_point():
+        return ""
+    sample = embedding.detach()[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def warn_if_other_weights(folder: Path, base: BaseSignature, digest: str) -> None:
+    """Warn that the plugin in `folder` was trained on other weights than those of `digest`."""
+    if base.weights and digest not in ("", base.weights):
+        logger.warning(
+            "%s was trained on %s with other weights than this model's; expect lower quality unless this "
+            "model is fine-tuned from it",
+            folder,
+            base.name,
+        )
+
+
+def attachment(config: VariatorConfig, base: BaseSignature, slides: Callable[[int], bool]) -> Ratios:
+    """What a plugin attaches to which layer of `base`.
+
+    Layers that attend through a sliding window (`slides`) keep their attention dense: their cache is short.
+
+    Raises:
+        VariatorError: a site has no layer left.
+    """
+    ratios: dict[str, dict[int, int]] = {}
+    for site in config.sites:
+        ratios[site] = {
+            layer: k
+            for layer in range(base.num_layers)
+            if (k := config.ratio(site, layer)) is not None
+            and (site in ("ffn", "cross") or not slides(layer))
+        }
+        if not ratios[site]:
+            raise VariatorError(
+                f"site {site!r} has no layer left in {base.name!r}: `layers` or `k_per_layer` leave "
+                "all dense, or every layer has a sliding window (whose attention is not compressed)"
+            )
+    return ratios
 
 
 class SiteLayers(nn.Module):

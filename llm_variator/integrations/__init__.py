@@ -1,1 +1,1 @@
-"""llm_variator inside other tools. Importing this package imports none of them."""
+"""llm_variator inside other projects; each integration needs its extra and imports it lazily."""

@@ -1,0 +1,195 @@
+"""What is served: plugins by ratio, the default choice and the policy, read from vLLM's `additional_config`.
+
+Everything that does not fit raises here, at the start and in every process: `vllm_config` carries it all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
+from llm_variator.errors import VariatorError
+from llm_variator.integrations.vllm.plan import Shape, whole_step
+from llm_variator.integrations.vllm.rows import AUTO, Choice, check_choice
+from llm_variator.plugin import CompressionPlugin, Ratios, attachment
+from llm_variator.policy import LoadPolicy, Policy
+
+KEY = "variator"
+"""The key in vLLM's `additional_config`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """One plugin as it is served."""
+
+    folder: Path
+    config: VariatorConfig
+    """Resolved for the base."""
+    ratios: Ratios
+    """site -> layer -> k, as attached to the base."""
+
+    @property
+    def shape(self) -> Shape:
+        """How it splits a prompt."""
+        assert self.config.dense_head is not None
+        assert self.config.dense_tail is not None
+        every = {k for layers in self.ratios.values() for k in layers.values() if k > 1}
+        return Shape(self.config.dense_head, self.config.dense_tail, tuple(sorted(every)))
+
+    @property
+    def kv_ratio(self) -> int | None:
+        """Ratio of the KV cache, the same in every layer; None where the plugin leaves it dense."""
+        return next(iter(self.ratios["kv"].values()), None) if "kv" in self.ratios else None
+
+    def build(self, dim: int) -> CompressionPlugin:
+        """The plugin's layers with the weights of its file, on the CPU in fp32."""
+        plugin = CompressionPlugin(self.config, self.ratios, dim)
+        plugin.load_weights(self.folder)
+        return plugin
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All of `additional_config["variator"]`, checked."""
+
+    plugins: Mapping[int, Served]
+    """By the ratio that requests ask for."""
+    default: Choice
+    """Of requests that do not say."""
+    policy: Mapping[str, Any]
+    """Arguments of `LoadPolicy`; with "class", the path `module:Class` of another policy."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], hf_config: Any) -> Settings:
+        """Read `{"plugins": {"k2": folder}, "default": 0, "policy": {...}}` for a model with this config.
+
+        Raises:
+            VariatorError: a plugin cannot be served, or does not fit its name or the model.
+        """
+        if unknown := sorted(set(values) - {"plugins", "default", "policy"}):
+            raise VariatorError(f"unknown serving setting {', '.join(unknown)}")
+        plugins = dict(
+            _served(name, Path(folder), hf_config) for name, folder in values.get("plugins", {}).items()
+        )
+        default = check_choice(values.get("default", 0), tuple(plugins))
+        if default == AUTO and not plugins:
+            raise VariatorError('the default "auto" needs at least one plugin')
+        settings = cls(plugins, default, values.get("policy", {}))
+        if plugins:
+            settings.make_policy()
+        return settings
+
+    @property
+    def served(self) -> tuple[int, ...]:
+        """The ratios that requests may ask for, besides 0."""
+        return tuple(self.plugins)
+
+    @property
+    def shapes(self) -> dict[int, Shape]:
+        """How each plugin splits a prompt."""
+        return {k: plugin.shape for k, plugin in self.plugins.items()}
+
+    @property
+    def compresses_kv(self) -> bool:
+        """Whether some plugin compresses the KV cache."""
+        return any(plugin.kv_ratio for plugin in self.plugins.values())
+
+    def make_policy(self) -> Policy:
+        """A new policy for `"auto"`.
+
+        Raises:
+            VariatorError: it cannot be made from the settings.
+        """
+        options = dict(self.policy)
+        path = options.pop("class", None)
+        made: Any = LoadPolicy
+        if path is not None:
+            module, _, name = str(path).partition(":")
+            try:
+                made = getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise VariatorError(
+                    f"policy class {path!r} cannot be imported as module:Class ({error})"
+                ) from None
+        try:
+            return made(self.served, **options)
+        except TypeError as error:
+            raise VariatorError(f"policy: {error}") from None
+
+    def check_engine(self, vllm_config: Any) -> None:
+        """Refuse engine settings with which compression would be wrong or silently absent.
+
+        Raises:
+            VariatorError: naming the setting and the mend.
+        """
+        scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+        refused = {
+            "speculative decoding": vllm_config.speculative_config is not None,
+            "a KV connector (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
+            "prompt embeddings (enable_prompt_embeds)": vllm_config.model_config.enable_prompt_embeds,
+            "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1
+            or parallel.prefill_context_parallel_size > 1,
+            "micro-batches (enable_dbo)": parallel.use_ubatching,
+            "cudagraph_mode FULL (use FULL_AND_PIECEWISE)": vllm_config.compilation_config.cudagraph_mode
+            is not None
+            and vllm_config.compilation_config.cudagraph_mode.name == "FULL",
+            "prefix caching with a plugin that compresses the KV cache (--no-enable-prefix-caching)": (
+                self.compresses_kv and vllm_config.cache_config.enable_prefix_caching
+            ),
+        }
+        if wrong := [what for what, present in refused.items() if present]:
+            raise VariatorError(f"compression plugins do not work with {'; '.join(wrong)}: switch it off")
+        need = max((whole_step(shape) for shape in self.shapes.values()), default=0)
+        limits = [scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or need]
+        if min(limits) < need:
+            raise VariatorError(
+                f"the plugins need chunks of at least {need} tokens: raise max_num_batched_tokens and "
+                f"long_prefill_token_threshold, now {limits[0]} and {scheduler.long_prefill_token_threshold}"
+            )
+
+
+def settings_of(vllm_config: Any) -> Settings:
+    """The settings in a `VllmConfig`."""
+    return Settings.of(vllm_config.additional_config.get(KEY, {}), vllm_config.model_config.hf_config)
+
+
+def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
+    if not (name.startswith("k") and name[1:].isdecimal() and int(name[1:]) >= 2):
+        raise VariatorError(
+            f"a served plugin is named after the ratio that requests ask for (k2, k4), got {name!r}"
+        )
+    config = VariatorConfig.from_json(folder / CONFIG_FILE)
+    if config.base is None:
+        raise VariatorError(f"{folder / CONFIG_FILE} does not name its base model; save the plugin again")
+    signature = BaseSignature(
+        config.base.name, hf_config.model_type, hf_config.hidden_size, hf_config.num_hidden_layers
+    )
+    try:
+        config = config.resolved(signature, decoder=True)
+        ratios = attachment(config, signature, lambda layer: slides(hf_config, layer))
+    except VariatorError as error:
+        raise VariatorError(f"{folder}: {error}") from None
+    served = Served(folder, config, ratios)
+    if "attention" in config.sites:
+        raise VariatorError(f'{folder}: the site "attention" is not served in vLLM; use "ffn" and "kv"')
+    kv = set(ratios.get("kv", {}).values())
+    if kv and (len(kv) > 1 or len(ratios["kv"]) != hf_config.num_hidden_layers):
+        raise VariatorError(
+            f'{folder}: in vLLM the site "kv" needs one ratio for all layers (one block table serves them)'
+        )
+    largest = max(served.shape.ratios, default=1)
+    if largest != int(name[1:]):
+        raise VariatorError(f"{folder} compresses by {largest}: serve it as k{largest}, not as {name}")
+    return largest, served
+
+
+def slides(hf_config: Any, layer: int) -> bool:
+    """Whether a layer attends through a sliding window."""
+    kinds = getattr(hf_config, "layer_types", None)
+    if kinds is not None:
+        return kinds[layer] != "full_attention"
+    return getattr(hf_config, "sliding_window", None) is not None

@@ -1,0 +1,157 @@
+"""Choosing the compression ratio by load: what `"auto"` means when serving, and usable around `VariatorModel`.
+
+A policy is any object with `choose(load) -> ratio` and `observe(tokens, seconds)`. `LoadPolicy` takes the smallest
+ratio at which a request should meet a target for its first token and the reader keeps up with what arrives. It has
+hysteresis: it compresses more at once, and less only after a calm while. It knows neither models nor servers.
+
+Around a `VariatorModel` with plugins "k2" and "k4":
+
+    policy = LoadPolicy(ratios=(2, 4), target_seconds=0.5)
+    k = policy.choose(Load(prompt=len(ids), queued={}))
+    with model.use_plugin(f"k{k}" if k else None):
+        ...  # generate, and time its first token
+    policy.observe({k: len(ids)}, seconds)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from llm_variator.errors import VariatorError
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a policy sees when a request arrives."""
+
+    prompt: int
+    """Tokens of the request's prompt."""
+    queued: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """Prompt tokens that are still to be read before it, by the ratio at which they will be."""
+    free_kv: float = 1.0
+    """Free share of the KV cache, 0 to 1."""
+
+
+class Policy(Protocol):
+    """What may stand for `LoadPolicy`."""
+
+    def choose(self, load: Load) -> int:
+        """The ratio for a request: 0 (dense) or one of the served ratios."""
+
+    def observe(self, tokens: Mapping[int, int], seconds: float) -> None:
+        """Learn that prompt `tokens`, by ratio, were read within `seconds`."""
+
+
+class LoadPolicy:
+    """Smallest ratio that meets the target and keeps up with the arrivals; see the top of this file."""
+
+    def __init__(
+        self,
+        ratios: Sequence[int],
+        *,
+        target_seconds: float = 1.0,
+        release: float = 0.5,
+        hold_seconds: float = 5.0,
+        free_kv: float = 0.1,
+        utilisation: float = 0.8,
+        window_seconds: float = 10.0,
+        costs: Mapping[int, float] | None = None,
+        tokens_per_second: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A policy over the served `ratios` (0, dense, is always among its choices).
+
+        Args:
+            ratios: served ratios, each at least 2.
+            target_seconds: wanted time to first token.
+            release: a smaller ratio is taken again when its predicted time is below this share of the target.
+            hold_seconds: ... and the current ratio has not been needed for so long.
+            free_kv: below this free share of the KV cache the largest ratio is taken.
+            utilisation: a ratio is too small if reading what arrives would take more than this share of the time.
+            window_seconds: over about which the arrivals are averaged.
+            costs: time to read a prompt at each ratio relative to dense; default 0.3 + 0.7 / k, an FFN and
+                KV plugin on a model whose FFN and projections take seven tenths of the time.
+            tokens_per_second: dense reading speed at the start; None: learn it, choosing dense until then.
+            clock: seconds, increasing.
+
+        Raises:
+            VariatorError: a value is out of its range.
+        """
+        if not ratios or any(k < 2 for k in ratios):
+            raise VariatorError(f"a load policy needs ratios of at least 2, got {list(ratios)}")
+        if target_seconds <= 0 or window_seconds <= 0 or hold_seconds < 0 or not 0 <= free_kv <= 1:
+            raise VariatorError(
+                "a load policy needs target_seconds > 0, window_seconds > 0, hold_seconds >= 0, 0 <= free_kv <= 1"
+            )
+        if not 0 < release <= 1 or not 0 < utilisation <= 1:
+            raise VariatorError("a load policy needs release and utilisation above 0 and at most 1")
+        self.ratios = (0, *sorted(set(ratios)))
+        self.target_seconds, self.release, self.hold_seconds = target_seconds, release, hold_seconds
+        self.free_kv, self.clock, self.speed = free_kv, clock, tokens_per_second
+        self.costs = {0: 1.0} | {k: 0.3 + 0.7 / k for k in self.ratios[1:]} | dict(costs or {})
+        self.utilisation, self.window_seconds = utilisation, window_seconds
+        self._arriving, self._arrived_at = 0.0, clock()
+        self._seen = (0.0, 0.0)
+        self._level = 0
+        self._needed_at = -float("inf")
+
+    @property
+    def ratio(self) -> int:
+        """The ratio of the last choice."""
+        return self.ratios[self._level]
+
+    def work(self, tokens: Mapping[int, int]) -> float:
+        """Dense tokens that would take as long as `tokens`, given by ratio."""
+        return sum(count * self.costs.get(k, 1.0) for k, count in tokens.items())
+
+    def predicted_seconds(self, load: Load, k: int) -> float:
+        """Predicted time to first token at ratio `k`; 0 while the speed is unknown."""
+        if not self.speed:
+            return 0.0
+        return (self.work(load.queued) + load.prompt * self.costs[k]) / self.speed
+
+    def choose(self, load: Load) -> int:
+        """The ratio for a request that meets this load."""
+        now = self.clock()
+        self._arriving *= math.exp((self._arrived_at - now) / self.window_seconds)
+        self._arriving += load.prompt
+        self._arrived_at = now
+        needed = self._needed(load, self.target_seconds)
+        if needed >= self._level:
+            self._level, self._needed_at = needed, now
+        elif now - self._needed_at >= self.hold_seconds:
+            self._level = min(self._level, self._needed(load, self.target_seconds * self.release))
+        return self.ratio
+
+    def _needed(self, load: Load, seconds: float) -> int:
+        last = len(self.ratios) - 1
+        if load.free_kv < self.free_kv:
+            return last
+        fits = (
+            level
+            for level, k in enumerate(self.ratios)
+            if self.predicted_seconds(load, k) <= seconds and self._keeps_up(load, k)
+        )
+        return next(fits, last)
+
+    def _keeps_up(self, load: Load, k: int) -> bool:
+        if not self.speed:
+            return True
+        before = (self._arriving - load.prompt) / self.window_seconds  # a single prompt is no rate
+        return before * self.costs[k] <= self.utilisation * self.speed
+
+    def observe(self, tokens: Mapping[int, int], seconds: float) -> None:
+        """Learn the reading speed, as a moving average over the last few thousand tokens."""
+        work = self.work(tokens)
+        if work <= 0 or seconds <= 0:
+            return
+        if self.speed is None:  # not from the first few steps alone: they warm up
+            self._seen = (self._seen[0] + work, self._seen[1] + seconds)
+            if self._seen[0] >= 1024:
+                self.speed = self._seen[0] / self._seen[1]
+            return
+        self.speed += min(1.0, work / 4096) * (work / seconds - self.speed)

@@ -1,0 +1,59 @@
+"""Real SmolLM2 in vLLM, token for token against `VariatorModel.generate`. Minutes; `make test-vllm`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
+
+from vllm_engine import BOTH, FFN, Engine, expected, make_plugin, reference_model
+
+LENGTHS = (1, 5, 70, 200, 333, 512, 1024, 1700)
+NEW = 26  # 8 prompts: 208 tokens
+KS = [2, 4, 0, 4, 2, 4, 2, 4]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2):
+    text = (Path(__file__).parents[2] / "examples" / "long_prompt.txt").read_text(encoding="utf-8")
+    ids = smollm2[1](text)["input_ids"]
+    while len(ids) < max(LENGTHS) + 50 * len(LENGTHS):
+        ids = ids + ids
+    return [ids[50 * i : 50 * i + n] for i, n in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def ffn(smollm2, tmp_path_factory):
+    """Random plugins; the first layer stays dense, as in every plugin worth serving."""
+    folder = tmp_path_factory.mktemp("ffn")
+    settings = {k: FFN | dict(k_per_layer={"ffn": [1] + [k] * 29}) for k in (2, 4)}
+    return {f"k{k}": make_plugin("smollm2-135m", folder / f"k{k}", k, **settings[k]) for k in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def both(smollm2, tmp_path_factory):
+    k4 = make_plugin("smollm2-135m", tmp_path_factory.mktemp("kv") / "k4", 4, **BOTH)
+    return {"k2": "smollm2-135m/k2", "k4": k4}
+
+
+def check(plugins, prompts, orders, **options):
+    wanted = expected(reference_model("smollm2-135m", plugins), prompts, KS, NEW)
+    assert sum(map(len, wanted)) >= 200
+    with Engine("smollm2-135m", plugins, max_num_batched_tokens=256, **options) as engine:
+        for order in orders:
+            found = engine.tokens([prompts[i] for i in order], [KS[i] for i in order], NEW)
+            assert found == [wanted[i] for i in order]
+
+
+def test_ffn(ffn, prompts):
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
+    check(ffn, prompts, [range(8), order], max_model_len=1800, num_gpu_blocks_override=140)
+
+
+def test_ffn_and_kv(both, prompts):
+    check(both, prompts, [range(8)], max_model_len=1800, num_gpu_blocks_override=60)
