@@ -10,7 +10,6 @@ Batch size, and what else shares a batch, change shapes and with them the roundi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from llm_variator.cache import fork
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
 
@@ -190,8 +190,7 @@ def _padded(rows: Sequence[Tokens], *, left: bool, device: torch.device) -> tupl
 
 
 def _rows_of(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache of its own for the `rows` of another, which stays as it is: updates replace tensors."""
-    own = copy.copy(cache)
-    own.layers = [copy.copy(layer) for layer in cache.layers]
+    """A cache of its own for the `rows` of another, which stays as it is."""
+    own = fork(cache)
     own.batch_select_indices(rows)
     return own
