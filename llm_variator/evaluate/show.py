@@ -114,7 +114,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     figure, grid = pyplot.subplots(
         len(texts), len(axes_of), figsize=size, squeeze=False, layout="constrained"
     )
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("tab10")
     for text, line in zip(texts, grid, strict=True):
         rows = text["rows"]
         absent = next((row["above_dense"] for row in rows if row["condition"] == "no context"), None)
@@ -124,11 +124,11 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
                     continue  # far above all others: it is named in the title
                 axes.errorbar(
                     row[figure_name], row["above_dense"], yerr=row["above_dense_error"],
-                    fmt="osD^vP*X"[number % 8], color=colours(number % 20), capsize=2, label=row["condition"],
+                    fmt="osD^vP*X"[number % 8], color=colours(number % 10), capsize=2, label=row["condition"],
                 )  # fmt: skip
             axes.axhline(0, color="grey", linewidth=0.8)
             axes.set_xlabel(label)
-            axes.set_xlim(0, None)
+            axes.set_xlim(0, 1.06 * max(1.0, *(row[figure_name] or 0 for row in rows)))
             axes.grid(alpha=0.3)
         line[0].set_ylabel("nats per token above dense")
         aside = "" if absent is None else f" (no context: {absent:+.2f})"

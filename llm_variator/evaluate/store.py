@@ -15,7 +15,13 @@ from llm_variator.files import write_atomically
 T = TypeVar("T")
 
 PACKAGE = Path(__file__).parent.parent
-_MEASURING = ("*.py", "architectures/*.py", "tasks/*.py", "evaluate/[acq]*.py")
+_MEASURING = (
+    "*.py",
+    "architectures/*.py",
+    "evaluate/alternatives.py",
+    "evaluate/conditions.py",
+    "evaluate/quality.py",
+)
 
 
 class Store:
