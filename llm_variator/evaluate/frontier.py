@@ -89,8 +89,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--windows", type=cli.positive_int, default=16, help="stretches of each text, evenly spread over it")
     add("--batch-size", type=cli.positive_int, default=4, help="windows in one forward pass")
     add("--questions", type=cli.natural, default=50, help="SQuAD questions to answer; 0: none")
-    add("--question-form", choices=questions.FORMS, default="few-shot", help="how they are asked")
-    add("--shots", type=cli.positive_int, default=3, help="answered examples in the few-shot form")
+    add("--question-form", choices=questions.FORMS, default="text", help="how they are asked")
+    add("--shots", type=cli.natural, default=3, help="answered examples before each question")
     add("--repetitions", type=cli.natural, default=5, help="timings of reading a prompt, in turns; 0: none")
     add("--device", default="cpu", help="cpu, cuda, ...")
     add("--dtype", help="of base model and plugins (default: as stored)")
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         figures["questions"] = {
             "data": f"{origin.name}: {origin.describe(len(quiz.examples))}",
             "form": args.question_form,
-            "shots": args.shots if args.question_form == "few-shot" else 0,
+            "shots": args.shots,
             "mean_prompt_tokens": sum(map(len, quiz.prompts)) / len(quiz.prompts),
             "rows": [
                 dataclasses.asdict(row)
@@ -227,8 +227,7 @@ def _text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, data: st
 
 def _quiz(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Quiz:
     examples = questions.load_questions(args.data_dir, args.questions)
-    few = args.question_form == "few-shot"
-    shots = questions.load_shots(args.data_dir, args.shots) if few else []
+    shots = questions.load_shots(args.data_dir, args.shots) if args.shots else []
     encode = partial(questions.encode_question, tokenizer, form=args.question_form, shots=shots)
     return Quiz(
         examples,

@@ -14,7 +14,7 @@ from llm_variator.tasks import Example, load_examples
 
 ARTICLES = "squad-articles"
 """The name of SQuAD's development articles as a source of text."""
-FORMS = ("few-shot", "zero-shot", "chat")
+FORMS = ("text", "chat")
 ANSWER_TOKENS = 24
 
 _SHORT_PASSAGE, _SHORT_ANSWER = 450, 30  # characters; what is shown as an example
@@ -71,8 +71,8 @@ def encode_question(
     Args:
         tokenizer: the model's.
         example: of the task "squad".
-        form: "few-shot" and "zero-shot" are continued by the answer; "chat" asks an instruction-tuned model.
-        shots: answered before it, in the few-shot form.
+        form: "text" is continued by the answer; "chat" asks an instruction-tuned model.
+        shots: questions that are answered before it.
         passage: whether the passage stands before its question (the passages of the shots always do).
 
     Raises:
@@ -81,15 +81,21 @@ def encode_question(
     if form == "chat":
         if not tokenizer.chat_template:
             raise VariatorError("this model's tokenizer has no chat template: choose another --question-form")
-        question = f"Question: {example.inputs['question']}"
-        if passage:
-            question = f"Passage: {example.inputs['context']}\n{question}"
-        messages = [{"role": "user", "content": f"{question}\nAnswer in a few words."}]
+        messages = []
+        for shot in shots:
+            messages.append({"role": "user", "content": _request(shot, passage=True)})
+            messages.append({"role": "assistant", "content": shot.answer})
+        messages.append({"role": "user", "content": _request(example, passage=passage)})
         text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    parts = [shot.decoder_prompt + shot.continuation for shot in shots if form == "few-shot"]
+    parts = [shot.decoder_prompt + shot.continuation for shot in shots]
     parts.append(example.decoder_prompt if passage else f"Question: {example.inputs['question']}\nAnswer:")
     return list(tokenizer("\n\n".join(parts), verbose=False)["input_ids"])
+
+
+def _request(example: Example, *, passage: bool) -> str:
+    question = f"Question: {example.inputs['question']}\nAnswer in a few words."
+    return f"Passage: {example.inputs['context']}\n{question}" if passage else question
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -72,6 +72,8 @@ def answer_cells(row: Mapping[str, Any]) -> list[str]:
 def print_tables(figures: Mapping[str, Any]) -> None:
     """All tables, to stdout."""
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
     for title, columns, rows in _tables(figures):
         table = Table(title=title)
         for column in columns:

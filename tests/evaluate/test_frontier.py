@@ -150,7 +150,7 @@ def test_questions(model, plugin, data, tmp_path):
     result = frontier_of(tmp_path, *flags)["figures"]
     assert result["texts"] == []
     about = result["questions"]
-    assert about["form"] == "few-shot"
+    assert about["form"] == "text"
     assert about["shots"] == 2
     rows = {row["condition"]: row for row in about["rows"]}
     assert list(rows) == ["dense", "no context", "k3", "drop:2"]
@@ -160,7 +160,7 @@ def test_questions(model, plugin, data, tmp_path):
     examples = load_examples("squad", "validation", data_dir=data, limit=4)
     shots = questions.load_shots(data, 2)
     lengths = [
-        len(questions.encode_question(tokenizer, example, form="few-shot", shots=shots)) for example in examples
+        len(questions.encode_question(tokenizer, example, form="text", shots=shots)) for example in examples
     ]
     held = sum(split(n, 3, 2, 5).entries for n in lengths) / sum(lengths)
     assert rows["k3"]["kv_entries"] == pytest.approx(held)
@@ -175,13 +175,20 @@ def test_prompts_of_questions(data):
     def text(**options):
         return tokenizer.decode(questions.encode_question(tokenizer, example, **options))
 
-    assert text(form="zero-shot", shots=[shot]) == example.decoder_prompt
+    assert text(form="text") == example.decoder_prompt
     shown = f"{shot.decoder_prompt} {shot.answer}"
-    assert text(form="few-shot", shots=[shot]) == f"{shown}\n\n{example.decoder_prompt}"
-    bare = text(form="few-shot", shots=[shot], passage=False)
+    assert text(form="text", shots=[shot]) == f"{shown}\n\n{example.decoder_prompt}"
+    bare = text(form="text", shots=[shot], passage=False)
     assert bare == f"{shown}\n\nQuestion: {example.inputs['question']}\nAnswer:"
     with pytest.raises(VariatorError, match="no chat template"):
         text(form="chat")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    asked = "Question: {question}\nAnswer in a few words."
+    ask, asked_before = (asked.format_map(one.inputs) for one in (example, shot))
+    turns = f"<user>Passage: {shot.inputs['context']}\n{asked_before}<assistant>{shot.answer}<user>"
+    assert text(form="chat", shots=[shot], passage=False) == f"{turns}{ask}<assistant>"
+    passage = f"Passage: {example.inputs['context']}\n"
+    assert text(form="chat", shots=[shot]) == f"{turns}{passage}{ask}<assistant>"
     assert questions.decode_answer(tokenizer, tokenizer(" two birds\nand more")["input_ids"]) == "two birds"
     newline = tokenizer("\n")["input_ids"]
     assert {*newline, tokenizer.eos_token_id} <= questions.stop_tokens(tokenizer)
@@ -196,7 +203,7 @@ def test_articles_hold_each_paragraph_once(tmp_path):
 
 
 def test_figures_of_another_environment(plugin, data, tmp_path):
-    flags = ["--also", "--questions", 2, "--question-form", "zero-shot", "--data-dir", data]
+    flags = ["--also", "--questions", 2, "--shots", 0, "--data-dir", data]
     figures = frontier_of(tmp_path, "--export", tmp_path / "tasks.json", *flags)["figures"]
     tasks = json.loads((tmp_path / "tasks.json").read_text())
     windows = torch.tensor(tasks["texts"][0]["windows"])
