@@ -1,6 +1,7 @@
 # make demo   install what the demo needs; train a minute; generate with the shipped plugin; compare
 # make test   install what the tests need; lint, types, import contracts, tests
 # make lint   the same without the tests
+# make kvpress  .venv-kvpress, where eval/kvpress_presses.py measures what the frontier compares with
 # make clean  remove what the targets made (.venv, build outputs, runs)
 
 VENV   := .venv
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint kvpress clean
 
 demo: $(VENV)/.demo
 	@echo "== Train a k=2 plugin on SmolLM2-135M: watch the loss fall"
@@ -52,5 +53,15 @@ $(VENV)/.test: $(VENV)/.base
 	$(PIP) --editable '.[train,test]'
 	@touch $@
 
+# kvpress needs an older transformers than this library: an environment of its own.
+kvpress: .venv-kvpress/.done
+
+.venv-kvpress/.done: constraints.txt Makefile
+	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		kvpress==0.5.5 transformers==5.2.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-kvpress build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

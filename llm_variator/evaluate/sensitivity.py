@@ -71,7 +71,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--ratios", type=cli.positive_int, nargs="+", default=[2, 4, 8, 16], help="tried in every layer")
     add("--r", type=cli.positive_int, default=64, help="bottleneck width whose operations are counted")
     add("--dense-head", type=cli.natural, default=4, help="first prompt tokens kept uncompressed")
-    add("--dense-tail", type=cli.natural, default=64, help="least number of last prompt tokens kept uncompressed")
+    add(
+        "--dense-tail",
+        type=cli.natural,
+        default=64,
+        help="least number of last prompt tokens kept uncompressed",
+    )
     add("--data", default="wikitext2/train", metavar="SOURCE", help="text, named as in llm_variator.train")
     add(
         "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
@@ -100,16 +105,26 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     length = args.context + args.continuation
     windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
     if args.windows > len(windows):
-        raise VariatorError(f"--windows {args.windows}: {args.data} holds only {len(windows)} of {length} tokens")
+        raise VariatorError(
+            f"--windows {args.windows}: {args.data} holds only {len(windows)} of {length} tokens"
+        )
     model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
     model.eval()
     model.decoder_only("sensitivity", "it measures what follows a prompt")
-    settings = {"model": dataclasses.asdict(model.signature), "dtype": str(model.dtype), "device": args.device}
+    settings = {
+        "model": dataclasses.asdict(model.signature),
+        "dtype": str(model.dtype),
+        "device": args.device,
+    }
     store = Store(args.work, args.work, settings | {"versions": versions(), "source": source_digest()})
     probe = Probe(model, spread(windows, args.windows), args.context, args.batch_size, store)
 
     template = VariatorConfig(
-        r=args.r, dense_head=args.dense_head, dense_tail=args.dense_tail, compressor="mean", decompressor="copy"
+        r=args.r,
+        dense_head=args.dense_head,
+        dense_tail=args.dense_tail,
+        compressor="mean",
+        decompressor="copy",
     )
     stack = Stack.of(model.config)
     harms: dict[str, list[dict[int, float]]] = {}
@@ -294,12 +309,16 @@ def _budgets(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             found[site] = 0.0
         if site not in SITES or not 0 < found[site] < 1:
-            raise VariatorError(f"--budget {text}: write ffn=SHARE or kv=SHARE, with a share above 0 and below 1")
+            raise VariatorError(
+                f"--budget {text}: write ffn=SHARE or kv=SHARE, with a share above 0 and below 1"
+            )
     return {site: found[site] for site in SITES if site in found}
 
 
 def _print(
-    harms: Mapping[str, Sequence[Mapping[int, float]]], chosen: Mapping[str, Sequence[int]], ratios: Sequence[int]
+    harms: Mapping[str, Sequence[Mapping[int, float]]],
+    chosen: Mapping[str, Sequence[int]],
+    ratios: Sequence[int],
 ) -> None:
     for site, layers in harms.items():
         table = Table(title=f"{site}: nats from the dense predictions with one layer merged")

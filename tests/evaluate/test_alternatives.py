@@ -47,7 +47,9 @@ def test_late_skip_is_the_dense_model_with_hidden_states_held(name, first, imple
 
     blocks = model.base.model.layers
     handles = [
-        blocks[first].register_forward_pre_hook(lambda block, args: held.update(states=args[0][:, HEAD : N - TAIL]))
+        blocks[first].register_forward_pre_hook(
+            lambda block, args: held.update(states=args[0][:, HEAD : N - TAIL])
+        )
     ]
     handles += [block.register_forward_hook(hold) for block in blocks[first:]]
     with torch.no_grad():
@@ -76,15 +78,15 @@ def test_drop_reads_some_tokens_at_their_positions(name):
         )
         steps.append(out.logits)
     plain = torch.cat(steps, dim=1)[:, len(kept) - 1 :]
-    torch.testing.assert_close(
-        logits_of(Drop(2, HEAD, TAIL), model, ids, more), plain, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits_of(Drop(2, HEAD, TAIL), model, ids, more), plain, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*FULL, "gemma3"])
 def test_plugin_dense_and_no_context_are_the_models_own_forward(name):
-    model = make_variator(name, VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=HEAD, dense_tail=TAIL))
+    model = make_variator(
+        name, VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=HEAD, dense_tail=TAIL)
+    )
     ids, more = pair()
     whole = torch.cat((ids, more), dim=1)
     plugin = Plugin("mine", "default", model.plugins["default"])
@@ -111,7 +113,9 @@ def test_greedy_is_generate():
 
 
 @pytest.mark.parametrize("name", FULL)
-@pytest.mark.parametrize("condition", [LateSkip(1, HEAD, TAIL), LateSkip(2, 0, 0), Drop(3, HEAD, TAIL), NoContext()])
+@pytest.mark.parametrize(
+    "condition", [LateSkip(1, HEAD, TAIL), LateSkip(2, 0, 0), Drop(3, HEAD, TAIL), NoContext()]
+)
 def test_arithmetic_equals_what_torch_counts(name, condition):
     model = VariatorModel(make_decoder(name, attn_implementation="eager"))
     (ids,) = prompts(N)

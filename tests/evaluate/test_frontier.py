@@ -76,7 +76,9 @@ def test_rows_hold_quality_and_cost_of_every_condition(model, plugin, tmp_path, 
     assert list(rows) == expected
     assert (text["context"], text["windows"]) == (CONTEXT, WINDOWS)
 
-    windows = read_windows(text_file(tmp_path), load_tokenizer(model_folder()), seq_length=CONTEXT + CONTINUATION)
+    windows = read_windows(
+        text_file(tmp_path), load_tokenizer(model_folder()), seq_length=CONTEXT + CONTINUATION
+    )
     chosen = spread(windows, WINDOWS)
     assert rows["mine"]["cross_entropy"] == pytest.approx(
         continuation_cross_entropy(model, chosen, CONTEXT), abs=1e-5
@@ -86,7 +88,9 @@ def test_rows_hold_quality_and_cost_of_every_condition(model, plugin, tmp_path, 
     assert rows["mine"]["above_dense"] == pytest.approx(rows["mine"]["cross_entropy"] - dense, abs=1e-5)
     bare = VariatorModel(
         load_model(model_folder()),
-        VariatorConfig(k=3, sites=("ffn", "kv"), compressor="mean", decompressor="copy", dense_head=2, dense_tail=5),
+        VariatorConfig(
+            k=3, sites=("ffn", "kv"), compressor="mean", decompressor="copy", dense_head=2, dense_tail=5
+        ),
     )
     assert rows["mine (untrained)"]["cross_entropy"] == pytest.approx(
         continuation_cross_entropy(bare, chosen, CONTEXT), abs=1e-5
@@ -146,7 +150,19 @@ def test_other_weights_are_measured_again(model, plugin, tmp_path):
 
 
 def test_questions(model, plugin, data, tmp_path):
-    flags = ["--data", "--plugin", f"k3={plugin}", "--also", "drop:2", "--questions", 4, "--shots", 2, "--data-dir", data]
+    flags = [
+        "--data",
+        "--plugin",
+        f"k3={plugin}",
+        "--also",
+        "drop:2",
+        "--questions",
+        4,
+        "--shots",
+        2,
+        "--data-dir",
+        data,
+    ]
     result = frontier_of(tmp_path, *flags)["figures"]
     assert result["texts"] == []
     about = result["questions"]

@@ -59,7 +59,9 @@ def test_greedy_tokens_and_choices_are_those_of_full_passes(model, plugin, windo
     dense = measure(model, Dense(), windows)
     ours = measure(model, plugin, windows, dense.greedy)
     prompts = windows[:, :CONTEXT].long()
-    one = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=GENERATE, do_sample=False)
+    one = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=GENERATE, do_sample=False
+    )
     assert ours.greedy == one[:, CONTEXT:].tolist()
     with model.disable_plugin():
         one = model.generate(

@@ -40,7 +40,9 @@ def probe_of(name: str, work) -> Probe:
 @torch.no_grad()
 def test_harm_is_the_divergence_from_the_dense_predictions(tmp_path):
     probe = probe_of("llama", tmp_path)
-    config = VariatorConfig(k=3, layers=(1,), compressor="mean", decompressor="copy", dense_head=1, dense_tail=3)
+    config = VariatorConfig(
+        k=3, layers=(1,), compressor="mean", decompressor="copy", dense_head=1, dense_tail=3
+    )
     model = VariatorModel(strong("llama"), config)
     ours = model(probe.windows, prompt_length=CONTEXT).logits[:, CONTEXT - 1 : -1].double().log_softmax(-1)
     with model.disable_plugin():
@@ -61,9 +63,14 @@ def test_every_layer_is_measured_alone(tmp_path):
     probe = probe_of("llama", tmp_path)
     harms = measure_layers(probe, TEMPLATE, "ffn", [2, 4])
     assert [set(merged) for merged in harms] == [{2, 4}] * 3
-    assert harms[2][4] == probe.harm(
-        VariatorConfig(k=4, r=4, layers=(2,), compressor="mean", decompressor="copy", dense_head=1, dense_tail=3)
-    ).divergence
+    assert (
+        harms[2][4]
+        == probe.harm(
+            VariatorConfig(
+                k=4, r=4, layers=(2,), compressor="mean", decompressor="copy", dense_head=1, dense_tail=3
+            )
+        ).divergence
+    )
     assert harms[2][4] == pytest.approx(0, abs=1e-6)  # the prompt's last FFN is read by nobody
     assert harms[0][4] > 1e-4
 
@@ -93,7 +100,10 @@ def test_costs_are_those_of_the_whole_model():
 def test_choice_is_the_best_of_all(seed):
     chance = random.Random(seed)
     layers = [
-        [Option(1, 100, 0.0), *(Option(k, 100 // k + chance.randrange(9), chance.random()) for k in (2, 4, 8))]
+        [
+            Option(1, 100, 0.0),
+            *(Option(k, 100 // k + chance.randrange(9), chance.random()) for k in (2, 4, 8)),
+        ]
         for _ in range(5)
     ]
     budget = chance.randrange(120, 400)
@@ -116,7 +126,21 @@ def words(work, *more) -> list[str]:
     text = work / "text.txt"
     text.write_text(read_documents(EMBEDDED)[0][:600], encoding="utf-8")
     line = ["sensitivity", "--model", model_folder(), "--data", text, "--work", work, "--context", CONTEXT]
-    line += ["--continuation", 6, "--windows", 2, "--ratios", 2, 4, "--r", 2, "--dense-head", 1, "--dense-tail", 3]
+    line += [
+        "--continuation",
+        6,
+        "--windows",
+        2,
+        "--ratios",
+        2,
+        4,
+        "--r",
+        2,
+        "--dense-head",
+        1,
+        "--dense-tail",
+        3,
+    ]
     return list(map(str, [*line, *more]))
 
 
@@ -130,7 +154,12 @@ def test_command(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()[-1]
     assert printed == f"--sites ffn,kv --k-per-layer '{json.dumps(chosen)}'"
     config = VariatorConfig(
-        sites=("ffn", "kv"), k_per_layer=chosen, compressor="mean", decompressor="copy", dense_head=1, dense_tail=3
+        sites=("ffn", "kv"),
+        k_per_layer=chosen,
+        compressor="mean",
+        decompressor="copy",
+        dense_head=1,
+        dense_tail=3,
     )
     assert set(figures["untrained"]) == {*Harm.__dataclass_fields__, "dense_cross_entropy"}
     assert figures["left"]["kv"] == pytest.approx(
