@@ -97,7 +97,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--random-init", action="store_true", help="the model's shape with random weights; no download")
     add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
     add("--seed", type=cli.natural, default=0, help="of random weights (--random-init)")
-    add("--work", type=Path, default=WORK, help="what is measured is kept here, and not measured again")
+    add(
+        "--work",
+        type=Path,
+        default=WORK,
+        help="what is measured is kept here, and not measured again; a base changed in place under its old name needs --fresh",
+    )
     add("--fresh", action="store_true", help="measure all of it again")
     add("--export", type=Path, metavar="FILE", help="write windows and questions for another environment")
     add("--elsewhere", type=Path, nargs="+", default=[], metavar="FILE", help="add what was measured there")

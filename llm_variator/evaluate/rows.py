@@ -64,7 +64,6 @@ def text_row(
 ) -> TextRow:
     """The row of a condition from what was measured of it and of the dense model; seconds are of the same rounds."""
     above, error = difference(found.nats, dense.nats)
-    timed = seconds and dense_seconds
     return TextRow(
         condition=label,
         cross_entropy=statistics.fmean(found.nats),
@@ -76,7 +75,7 @@ def text_row(
         ffn_operations=(cost.ffn + cost.plugin) / dense_cost.ffn,
         kv_entries=found.entries / dense.entries,
         prefill=ratio_to(dense_seconds, seconds) if seconds and dense_seconds else None,
-        prefill_seconds=statistics.median(seconds) if seconds and timed else None,
+        prefill_seconds=statistics.median(seconds) if seconds else None,
     )
 
 
