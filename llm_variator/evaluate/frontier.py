@@ -101,7 +101,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--work",
         type=Path,
         default=WORK,
-        help="what is measured is kept here, and not measured again; a base changed in place under its old name needs --fresh",
+        help="what is measured is kept here for the next run; a base changed in place needs --fresh",
     )
     add("--fresh", action="store_true", help="measure all of it again")
     add("--export", type=Path, metavar="FILE", help="write windows and questions for another environment")
