@@ -30,7 +30,7 @@ from llm_variator.files import write_atomically
 from llm_variator.loading import load_model, load_tokenizer, plugin_folder
 from llm_variator.model import VariatorModel
 from llm_variator.operations import Stack
-from llm_variator.results import versions, write_result
+from llm_variator.results import scrub_paths, versions, write_result
 from llm_variator.tasks import Example
 
 WORK = Path("runs/frontier")
@@ -196,6 +196,7 @@ def gather(model: VariatorModel, args: argparse.Namespace) -> list[Condition]:
 
     for text in args.plugin:
         label, named, source = text.partition("=")
+        label = scrub_paths(label)
         folder = plugin_folder(source if named else text)
         loaded = model.load_plugin(folder, f"plugin{len(model.plugins)}")
         attach(label, hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest())
