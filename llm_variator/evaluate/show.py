@@ -136,7 +136,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
         aside = "" if absent is None else f" (no context: {absent:+.2f})"
         line[0].set_title(f"{text['data']}, {text['context']} tokens{aside}", loc="left")
     handles, labels = grid[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(axes_of) + 1)
     kinds = figure.canvas.get_supported_filetypes()
     kind = path.suffix.lstrip(".").lower()
     if kind not in kinds:
