@@ -172,13 +172,13 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
             ],
         }
     print_tables(figures)
+    if args.json:
+        command = ["llm_variator.evaluate", *argv]
+        write_result(args.json, figures, command=command, seed=args.seed, started=started)
     if args.markdown:
         write_atomically(args.markdown, markdown(figures))
     if args.plot:
         plot(args.plot, figures)
-    if args.json:
-        command = ["llm_variator.evaluate", *argv]
-        write_result(args.json, figures, command=command, seed=args.seed, started=started)
     return figures
 
 
