@@ -71,6 +71,10 @@ class Grouping(Protocol):
     def has_fillers(self) -> bool:
         """Whether some row has fewer entries than another."""
 
+    @property
+    def trailing(self) -> int:
+        """Columns at the end that are dense tokens in every row."""
+
     def compress(self, x: Tensor, merge: Merge) -> Tensor:
         """(b, n, d) -> (b, m, d): dense vectors as they are, groups merged; missing members are zeros."""
 
@@ -97,6 +101,10 @@ class Slices:
     @property
     def has_groups(self) -> bool:
         return self.split.groups > 0
+
+    @property
+    def trailing(self) -> int:
+        return self.split.tail
 
     @property
     def inner(self) -> int:
@@ -172,11 +180,16 @@ class Indices:
         """`valid` (b, n) bool on the CPU; row i's first `prompts[i]` valid tokens are prompt, the rest dense."""
         rows, width = valid.shape
         columns, members, present, dense = [], [], [], []
+        self.trailing = width
         reach = torch.full((rows, width), FILLER)
         for row, prompt in enumerate(prompts):
             tokens = valid[row].nonzero().squeeze(-1)  # columns of this row's tokens, in order
             part = split(prompt, k, head, tail, ragged=ragged)
             start = prompt - part.tail
+            behind = len(tokens) - start
+            if not torch.equal(tokens[start:], torch.arange(width - behind, width)):
+                behind = 0  # padding comes last, or in between
+            self.trailing = min(self.trailing, behind)
             inside = tokens[part.head : start]
             places = torch.arange(part.groups * k).view(part.groups, k)
             present.append(places < len(inside))

@@ -67,6 +67,8 @@ class VariatorModel(nn.Module):
         self._default: str | None = None
         self._report: KVCacheReport | None = None
         self._checkpointing = False
+        self.skip_unread = True
+        """Leave out what nobody reads of a decoder's last layer: see `architectures.unread`."""
         if config is not None:
             self.add_plugin("default", config)
 
@@ -245,7 +247,7 @@ class VariatorModel(nn.Module):
         if self.training:
             kwargs.setdefault("use_cache", False)
         prompts = prompt_length.tolist() if isinstance(prompt_length, Tensor) else prompt_length
-        session = Session(plugin, prompts)
+        session = Session(plugin, prompts, skip_unread=self.skip_unread)
         with scope(session):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self._remember(session)
@@ -273,7 +275,7 @@ class VariatorModel(nn.Module):
             _check_generation(self._host, plugin, kwargs)
             if cache is None or not cache.get_seq_length():
                 _pad_left(kwargs)
-        session = Session(plugin, generating=True)
+        session = Session(plugin, generating=True, skip_unread=self.skip_unread)
         with scope(session):
             output = self.base.generate(**kwargs)
         if session.cache is not None:
