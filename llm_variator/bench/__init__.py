@@ -1,0 +1,1 @@
+"""`python -m llm_variator.bench`: measured speed beside the bound that the remaining arithmetic or bytes set."""
