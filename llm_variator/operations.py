@@ -125,7 +125,7 @@ def prefill(
         entries = whole or kv or (1, Split(0, 0, n))
         queries = whole[1].entries if whole else n
         if layer == stack.layers - 1 and reads and all(p[1].tail >= reads for p in (ffn, kv, whole) if p):
-            total += _last(stack, plugin, n, entries, reads, layer)
+            total += _last(stack, plugin, n, entries, reads, layer, causal=causal)
             continue
         seen = _seen(entries, queries, stack.windows[layer]) if causal else queries * entries[1].entries
         total += Cost(
@@ -149,15 +149,18 @@ def _last(
     entries: tuple[int, Split],
     reads: int,
     layer: int,
+    *,
+    causal: bool,
 ) -> Cost:
     """Cost of a last layer whose last `reads` columns alone are read: keys and values of all `entries`, and they."""
     k, part = entries
     held = part.entries
     window = stack.windows[layer] or n
+    seen = sum(min(held - i, window) for i in range(reads)) if causal else reads * held
     return Cost(
         ffn=2 * stack.ffn_weights * reads,
         projections=2 * stack.query_weights * reads + 2 * stack.key_value_weights * held,
-        scores=2 * 2 * stack.attention_width * sum(min(held - i, window) for i in range(reads)),
+        scores=2 * 2 * stack.attention_width * seen,
         plugin=_plugin_cost(plugin, stack.dim, k, part, restores=False) if plugin and part.groups else 0,
         cache_entries=min(held, window),
     )
