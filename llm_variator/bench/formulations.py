@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from llm_variator.architectures import architecture_of
 from llm_variator.bench.setting import DENSE, Setting
-from llm_variator.bench.timing import Case, bar, interleaved, ratio, timed
+from llm_variator.bench.timing import Case, bar, ratio, timed
 from llm_variator.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.operations import EncoderShape, Stack
 
@@ -72,7 +72,7 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
                 x = torch.randn(1, n, dim, generator=setting.generator).to(setting.device, base.dtype)
                 cases.setdefault(DENSE, _case(ffn, x))
                 cases |= _ways(setting, k, dim, ffn, x)
-            seconds = interleaved(cases, args.repetitions, device=setting.device, progress=advance)
+            seconds = setting.interleaved(cases, advance)
             for name in cases:
                 found.append({"case": name, "tokens": tokens, "batch": 1, **timed(seconds, name, DENSE)})
             for k in ratios:

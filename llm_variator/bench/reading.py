@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from llm_variator import cli
 from llm_variator.bench.setting import DENSE, Setting
-from llm_variator.bench.timing import Case, bar, interleaved, timed
+from llm_variator.bench.timing import Case, bar, timed
 from llm_variator.cache import CompressedLayer, KVCacheReport, adopt
 from llm_variator.groups import Segment
 from llm_variator.operations import EncoderShape, Stack, encoding, prefill
@@ -40,7 +40,7 @@ def prefill_rows(setting: Setting) -> list[dict[str, Any]]:
             for batch in args.batch_sizes:
                 ids = setting.ids(batch, tokens)
                 cases = {name: _reading(setting, name, ids) for name in names}
-                seconds = interleaved(cases, args.repetitions, device=setting.device, progress=advance)
+                seconds = setting.interleaved(cases, advance)
                 counts = {name: _operations(setting, name, tokens) for name in names}
                 for name in names:
                     row = {"case": name, "tokens": tokens, "batch": batch, **timed(seconds, name, DENSE)}
@@ -86,7 +86,7 @@ def decode_rows(setting: Setting) -> list[dict[str, Any]]:
                 caches = {name: random_cache(setting, name, batch, tokens) for name in names}
                 held = {name: KVCacheReport.of(caches[name]).bytes for name in names}
                 cases = {name: _steps(setting, name, token, caches[name], args.steps) for name in names}
-                seconds = interleaved(cases, args.repetitions, device=setting.device, progress=advance)
+                seconds = setting.interleaved(cases, advance)
                 for name in names:
                     row = {"case": name, "tokens": tokens, "batch": batch, **timed(seconds, name, DENSE)}
                     for column in ("ms", "ms_low", "ms_high"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llm_variator import cli
 from llm_variator.architectures import architecture_of
+from llm_variator.bench.timing import CLOCKS, Case, interleaved
 from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.loading import load_model
@@ -72,6 +73,8 @@ def add_flags(parser: argparse.ArgumentParser, *, plugins: str, tokens: str = ""
         numbers = [int(word) for word in batches.split()]
         add("--batch-sizes", type=cli.positive_int, nargs="+", default=numbers, help="rows at once")
     add("--repetitions", type=cli.positive_int, default=7, help="times that every case is timed, in turns")
+    add("--clock", choices=tuple(CLOCKS), default="wall",
+        help="cpu: processor time of this process, for a busy machine; not with a GPU")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
     add("--markdown", type=Path, metavar="FILE", help="store the table")
     add("--plot", type=Path, metavar="FILE", help="store a plot (needs matplotlib), as .svg or .png")
@@ -95,6 +98,8 @@ class Setting:
             torch.set_num_threads(args.threads)
         self.args = args
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if args.clock == "cpu" and torch.device(self.device).type != "cpu":
+            raise VariatorError("--clock cpu cannot time a GPU: leave it out")
         self.base: Any = load_model(
             args.model,
             dtype=args.dtype,
@@ -133,6 +138,12 @@ class Setting:
                 values = torch.randn(parameter.shape, generator=self.generator) * _RANDOM_SCALE
                 parameter.copy_(values)
 
+    def interleaved(self, cases: Mapping[str, Case], progress: Callable[[], None]) -> dict[str, list[float]]:
+        """Time `cases` in turns, as often and by the clock that the flags say."""
+        return interleaved(
+            cases, self.args.repetitions, device=self.device, progress=progress, clock=self.args.clock
+        )
+
     @property
     def names(self) -> list[str]:
         """The plugins' names."""
@@ -166,5 +177,6 @@ class Setting:
             "device": torch.device(self.device).type,
             "threads": torch.get_num_threads(),
             "attention": config._attn_implementation,
+            "clock": self.args.clock,
             "repetitions": self.args.repetitions,
         }

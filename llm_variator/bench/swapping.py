@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llm_variator.bench.setting import Setting
-from llm_variator.bench.timing import Case, Spread, bar, interleaved, timed
+from llm_variator.bench.timing import Case, Spread, bar, timed
 
 BARE, OFF = "base without plugins", "plugins attached, off"
 _SWAPS = 1000
@@ -34,7 +34,7 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
                 f"set_plugin, {name}": Case(lambda _: _swap(model, name)),
             }
             # both of them in turns with the rest would say nothing more: they are no ratios
-            seconds = interleaved(extra, args.repetitions, device=setting.device, progress=advance)
+            seconds = setting.interleaved(extra, advance)
             _forget(model, "again")
         for label, values in seconds.items():
             spread = Spread.of(values)
@@ -67,7 +67,7 @@ def _attached_or_not(setting: Setting, tokens: int, advance: Any) -> dict[str, l
             BARE: Case(lambda _: call(input_ids=ids, **options), prepare=detached),
             OFF: Case(lambda _: call(input_ids=ids, **options), prepare=attached),
         }
-        seconds = interleaved(cases, setting.args.repetitions, device=setting.device, progress=advance)
+        seconds = setting.interleaved(cases, advance)
     attached()
     return seconds
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -32,18 +34,20 @@ def interleaved(
     warmups: int = 1,
     device: torch.device | str = "cpu",
     progress: Callable[[], None] = lambda: None,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of each case in each repetition, in turns; `warmups` rounds before are not counted."""
+    now = CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for repetition in range(-warmups, repetitions):
         for name, case in cases.items():
             with case.inside():
                 state = case.prepare()
                 _wait(device)
-                started = time.perf_counter()
+                started = now()
                 case.run(state)
                 _wait(device)
-                passed = time.perf_counter() - started
+                passed = now() - started
             del state
             if repetition >= 0:
                 seconds[name].append(passed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator.bench.setting import Setting
-from llm_variator.bench.timing import Case, Spread, bar, interleaved, ratio
+from llm_variator.bench.timing import Case, Spread, bar, ratio
 from llm_variator.errors import VariatorError
 from llm_variator.loading import load_config, load_model
 from llm_variator.train.learners import PluginLearner
@@ -39,7 +39,7 @@ def train_rows(setting: Setting) -> list[dict[str, Any]]:
         for tokens in args.tokens:
             for batch in args.batch_sizes:
                 cases = _training_cases(setting, name, batch, tokens)
-                seconds = interleaved(cases, args.repetitions, device=setting.device, progress=advance)
+                seconds = setting.interleaved(cases, advance)
                 parts = zip(seconds[TEACHER], seconds[FORWARD], seconds[BACKWARD], strict=True)
                 seconds[PARTS] = [sum(three) for three in parts]
                 bound = ratio(seconds[PARTS], seconds[TEACHER]).median

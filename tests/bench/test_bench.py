@@ -47,6 +47,11 @@ def test_cases_run_in_turns_and_preparation_is_not_timed():
     assert min(seconds["b"]) >= 0.02
 
 
+def test_the_processor_clock_does_not_see_waiting():
+    seconds = interleaved({"sleep": Case(lambda _: time.sleep(0.05))}, 2, clock="cpu")
+    assert max(seconds["sleep"]) < 0.04
+
+
 def test_ratios_are_taken_within_a_repetition():
     """A machine that gets ten times slower moves the median time, not the median ratio."""
     seconds = {"dense": [1.0, 10.0, 2.0], "k2": [0.5, 5.0, 1.0]}
