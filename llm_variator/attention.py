@@ -57,18 +57,16 @@ def group_causal_attention(
         scale=scale,
         enable_gqa=True,
     ).unflatten(1, (heads, k))  # (b, H, k, head + groups, d)
-    # written once, where the model reads it
-    result = query.new_empty(query.shape[0], query.shape[2], heads, value.shape[3])
-    result[:, :head] = out[:, :, 0, :head].transpose(1, 2)
-    result[:, head:start].unflatten(1, (groups, k)).copy_(out[:, :, :, head:].permute(0, 3, 2, 1, 4))
+    parts = [out[:, :, 0, :head], out[:, :, :, head:].transpose(2, 3).flatten(2, 3)]
     if tail:
         mask = (
             torch.ones(tail, front + tail, dtype=torch.bool, device=query.device).tril(front)
             if tail > 1
             else None
         )
-        last = F.scaled_dot_product_attention(
-            query[:, :, start:], key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        parts.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:], key, value, attn_mask=mask, scale=scale, enable_gqa=True
+            )
         )
-        result[:, start:] = last.transpose(1, 2)
-    return result
+    return torch.cat(parts, dim=2).transpose(1, 2)

@@ -371,7 +371,7 @@ def _attend(
             return stock(module, query, key, value, None, **kwargs)
         if isinstance(call.grouping, Slices) and not call.past and not kwargs.get("dropout"):
             scale = kwargs["scaling"]
-            return group_causal_attention(query, key, value, call.grouping, scale), None
+            return group_causal_attention(query, key, value, call.grouping, scale).contiguous(), None
     mask = call.mask(rows)
     if mask is None:
         return stock(module, query, key, value, None, **kwargs)
