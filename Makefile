@@ -3,6 +3,7 @@
 # make lint   the same without the tests
 # make suite  SmolLM2 with and without plugins on the offline suite; DATA=folder of local copies, LIMIT=items per task
 # make test-vllm  the vLLM integration against the real engine, on the CPU, in an environment of its own
+# make kvpress  .venv-kvpress, where eval/kvpress_presses.py measures what the frontier compares with
 # make clean  remove what the targets made (.venv, build outputs, runs)
 
 VENV   := .venv
@@ -20,7 +21,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint suite test-vllm clean
+.PHONY: demo test lint suite test-vllm kvpress clean
 
 demo: $(VENV)/.demo
 	@echo "== Train a k=2 plugin on SmolLM2-135M: watch the loss fall"
@@ -83,5 +84,15 @@ $(VENV)/.test: $(VENV)/.base
 	$(PIP) --editable '.[train,test]'
 	@touch $@
 
+# kvpress needs an older transformers than this library: an environment of its own.
+kvpress: .venv-kvpress/.done
+
+.venv-kvpress/.done: constraints.txt Makefile
+	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		kvpress==0.5.5 transformers==5.2.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .venv-kvpress build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -41,7 +41,10 @@ def model_fingerprint(base: nn.Module) -> str:
 
 def plugin_fingerprint(plugin: CompressionPlugin) -> str:
     """Of a plugin's settings and all its weights; computed anew only after they changed."""
-    state = tuple((value.data_ptr(), value._version) for value in plugin.state_dict().values())
+    weights = plugin.state_dict().values()
+    if any(value.is_inference() for value in weights):  # made in inference mode: they count no changes
+        return _plugin_fingerprint(plugin)
+    state = tuple((value.data_ptr(), value._version) for value in weights)
     known = _known.get(plugin)
     if known is None or known[0] != state:
         known = _known[plugin] = state, _plugin_fingerprint(plugin)

@@ -62,6 +62,8 @@ class VariatorModel(nn.Module):
         self._default: str | None = None
         self._report: KVCacheReport | None = None
         self._checkpointing = False
+        self.skip_unread = True
+        """Leave out what nobody reads of a decoder's last layer: see `architectures.unread`."""
         if config is not None:
             self.add_plugin("default", config)
 
@@ -230,7 +232,7 @@ class VariatorModel(nn.Module):
         if self.training:
             kwargs.setdefault("use_cache", False)
         prompts = prompt_length.tolist() if isinstance(prompt_length, Tensor) else prompt_length
-        session = Session(plugin, prompts)
+        session = Session(plugin, prompts, skip_unread=self.skip_unread)
         with scope(session):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self._remember(session)
@@ -280,7 +282,7 @@ class VariatorModel(nn.Module):
         return self._generate(plugin, kwargs)
 
     def _generate(self, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]) -> Any:
-        session = Session(plugin, generating=True)
+        session = Session(plugin, generating=True, skip_unread=self.skip_unread)
         with scope(session):
             output = self.base.generate(**kwargs)
         if session.cache is not None:

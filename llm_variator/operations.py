@@ -97,7 +97,14 @@ class Cost:
         return Cost(*(ours + theirs for ours, theirs in pairs))
 
 
-def prefill(stack: Stack, n: int, plugin: VariatorConfig | None = None, *, causal: bool = True) -> Cost:
+def prefill(
+    stack: Stack,
+    n: int,
+    plugin: VariatorConfig | None = None,
+    *,
+    causal: bool = True,
+    reads: int | None = None,
+) -> Cost:
     """Cost of reading a prompt of `n` tokens.
 
     Args:
@@ -106,8 +113,10 @@ def prefill(stack: Stack, n: int, plugin: VariatorConfig | None = None, *, causa
         plugin: with `dense_head` and `dense_tail` set; None: the base model.
         causal: count the scores that causality leaves; False: the whole rectangle of queries and entries, as
             the eager attention of transformers computes (and `FlopCounterMode` counts) it.
+        reads: the logits of the last so many tokens are read and the rest of the last layer is left out
+            (`architectures.unread`), where they are dense tokens; None: the whole layer.
     """
-    total = Cost(head=2 * stack.dim * stack.vocabulary)
+    total = Cost(head=2 * stack.dim * stack.vocabulary * (reads or 1))
     for layer in range(stack.layers):
         slides = stack.windows[layer] is not None
         ffn = _split(plugin, "ffn", layer, n)
@@ -115,6 +124,9 @@ def prefill(stack: Stack, n: int, plugin: VariatorConfig | None = None, *, causa
         whole = None if slides else _split(plugin, "attention", layer, n)
         entries = whole or kv or (1, Split(0, 0, n))
         queries = whole[1].entries if whole else n
+        if layer == stack.layers - 1 and reads and all(p[1].tail >= reads for p in (ffn, kv, whole) if p):
+            total += _last(stack, plugin, n, entries, reads, layer, causal=causal)
+            continue
         seen = _seen(entries, queries, stack.windows[layer]) if causal else queries * entries[1].entries
         total += Cost(
             ffn=2 * stack.ffn_weights * (ffn[1].entries if ffn else n),
@@ -128,6 +140,30 @@ def prefill(stack: Stack, n: int, plugin: VariatorConfig | None = None, *, causa
             cache_entries=entries[1].entries if not slides else min(n, stack.windows[layer] or n),
         )
     return total
+
+
+def _last(
+    stack: Stack,
+    plugin: VariatorConfig | None,
+    n: int,
+    entries: tuple[int, Split],
+    reads: int,
+    layer: int,
+    *,
+    causal: bool,
+) -> Cost:
+    """Cost of a last layer whose last `reads` columns alone are read: keys and values of all `entries`, and they."""
+    k, part = entries
+    held = part.entries
+    window = stack.windows[layer] or n
+    seen = sum(min(held - i, window) for i in range(reads)) if causal else reads * held
+    return Cost(
+        ffn=2 * stack.ffn_weights * reads,
+        projections=2 * stack.query_weights * reads + 2 * stack.key_value_weights * held,
+        scores=2 * 2 * stack.attention_width * seen,
+        plugin=_plugin_cost(plugin, stack.dim, k, part, restores=False) if plugin and part.groups else 0,
+        cache_entries=min(held, window),
+    )
 
 
 def _split(

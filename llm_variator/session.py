@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
@@ -34,6 +35,12 @@ class Session:
     segment: Segment | None = None
     """Tokens of the current pass; None where each row has one token, which is always dense."""
     cache: Cache | None = None
+    skip_unread: bool = True
+    """Leave out what nobody reads of the last layer."""
+    reads: int | None = None
+    """Last columns whose logits the current pass returns, where nothing else is read; None: all."""
+    narrow: int | None = None
+    """The same, while the last layer runs on these columns alone."""
     stash: dict[Any, Any] = dataclasses.field(default_factory=dict)
     """What a layer's first hook leaves for its later ones."""
 
@@ -82,12 +89,25 @@ def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             adopt(cache, plugin.cache_layers, config.num_hidden_layers)
     past = cache.get_seq_length() if cache is not None else 0
     session.segment, session.cache = None, cache
+    session.reads, session.narrow = _columns_read(host, kwargs) if session.skip_unread else None, None
     if tokens.shape[1] != 1 or session.edges is not None:
         session.segment = _segment(session, tokens, kwargs.get("attention_mask"), past)
     if cache is not None:
         cache.ends_before_last_token = False
     session.passes += 1
     return args, kwargs
+
+
+def _columns_read(host: Any, kwargs: dict[str, Any]) -> int | None:
+    """Last columns whose logits a pass returns, where nobody reads hidden states, attention or gradients besides."""
+    keep = kwargs.get("logits_to_keep")
+    if not isinstance(keep, int) or keep < 1 or torch.is_grad_enabled() or host.base_model._forward_hooks:
+        return None
+    for name in ("output_hidden_states", "output_attentions"):
+        wanted = kwargs.get(name)
+        if getattr(host.config, name, False) if wanted is None else wanted:
+            return None
+    return keep
 
 
 def begin_encoding(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -270,3 +270,12 @@ def test_a_plugin_of_groups_of_one_is_dense(decoder):
     randomise(model.plugin())
     out = model.generate(question, context=model.compress(document, prefill_chunk_size=7), **GREEDY)
     assert torch.equal(out, expected[:, 40:])
+
+
+def test_a_model_made_in_inference_mode_has_contexts_too():
+    document, question = prompts(50, 9)
+    expected = make_variator("llama", MIXED)
+    with torch.inference_mode():
+        model = make_variator("llama", MIXED)
+        answer = model.generate(question, context=model.compress(document), **GREEDY)
+    assert torch.equal(answer, expected.generate(question, context=expected.compress(document), **GREEDY))

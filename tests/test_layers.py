@@ -78,3 +78,25 @@ def test_master_weights_may_be_finer_than_the_model():
     assert merge(h).dtype == restore(g, h).dtype == torch.bfloat16
     (merge(h).sum() + restore(g, h).sum()).backward()
     assert restore.up.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+def test_groups_may_be_views_of_longer_rows(activation):
+    """Between a dense head and tail: the same as each group alone."""
+    k, dim = 3, 8
+    compressor = HiddenCompressor(dim, k).double()
+    decompressor = HiddenDecompressor(dim, 4, activation=activation).double()
+    for layer in (compressor, decompressor):
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+    rows = torch.randn(2, 4 + 5 * k + 2, dim, dtype=torch.double)
+    groups = rows[:, 4:-2].unflatten(1, (5, k))
+    assert not groups.is_contiguous()
+    merged = compressor(groups)
+    restored = decompressor(merged, groups)
+    for row in range(2):
+        for group in range(5):
+            alone = groups[row, group].clone()
+            torch.testing.assert_close(merged[row, group], compressor(alone), atol=1e-12, rtol=0)
+            ours = decompressor(merged[row, group], alone)
+            torch.testing.assert_close(restored[row, group], ours, atol=1e-12, rtol=0)

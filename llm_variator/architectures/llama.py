@@ -9,4 +9,7 @@ LLAMA = Architecture(
     attention="self_attn",
     key="k_proj",
     value="v_proj",
+    query="q_proj",
+    output="o_proj",
+    norm="input_layernorm",
 )

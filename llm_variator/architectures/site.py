@@ -7,6 +7,7 @@ entries' columns go to the cache and to attention.
 Attention: the whole self-attention runs on the entries, then a hook restores the tokens.
 Cross (T5): the decoder gets one merged encoder state per group, so that all of its layers read n/k of them.
 Where a model adds the residual inside the module that ends a site (BERT), the tokens are restored before it.
+Last layer of a decoder: what nobody reads is left out, see `unread`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llm_variator.architectures.ageing import age, remember
+from llm_variator.architectures.unread import at_the_end, hook_last_layer
 from llm_variator.attention import group_causal_attention, pooled_bias, visible
 from llm_variator.cache import CompressedLayer
 from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping, Slices
 from llm_variator.plugin import SiteLayers
-from llm_variator.session import begin_answer, begin_encoding, begin_pass, current
+from llm_variator.session import Session, begin_answer, begin_encoding, begin_pass, current
 
 ATTENTION_FUNCTION = "variator"  # the name under which transformers finds `attention_forward`
 
@@ -47,6 +49,11 @@ class Architecture:
     key: str
     """From the attention, like `value`."""
     value: str
+    query: str = ""
+    """From the attention, like `output`. Of decoders, for their last layer."""
+    output: str = ""
+    norm: str = ""
+    """From a layer: what its attention reads goes through this first."""
     ffn_end: str = ""
     """Where the FFN's output appears, if not in `ffn`."""
     attention_end: str = ""
@@ -78,7 +85,8 @@ class Architecture:
             head = " with its language-model head (AutoModelForCausalLM)" if self.decoder else " whole"
             raise VariatorError(f"{kind} has no {self.layers!r}: load it{head}") from None
         paths = [self.ffn, self.ffn_end, self.attention, self.attention_end]
-        paths += [f"{self.attention}.{projection}" for projection in (self.key, self.value)]
+        inner = filter(None, (self.key, self.value, self.query, self.output))
+        paths += [self.norm, *(f"{self.attention}.{projection}" for projection in inner)]
         for path in filter(None, paths):
             for index, block in enumerate(blocks):
                 try:
@@ -112,7 +120,13 @@ class Architecture:
                 projections = [attention.get_submodule(path) for path in (self.key, self.value)]
                 end = block.get_submodule(self.attention_end or self.attention)
                 handles += _hook_attention(attention, projections, end, index, causal=self.decoder)
+            last = self.decoder and index == len(self.blocks(base)) - 1
+            if last or not self.slides(base, index):
                 handles.append(OwnAttentionFunction(attention, ATTENTION_FUNCTION, attention_forward))
+            if last:
+                query, output = (attention.get_submodule(path) for path in (self.query, self.output))
+                norm = block.get_submodule(self.norm)
+                handles += hook_last_layer(block, norm, query, output, attention, index)
         return handles
 
 
@@ -121,6 +135,8 @@ def _hook_ffn(ffn: nn.Module, end: nn.Module, layer: int) -> list[RemovableHandl
         session = current()
         if session is None or session.segment is None or session.plugin is None:
             return None
+        if session.narrow is not None:
+            return None  # the columns read are dense
         if (site := session.plugin.at("ffn", layer)) is None:
             return None
         grouping = session.segment.grouping(site.k)
@@ -199,13 +215,17 @@ class _AttentionCall:
             and (self.whole or not self.grouping.has_groups)
         )
 
-    def mask(self) -> Tensor | None:
-        """(b or 1, 1, queries, entries) bool; None where every query sees everything."""
+    def mask(self, rows: int | None = None) -> Tensor | None:
+        """(b or 1, 1, queries, entries) bool; None where every query sees everything.
+
+        `rows`: of the last so many queries alone, which are dense tokens.
+        """
         kept = self.grouping if self.held is None else self.held
         assert kept is not None
-        if self.grouping is None or not self.causal:
+        if self.grouping is None or not self.causal or rows == 1:
             return (kept.columns != FILLER)[:, None, None] if kept.has_fillers else None
         reach = self.grouping.columns if self.whole else self.grouping.reach
+        reach = reach if rows is None else reach[:, -rows:]
         return visible(torch.where(reach == FILLER, FILLER, reach + self.past), kept.columns)
 
     def bias(self, full: Tensor, stash: dict[Any, Any]) -> Tensor:
@@ -269,7 +289,7 @@ def _hook_attention(
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         session = current()
         call = session.stash.pop(("attention", layer), None) if session else None
-        if call is None or not call.whole:
+        if session is None or call is None or not call.whole or session.narrow is not None:
             return None
         states, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         states = call.grouping.restore(states, call.hidden, call.site.decompressor)
@@ -326,6 +346,39 @@ def attention_forward(
     """
     session = current()
     call = session.stash.get(("attention", module.layer_idx)) if session else None
+    if session is None or session.narrow is None:
+        return _attend(module, query, key, value, attention_mask, call, session, **kwargs)
+    rows, width = session.narrow, query.shape[2]
+    if call is None:
+        attention_mask = _last_rows(attention_mask, rows, width, key)
+    out, weights = _attend(
+        module, query[:, :, -rows:], key, value, attention_mask, call, session, rows=rows, **kwargs
+    )
+    return at_the_end(out, width), weights
+
+
+def _last_rows(mask: Tensor | None, rows: int, width: int, key: Tensor) -> Tensor | None:
+    """The model's mask for the last `rows` of `width` queries; it has none where attention is plainly causal."""
+    if mask is not None:
+        return mask[:, :, mask.shape[2] - rows :]
+    if rows == 1:
+        return None
+    seen = torch.ones(rows, key.shape[2], dtype=torch.bool, device=key.device)
+    return seen.tril(key.shape[2] - rows)[None, None]
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    call: _AttentionCall | None,
+    session: Session | None,
+    rows: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention_forward` of all queries, or of the last `rows`."""
     implementation = module.config.variator_stock._attn_implementation
     eager = sys.modules[type(module).__module__].eager_attention_forward
     stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
@@ -333,13 +386,13 @@ def attention_forward(
         return stock(module, query, key, value, attention_mask, **kwargs)
     if (bias := kwargs.get("position_bias")) is not None:
         kwargs["position_bias"] = call.bias(bias, session.stash)
-    if implementation != "eager" and call.causal:
+    if implementation != "eager" and call.causal and rows is None:
         if call.plain_causal:
             return stock(module, query, key, value, None, **kwargs)
         if isinstance(call.grouping, Slices) and not call.past and not kwargs.get("dropout"):
             scale = kwargs["scaling"]
             return group_causal_attention(query, key, value, call.grouping, scale).contiguous(), None
-    mask = call.mask()
+    mask = call.mask(rows)
     if mask is None:
         return stock(module, query, key, value, None, **kwargs)
     if implementation == "eager":

@@ -1,1 +1,1 @@
-"""What compression saves, measured: command lines, one per subject."""
+"""`python -m llm_variator.bench`: measured speed beside the bound that the remaining arithmetic or bytes set."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_variator import cli
 from llm_variator.corpora import EMBEDDED, read_windows, spread
 from llm_variator.errors import VariatorError
-from llm_variator.evaluate import harness, task
+from llm_variator.evaluate import frontier, harness, sensitivity, task
 from llm_variator.loading import load_model, load_tokenizer
 from llm_variator.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.model import VariatorModel
@@ -77,6 +77,22 @@ def build_parser() -> cli.Parser:
             description="Score on the validation split of one of the paper's seven tasks, in percent.",
         )
     )
+    frontier.add_flags(
+        commands.add_parser(
+            "frontier",
+            help="quality against cost: plugins beside dropped tokens, skipped layers and untrained merging",
+            description="Quality against cost: the text after a prompt and answers to questions, with the prompt "
+            "dense, absent, compressed by plugins, and made cheaper in ways that need no training.",
+        )
+    )
+    sensitivity.add_flags(
+        commands.add_parser(
+            "sensitivity",
+            help="one compression ratio per layer, by measured sensitivity under a budget",
+            description="Merge each layer alone, untrained, at each ratio; then choose one ratio per layer with the "
+            "least harm under a budget, and print it as the flags to train with.",
+        )
+    )
     commands.add_parser(
         "harness",
         add_help=False,
@@ -95,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(build_parser(), argv)
     if args.command == "task":
         task.run(args, argv)
+        return
+    if args.command in ("frontier", "sensitivity"):
+        (frontier if args.command == "frontier" else sensitivity).run(args, argv)
         return
     windows = _windows(args)
     model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))

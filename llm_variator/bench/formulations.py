@@ -1,0 +1,110 @@
+"""`bench compare`: the plugin's own arithmetic beside the straightforward formulation of the same equations.
+
+`PlainLayers` builds the concatenation of every token with its group's output, as section 3.2 of the paper is
+written down: k repeated outputs, one matrix product over 2d columns. Same weights, same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm_variator.architectures import architecture_of
+from llm_variator.bench.setting import DENSE, Setting
+from llm_variator.bench.timing import Case, bar, ratio, timed
+from llm_variator.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.operations import EncoderShape, Stack
+
+NOTE = (
+    "One FFN at the model's width, a prompt of whole groups. of dense: over the dense FFN's time in the same "
+    "repetition. Rows named plain: the equations with concatenation and repetition, same weights."
+)
+
+
+class PlainLayers(nn.Module):
+    """Merge and restore as the equations are written, around any frozen layer."""
+
+    def __init__(self, compressor: HiddenCompressor, decompressor: HiddenDecompressor) -> None:
+        super().__init__()
+        self.compressor, self.decompressor = compressor, decompressor
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n/k, d)."""
+        k, layer = self.compressor.k, self.compressor
+        groups = x.view(x.shape[0], -1, k, x.shape[-1])
+        joined = torch.cat([groups[:, :, j] for j in range(k)], dim=-1)
+        weights = F.softmax(F.linear(joined, layer.weight, layer.bias), dim=-1)
+        return (weights.unsqueeze(-1) * groups).sum(dim=2)
+
+    def restore(self, merged: Tensor, x: Tensor) -> Tensor:
+        """(b, n/k, d), (b, n, d) -> (b, n, d)."""
+        repeated = merged.repeat_interleave(self.compressor.k, dim=1)
+        inner = self.decompressor.down(torch.cat((repeated, x), dim=-1))
+        if self.decompressor.activation == "tanh":
+            inner = inner.tanh()
+        return repeated + self.decompressor.up(inner)
+
+
+def fused(compressor: HiddenCompressor, decompressor: HiddenDecompressor, ffn: Any, x: Tensor) -> Tensor:
+    """What the hooks compute for a prompt of whole groups."""
+    groups = x.unflatten(1, (-1, compressor.k))
+    return decompressor(ffn(compressor(groups)), groups).flatten(1, 2)
+
+
+def rows(setting: Setting) -> list[dict[str, Any]]:
+    """Dense FFN; FFN with a plugin, both ways; merge and restore alone, both ways."""
+    args, base = setting.args, setting.base
+    shape: Any = Stack if setting.model.is_decoder else EncoderShape
+    dim = shape.of(base.config).dim
+    ffn = _ffn(setting)
+    ratios = sorted({spec.k for spec in args.plugins})
+    found = []
+    total = (1 + 4 * len(ratios)) * len(args.tokens) * (args.repetitions + 1)
+    with bar(total, "compare") as advance, torch.inference_mode():
+        for tokens in args.tokens:
+            cases: dict[str, Case] = {}
+            for k in ratios:
+                n = tokens - tokens % k
+                x = torch.randn(1, n, dim, generator=setting.generator).to(setting.device, base.dtype)
+                cases.setdefault(DENSE, _case(ffn, x))
+                cases |= _ways(setting, k, dim, ffn, x)
+            seconds = setting.interleaved(cases, advance)
+            for name in cases:
+                found.append({"case": name, "tokens": tokens, "batch": 1, **timed(seconds, name, DENSE)})
+            for k in ratios:
+                gain = ratio(seconds[f"plain merge+restore k={k}"], seconds[f"merge+restore k={k}"])
+                row = {"case": f"plain over fused, k={k}", "tokens": tokens, "gain": gain.median}
+                found.append(row | {"gain_low": gain.low, "gain_high": gain.high})
+    return found
+
+
+def _case(function: Callable[[Tensor], Any], x: Tensor) -> Case:
+    return Case(lambda _: function(x))
+
+
+def _ways(setting: Setting, k: int, dim: int, ffn: Any, x: Tensor) -> dict[str, Case]:
+    with torch.device(setting.device):
+        compressor, decompressor = HiddenCompressor(dim, k), HiddenDecompressor(dim, setting.args.r)
+    setting.randomise(compressor)
+    setting.randomise(decompressor)
+    plain = PlainLayers(compressor, decompressor)
+    merged = compressor(x.unflatten(1, (-1, k)))
+    return {
+        f"FFN, plugin k={k}": Case(lambda _: fused(compressor, decompressor, ffn, x)),
+        f"plain FFN, plugin k={k}": Case(lambda _: plain.restore(ffn(plain.merge(x)), x)),
+        f"merge+restore k={k}": Case(lambda _: fused(compressor, decompressor, lambda g: merged, x)),
+        f"plain merge+restore k={k}": Case(lambda _: (plain.merge(x), plain.restore(merged, x))),
+    }
+
+
+def _ffn(setting: Setting) -> Any:
+    table = architecture_of(setting.base)
+    block = table.blocks(setting.base)[0]
+    if not table.ffn_end:
+        return block.get_submodule(table.ffn)
+    first, last = block.get_submodule(table.ffn), block.get_submodule(table.ffn_end)
+    return lambda x: last(first(x))

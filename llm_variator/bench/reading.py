@@ -1,0 +1,166 @@
+"""`bench prefill`: reading a prompt. `bench decode`: one token after a long prompt."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from llm_variator import cli
+from llm_variator.bench.setting import DENSE, Setting
+from llm_variator.bench.timing import Case, bar, timed
+from llm_variator.cache import CompressedLayer, KVCacheReport, adopt
+from llm_variator.groups import Segment
+from llm_variator.operations import EncoderShape, Stack, encoding, prefill
+from llm_variator.session import Session, scope
+
+PREFILL_NOTE = (
+    "of dense: median over the repetitions of time over the dense time of the same repetition, with quartiles; "
+    "bound: operations over dense operations; of bound: measured speed-up over the one by operations. Dense computes "
+    "its last layer whole; plugins leave out what is not read of it unless --whole-last-layer."
+)
+DECODE_NOTE = (
+    "bound: bytes that one step has to read (weights and KV cache) over the dense model's; of bound: measured "
+    "speed-up over the one by bytes. The cache holds random values of the size that the plugin leaves."
+)
+
+
+def prefill_rows(setting: Setting) -> list[dict[str, Any]]:
+    """Time of reading a prompt, up to the logits of its last token (encoders: up to the hidden states)."""
+    args, model = setting.args, setting.model
+    model.skip_unread = not args.whole_last_layer
+    rows = []
+    names = [DENSE, *setting.names]
+    total = len(names) * len(args.tokens) * len(args.batch_sizes) * (args.repetitions + 1)
+    with bar(total, "prefill") as advance, torch.inference_mode():
+        for tokens in args.tokens:
+            for batch in args.batch_sizes:
+                ids = setting.ids(batch, tokens)
+                cases = {name: _reading(setting, name, ids) for name in names}
+                seconds = setting.interleaved(cases, advance)
+                counts = {name: _operations(setting, name, tokens) for name in names}
+                for name in names:
+                    row = {"case": name, "tokens": tokens, "batch": batch, **timed(seconds, name, DENSE)}
+                    row |= {"operations": batch * counts[name], "bound": counts[name] / counts[DENSE]}
+                    row["of_bound"] = row["bound"] / row["of_dense"]
+                    if model.is_decoder:
+                        with setting.using(name)():
+                            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+                        row["kv_mib"] = KVCacheReport.of(cache).bytes / 2**20
+                    rows.append(row)
+    return rows
+
+
+def _reading(setting: Setting, name: str, ids: Tensor) -> Case:
+    model = setting.model
+    if model.is_decoder:
+        return Case(lambda _: model(ids, use_cache=True, logits_to_keep=1), inside=setting.using(name))
+    reader, plugin = setting.reader(), None if name == DENSE else model.plugin(name)
+    session = None if plugin is None else Session(plugin)
+    return Case(lambda _: reader(input_ids=ids), inside=lambda: scope(session))
+
+
+def _operations(setting: Setting, name: str, tokens: int) -> int:
+    config, plugin = setting.base.config, setting.config(name)
+    if not setting.model.is_decoder:
+        return encoding(EncoderShape.of(config), tokens, plugin=plugin).total
+    reads = 1 if plugin and not setting.args.whole_last_layer else None
+    return prefill(Stack.of(config), tokens, plugin, reads=reads).total
+
+
+def decode_rows(setting: Setting) -> list[dict[str, Any]]:
+    """Time of `--steps` tokens, one after the other, each read after a prompt and those before it."""
+    args, model = setting.args, setting.model
+    model.decoder_only("bench decode", "an encoder decodes nothing")
+    rows = []
+    names = [DENSE, *setting.names]
+    total = len(names) * len(args.tokens) * len(args.batch_sizes) * (args.repetitions + 1)
+    weights = _weight_bytes(setting)
+    with bar(total, "decode") as advance, torch.inference_mode():
+        for tokens in args.tokens:
+            for batch in args.batch_sizes:
+                token = setting.ids(batch, 1)
+                caches = {name: random_cache(setting, name, batch, tokens) for name in names}
+                held = {name: KVCacheReport.of(caches[name]).bytes for name in names}
+                cases = {name: _steps(setting, name, token, caches[name], args.steps) for name in names}
+                seconds = setting.interleaved(cases, advance)
+                for name in names:
+                    row = {"case": name, "tokens": tokens, "batch": batch, **timed(seconds, name, DENSE)}
+                    for column in ("ms", "ms_low", "ms_high"):
+                        row[column] /= args.steps
+                    row["bound"] = (weights + held[name]) / (weights + held[DENSE])
+                    row |= {"of_bound": row["bound"] / row["of_dense"], "kv_mib": held[name] / 2**20}
+                    rows.append(row)
+                del caches, cases
+    return rows
+
+
+def _steps(setting: Setting, name: str, token: Tensor, cache: DynamicCache, steps: int) -> Case:
+    def run(_: object) -> None:
+        for _step in range(steps):
+            setting.model(token, past_key_values=cache, use_cache=True)
+
+    return Case(run, inside=setting.using(name))
+
+
+def random_cache(setting: Setting, name: str, rows: int, tokens: int) -> DynamicCache:
+    """A cache as a prompt of `tokens` leaves it, of random values: for decoding, what it holds does not matter."""
+    config, plugin = setting.base.config, setting.config(name)
+    cache = DynamicCache(config=config)
+    layers = setting.model.signature.num_layers
+    segment = None
+    if plugin is not None:
+        made = setting.model.plugin(name)
+        adopt(cache, made.cache_layers, layers)
+        assert plugin.dense_head is not None
+        assert plugin.dense_tail is not None
+        segment = Segment(
+            tokens,
+            tokens,
+            head=plugin.dense_head,
+            tail=plugin.dense_tail,
+            device=torch.device(setting.device),
+        )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for index in range(layers):
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        grouping, size = None, tokens
+        if isinstance(layer, CompressedLayer) and plugin is not None:
+            assert segment is not None
+            ratio = plugin.ratio("attention", index) or plugin.ratio("kv", index)
+            assert ratio is not None
+            grouping = segment.grouping(ratio)
+            size = grouping.columns.shape[1]
+        shape = (rows, config.num_key_value_heads, size, width)
+        keys, values = (
+            torch.randn(shape, generator=setting.generator).to(setting.device, setting.base.dtype)
+            for _ in range(2)
+        )
+        if grouping is not None and isinstance(layer, CompressedLayer):
+            layer.update(keys, values, grouping=grouping, width=tokens)
+        else:
+            cache.update(keys, values, index)
+    return cache
+
+
+def _weight_bytes(setting: Setting) -> int:
+    """Bytes of the weights that a decoding step multiplies with: of the embeddings it looks up a row only."""
+    base = setting.base
+    shared = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    skipped = None if shared else base.get_input_embeddings().weight
+    return sum(p.numel() * p.element_size() for p in base.parameters() if p is not skipped)
+
+
+def add_prefill_flags(parser: argparse.ArgumentParser) -> None:
+    """Beyond those all benchmarks share."""
+    parser.add_argument(
+        "--whole-last-layer", action="store_true", help="plugins compute all of it, as dense does"
+    )
+
+
+def add_decode_flags(parser: argparse.ArgumentParser) -> None:
+    """Beyond those all benchmarks share."""
+    parser.add_argument("--steps", type=cli.positive_int, default=8, help="tokens per timed run")

@@ -1,0 +1,83 @@
+"""`bench swap`: what a plugin costs that is not used, and how long loading and choosing one takes."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+
+from llm_variator.bench.setting import Setting
+from llm_variator.bench.timing import Case, Spread, bar, timed
+
+BARE, OFF = "base without plugins", "plugins attached, off"
+_SWAPS = 1000
+NOTE = (
+    "of dense: over the time of the base model that nothing is attached to, in the same repetition. set_plugin: mean "
+    f"of {_SWAPS}. load_plugin: from a folder on disk, in the model's dtype."
+)
+
+
+def rows(setting: Setting) -> list[dict[str, Any]]:
+    """Forward passes of the bare base and of the base with plugins switched off; loading; choosing."""
+    args = setting.args
+    found: list[dict[str, Any]] = []
+    name = setting.names[0]
+    with bar((2 * len(args.tokens) + 2) * (args.repetitions + 1), "swap") as advance:
+        with tempfile.TemporaryDirectory() as folder:
+            setting.model.save_pretrained(folder, plugin_name=name)
+            model = setting.model
+            extra = {
+                f"load_plugin, {name}": Case(
+                    lambda _: model.load_plugin(folder, "again"), prepare=lambda: _forget(model, "again")
+                ),
+                f"set_plugin, {name}": Case(lambda _: _swap(model, name)),
+            }
+            # both of them in turns with the rest would say nothing more: they are no ratios
+            seconds = setting.interleaved(extra, advance)
+            _forget(model, "again")
+        for label, values in seconds.items():
+            spread = Spread.of(values)
+            scale = 1e3 / (2 * _SWAPS if label.startswith("set") else 1)
+            found.append({"case": label, "ms": scale * spread.median, "ms_low": scale * spread.low})
+            found[-1]["ms_high"] = scale * spread.high
+        for tokens in args.tokens:
+            seconds = _attached_or_not(setting, tokens, advance)
+            for label in (BARE, OFF):
+                found.append({"case": label, "tokens": tokens, **timed(seconds, label, BARE)})
+    return found
+
+
+def _attached_or_not(setting: Setting, tokens: int, advance: Any) -> dict[str, list[float]]:
+    """The same forward pass with hooks and without: they are put on and taken off between the runs."""
+    ids = setting.ids(1, tokens)
+    options: dict[str, Any] = {"logits_to_keep": 1} if setting.model.is_decoder else {}
+    call = setting.base if setting.model.is_decoder else setting.reader()
+
+    def detached() -> None:
+        if setting.base.__dict__.get("_variator_attached", False):
+            setting.model.unload()
+
+    def attached() -> None:
+        if not setting.base.__dict__.get("_variator_attached", False):
+            setting.attach()
+
+    with torch.inference_mode():
+        cases = {
+            BARE: Case(lambda _: call(input_ids=ids, **options), prepare=detached),
+            OFF: Case(lambda _: call(input_ids=ids, **options), prepare=attached),
+        }
+        seconds = setting.interleaved(cases, advance)
+    attached()
+    return seconds
+
+
+def _forget(model: Any, name: str) -> None:
+    if name in model.plugins:
+        model.delete_plugin(name)
+
+
+def _swap(model: Any, name: str) -> None:
+    for _ in range(_SWAPS):
+        model.set_plugin(name)
+        model.set_plugin(None)

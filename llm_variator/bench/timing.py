@@ -1,0 +1,104 @@
+"""Interleaved timing: every case runs once per repetition, so that a machine that slows down does so for all alike.
+
+A ratio is taken within each repetition, and the median over the repetitions is reported: drift cancels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed: `run` gets what `prepare` returned, which is not timed, inside the context `inside`."""
+
+    run: Callable[[Any], object]
+    prepare: Callable[[], Any] = lambda: None
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def interleaved(
+    cases: Mapping[str, Case],
+    repetitions: int,
+    *,
+    warmups: int = 1,
+    device: torch.device | str = "cpu",
+    progress: Callable[[], None] = lambda: None,
+    clock: str = "wall",
+) -> dict[str, list[float]]:
+    """Seconds of each case in each repetition, in turns; `warmups` rounds before are not counted."""
+    now = CLOCKS[clock]
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for repetition in range(-warmups, repetitions):
+        for name, case in cases.items():
+            with case.inside():
+                state = case.prepare()
+                _wait(device)
+                started = now()
+                case.run(state)
+                _wait(device)
+                passed = now() - started
+            del state
+            if repetition >= 0:
+                seconds[name].append(passed)
+            progress()
+    return seconds
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Median and quartiles; with fewer than three values the quartiles are the extremes."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        median = statistics.median(values)
+        if len(values) < 3:
+            return cls(median, min(values), max(values))
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """Ours over theirs, repetition by repetition."""
+    return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def timed(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> dict[str, float]:
+    """The columns that every table has: milliseconds of `name`, and their ratio to those of `reference`."""
+    own, relative = Spread.of(seconds[name]), ratio(seconds[name], seconds[reference])
+    return {
+        "ms": 1e3 * own.median,
+        "ms_low": 1e3 * own.low,
+        "ms_high": 1e3 * own.high,
+        "of_dense": relative.median,
+        "of_dense_low": relative.low,
+        "of_dense_high": relative.high,
+    }
+
+
+@contextmanager
+def bar(total: int, title: str) -> Iterator[Callable[[], None]]:
+    """A progress bar of `total` runs; the block calls what it gets once per run."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,111 @@
+"""SQuAD for the frontier: its articles as text, and its questions as prompts that a small decoder can answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from llm_variator.corpora import data_folder, read_documents
+from llm_variator.errors import VariatorError
+from llm_variator.tasks import Example, load_examples
+
+ARTICLES = "squad-articles"
+"""The name of SQuAD's development articles as a source of text."""
+FORMS = ("text", "chat")
+ANSWER_TOKENS = 24
+
+_SHORT_PASSAGE, _SHORT_ANSWER = 450, 30  # characters; what is shown as an example
+_SHOTS_POOL = 400  # training questions the examples are taken from
+
+
+def read_articles(data_dir: Path | None) -> list[str]:
+    """SQuAD's development articles: the paragraphs of each joined, every paragraph once.
+
+    Raises:
+        VariatorError: the data set is neither in the data folder nor on the hub.
+    """
+    folder = data_folder(data_dir)
+    local = folder is not None and (folder / "squad" / "validation.parquet").is_file()
+    columns = []
+    for column in ("title", "context"):
+        source = f"squad/validation:{column}" if local else f"rajpurkar/squad::validation:{column}"
+        columns.append(read_documents(source, folder))
+    rows = zip(*columns, strict=True)
+    return [
+        "\n\n".join(dict.fromkeys(text.strip() for _, text in part))
+        for _, part in groupby(rows, key=lambda row: row[0])
+    ]
+
+
+def load_questions(data_dir: Path | None, count: int) -> list[Example]:
+    """`count` development questions, drawn at random, always the same ones."""
+    return load_examples("squad", "validation", data_dir=data_dir, limit=count)
+
+
+def load_shots(data_dir: Path | None, count: int) -> list[Example]:
+    """`count` short training questions to show as examples."""
+    pool = load_examples("squad", "train", data_dir=data_dir, limit=_SHOTS_POOL)
+    short = [
+        example
+        for example in pool
+        if len(example.inputs["context"]) < _SHORT_PASSAGE and len(example.answer) < _SHORT_ANSWER
+    ]
+    if len(short) < count:
+        raise VariatorError(f"only {len(short)} short training questions for {count} examples; ask for fewer")
+    return short[:count]
+
+
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    *,
+    form: str,
+    shots: Sequence[Example] = (),
+    passage: bool = True,
+) -> list[int]:
+    """The token ids of one question as a prompt.
+
+    Args:
+        tokenizer: the model's.
+        example: of the task "squad".
+        form: "text" is continued by the answer; "chat" asks an instruction-tuned model.
+        shots: questions that are answered before it.
+        passage: whether the passage stands before its question (the passages of the shots always do).
+
+    Raises:
+        VariatorError: the chat form and a tokenizer without a chat template.
+    """
+    if form == "chat":
+        if not tokenizer.chat_template:
+            raise VariatorError("this model's tokenizer has no chat template: choose another --question-form")
+        messages = []
+        for shot in shots:
+            messages.append({"role": "user", "content": _request(shot, passage=True)})
+            messages.append({"role": "assistant", "content": shot.answer})
+        messages.append({"role": "user", "content": _request(example, passage=passage)})
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    parts = [shot.decoder_prompt + shot.continuation for shot in shots]
+    parts.append(example.decoder_prompt if passage else f"Question: {example.inputs['question']}\nAnswer:")
+    return list(tokenizer("\n\n".join(parts), verbose=False)["input_ids"])
+
+
+def _request(example: Example, *, passage: bool) -> str:
+    question = f"Question: {example.inputs['question']}\nAnswer in a few words."
+    return f"Passage: {example.inputs['context']}\n{question}" if passage else question
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: end of text, and every token that breaks the line."""
+    ends = {tokenizer.eos_token_id} - {None}
+    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+    return frozenset(ends | {index for index, text in enumerate(texts) if "\n" in text})
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The first line of an answer."""
+    text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+    return text.strip().partition("\n")[0].strip()

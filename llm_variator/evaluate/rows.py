@@ -1,0 +1,93 @@
+"""From measurements to the rows of the frontier's tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+from llm_variator.evaluate.quality import Continuation, agreement, difference, ratio_to
+from llm_variator.operations import Cost
+from llm_variator.tasks import Example, score
+from llm_variator.tasks.scoring import token_f1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRow:
+    """One condition on one set of windows; shares are of the dense model's."""
+
+    condition: str
+    cross_entropy: float
+    """Nats per token of the true continuation."""
+    above_dense: float
+    above_dense_error: float | None
+    """Standard error of the mean difference, over the windows."""
+    greedy_agreement: float
+    """Share of greedy tokens equal to the dense model's at the same place."""
+    same_choice: float
+    """Share of the dense model's greedy tokens chosen here too, given those before."""
+    operations: float
+    """Share of the operations of reading the prompt, the plugin's own among them."""
+    ffn_operations: float
+    """Share of the FFNs' operations, counting all of the plugin's own against it."""
+    kv_entries: float
+    """Share of the prompt's KV entries, counted in the cache."""
+    prefill: float | None
+    """Measured time of reading the prompt, by the dense model's: median over rounds of the ratio."""
+    prefill_seconds: float | None
+    """Median."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerRow:
+    """One condition on SQuAD's questions, in percent."""
+
+    condition: str
+    exact_match: float
+    f1: float
+    f1_above_dense: float
+    f1_above_dense_error: float | None
+    same_answer: float
+    """Share of answers equal to the dense model's."""
+    kv_entries: float
+    """Share of the prompts' KV entries, of 1."""
+
+
+def text_row(
+    label: str,
+    found: Continuation,
+    dense: Continuation,
+    cost: Cost,
+    dense_cost: Cost,
+    seconds: Sequence[float] | None = None,
+    dense_seconds: Sequence[float] | None = None,
+) -> TextRow:
+    """The row of a condition from what was measured of it and of the dense model; seconds are of the same rounds."""
+    above, error = difference(found.nats, dense.nats)
+    return TextRow(
+        condition=label,
+        cross_entropy=statistics.fmean(found.nats),
+        above_dense=above,
+        above_dense_error=error,
+        greedy_agreement=agreement(found.greedy, dense.greedy),
+        same_choice=statistics.fmean(found.same_choice),
+        operations=cost.total / dense_cost.total,
+        ffn_operations=(cost.ffn + cost.plugin) / dense_cost.ffn,
+        kv_entries=found.entries / dense.entries,
+        prefill=ratio_to(dense_seconds, seconds) if seconds and dense_seconds else None,
+        prefill_seconds=statistics.median(seconds) if seconds else None,
+    )
+
+
+def answer_row(
+    label: str, examples: Sequence[Example], answers: Sequence[str], dense: Sequence[str], kv_entries: float
+) -> AnswerRow:
+    """The row of a condition from its answers and the dense model's."""
+    figures = score("squad", answers, examples)
+    ours, theirs = (
+        [100 * token_f1(text, example.golds) for text, example in zip(texts, examples, strict=True)]
+        for texts in (answers, dense)
+    )
+    above, error = difference(ours, theirs)
+    same = sum(a == b for a, b in zip(answers, dense, strict=True)) / len(answers)
+    return AnswerRow(label, figures["exact_match"], figures["f1"], above, error, 100 * same, kv_entries)

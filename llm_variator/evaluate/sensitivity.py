@@ -1,0 +1,332 @@
+"""`python -m llm_variator.evaluate sensitivity`: one compression ratio per layer, by measurement, under a budget.
+
+Every layer is merged alone, untrained, at every ratio, and the harm to the dense model's predictions measured.
+Harms are then taken as additive, which they are not quite, and the ratios with the least sum chosen exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from llm_variator import cli
+from llm_variator.architectures import architecture_of
+from llm_variator.config import VariatorConfig
+from llm_variator.corpora import read_windows, spread
+from llm_variator.errors import VariatorError
+from llm_variator.evaluate.conditions import Plugin
+from llm_variator.evaluate.store import Store, source_digest
+from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.model import VariatorModel
+from llm_variator.operations import Stack, prefill
+from llm_variator.results import versions, write_result
+
+WORK = Path("runs/sensitivity")
+SITES = ("ffn", "kv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Harm:
+    """What merging does to the predictions of the text after a prompt, per token."""
+
+    divergence: float
+    """Kullback-Leibler divergence of the predictions from the dense model's, in nats."""
+    cross_entropy: float
+    """Of the true text, in nats."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One ratio that one layer can have."""
+
+    k: int
+    """1: the layer stays dense."""
+    cost: int
+    """Operations of the FFN and its plugin, or KV entries."""
+    harm: float
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `evaluate sensitivity`."""
+    add = parser.add_argument
+    add("--model", required=True, help="decoder: alias, local folder or hub id")
+    add(
+        "--budget",
+        nargs="+",
+        default=["ffn=0.5"],
+        metavar="SITE=SHARE",
+        help="what may be left of the dense model's: ffn, operations of FFNs with their plugins; kv, KV entries",
+    )
+    add("--ratios", type=cli.positive_int, nargs="+", default=[2, 4, 8, 16], help="tried in every layer")
+    add("--r", type=cli.positive_int, default=64, help="bottleneck width whose operations are counted")
+    add("--dense-head", type=cli.natural, default=4, help="first prompt tokens kept uncompressed")
+    add(
+        "--dense-tail",
+        type=cli.natural,
+        default=64,
+        help="least number of last prompt tokens kept uncompressed",
+    )
+    add("--data", default="wikitext2/train", metavar="SOURCE", help="text, named as in llm_variator.train")
+    add(
+        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
+    )
+    add("--context", type=cli.positive_int, default=512, help="prompt tokens")
+    add("--continuation", type=cli.positive_int, default=128, help="tokens whose predictions are compared")
+    add("--windows", type=cli.positive_int, default=4, help="stretches of text, evenly spread over the data")
+    add("--batch-size", type=cli.positive_int, default=4, help="windows in one forward pass")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add("--dtype", help="of the base model (default: as stored)")
+    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
+    add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
+    add("--seed", type=cli.natural, default=0, help="of random weights (--random-init)")
+    add("--work", type=Path, default=WORK, help="what is measured is kept here, and not measured again")
+    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """Measure every layer, choose, print; returns the figures."""
+    started = time.perf_counter()
+    budgets = _budgets(args.budget)
+    ratios = sorted(set(args.ratios) - {1})
+    if not ratios:
+        raise VariatorError("--ratios needs at least one ratio above 1")
+    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
+    length = args.context + args.continuation
+    windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
+    if args.windows > len(windows):
+        raise VariatorError(
+            f"--windows {args.windows}: {args.data} holds only {len(windows)} of {length} tokens"
+        )
+    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
+    model.eval()
+    model.decoder_only("sensitivity", "it measures what follows a prompt")
+    settings = {
+        "model": dataclasses.asdict(model.signature),
+        "dtype": str(model.dtype),
+        "device": args.device,
+    }
+    store = Store(args.work, args.work, settings | {"versions": versions(), "source": source_digest()})
+    probe = Probe(model, spread(windows, args.windows), args.context, args.batch_size, store)
+
+    template = VariatorConfig(
+        r=args.r,
+        dense_head=args.dense_head,
+        dense_tail=args.dense_tail,
+        compressor="mean",
+        decompressor="copy",
+    )
+    stack = Stack.of(model.config)
+    harms: dict[str, list[dict[int, float]]] = {}
+    chosen: dict[str, list[int]] = {}
+    left: dict[str, float] = {}
+    for site, share in budgets.items():
+        harms[site] = measure_layers(probe, template, site, ratios)
+        options = layer_options(stack, args.context, template, site, harms[site])
+        whole = sum(layer[0].cost for layer in options)
+        picks = choose(options, int(share * whole))
+        chosen[site] = [option.k for option in picks]
+        left[site] = sum(option.cost for option in picks) / whole
+    config = dataclasses.replace(template, sites=tuple(budgets), k_per_layer=chosen)
+    together = probe.harm(config)
+    dense = probe.dense_cross_entropy
+    _print(harms, chosen, ratios)
+    trained = dataclasses.replace(config, compressor="weighted", decompressor="adapter")
+    operations = prefill(stack, args.context, trained).total / prefill(stack, args.context).total
+    shares = ", ".join(f"{_RESOURCE[site]} {share:.3f}" for site, share in left.items())
+    Console().print(
+        f"left of dense: {shares}, all operations {operations:.3f}; untrained: {together.divergence:.4f} nats from the "
+        f"dense predictions, cross-entropy {together.cross_entropy:.4f}, dense {dense:.4f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    print(f"--sites {','.join(budgets)} --k-per-layer '{json.dumps(chosen)}'")
+    figures = {
+        "model": args.model,
+        "data": args.data,
+        "windows": args.windows,
+        "context": args.context,
+        "continuation": args.continuation,
+        "budget": budgets,
+        "divergence": harms,
+        "k_per_layer": chosen,
+        "left": left | {"operations": operations},
+        "untrained": dataclasses.asdict(together) | {"dense_cross_entropy": dense},
+    }
+    if args.json:
+        command = ["llm_variator.evaluate", *argv]
+        write_result(args.json, figures, command=command, seed=args.seed, started=started)
+    return figures
+
+
+_RESOURCE = {"ffn": "FFN operations", "kv": "KV entries"}
+
+
+class Probe:
+    """Measures plugins that need no training against the dense model's predictions.
+
+    Keeps the dense log-probabilities of all windows: windows x continuation x vocabulary numbers.
+    """
+
+    def __init__(
+        self, model: VariatorModel, windows: Tensor, context: int, batch_size: int, store: Store
+    ) -> None:
+        """`windows` (rows, tokens): `context` prompt tokens, then the text whose predictions are compared."""
+        self.model, self.windows, self.context, self._store = model, windows, context, store
+        self._batch_size = batch_size
+        with model.disable_plugin():
+            self._dense = list(self._predictions())
+        self.dense_cross_entropy = self._cross_entropy(self._dense)
+
+    def harm(self, config: VariatorConfig) -> Harm:
+        """Of an untrained plugin with this configuration."""
+        self.model.add_plugin("probe", config)
+        try:
+            about = {"windows": self.windows.tolist(), "context": self.context}
+            condition = Plugin("", "probe", self.model.plugins["probe"])
+            return self._store.get(condition, about, self._measure, Harm)
+        finally:
+            self.model.delete_plugin("probe")
+
+    def _measure(self) -> Harm:
+        with self.model.use_plugin("probe"):
+            ours = list(self._predictions())
+        pairs = zip(ours, self._dense, strict=True)
+        nats = [F.kl_div(own, dense, log_target=True, reduction="sum").double() for own, dense in pairs]
+        tokens = len(self.windows) * (self.windows.shape[1] - self.context)
+        return Harm((sum(nats) / tokens).item(), self._cross_entropy(ours))  # type: ignore[union-attr]
+
+    @torch.inference_mode()
+    def _predictions(self) -> Any:
+        """Log-probabilities (t, vocabulary) of what follows, window by window."""
+        for start in range(0, len(self.windows), self._batch_size):
+            batch = self.windows[start : start + self._batch_size].to(self.model.device, torch.long)
+            after = batch.shape[1] - self.context
+            output = self.model(batch, prompt_length=self.context, logits_to_keep=after + 1, use_cache=False)
+            for row in output.logits:
+                yield row[:-1].float().log_softmax(-1)
+
+    def _cross_entropy(self, predictions: Sequence[Tensor]) -> float:
+        targets = self.windows[:, self.context :].to(self.model.device, torch.long)
+        pairs = zip(predictions, targets, strict=True)
+        return sum(F.nll_loss(row, target).item() for row, target in pairs) / len(self.windows)
+
+
+def measure_layers(
+    probe: Probe, template: VariatorConfig, site: str, ratios: Sequence[int]
+) -> list[dict[int, float]]:
+    """Divergence of merging `site` in one layer alone: layer -> ratio -> nats; empty where it cannot be merged."""
+    base: Any = probe.model.base
+    architecture = architecture_of(base)
+    found: list[dict[int, float]] = []
+    for layer in range(probe.model.signature.num_layers):
+        merged = {}
+        if site == "ffn" or not architecture.slides(base, layer):
+            for k in ratios:
+                alone = dataclasses.replace(template, sites=(site,), k=k, layers=(layer,))
+                merged[k] = probe.harm(alone).divergence
+        found.append(merged)
+    return found
+
+
+def layer_options(
+    stack: Stack, n: int, template: VariatorConfig, site: str, harms: Sequence[Mapping[int, float]]
+) -> list[list[Option]]:
+    """Per layer its ratios with costs for a prompt of `n` tokens, the dense one first."""
+
+    def cost(layer: int, config: VariatorConfig | None) -> int:
+        one = dataclasses.replace(stack, layers=1, windows=stack.windows[layer : layer + 1])
+        found = prefill(one, n, config)
+        return found.ffn + found.plugin if site == "ffn" else found.cache_entries
+
+    return [
+        [
+            Option(1, cost(layer, None), 0.0),
+            *(
+                Option(
+                    k,
+                    cost(layer, VariatorConfig(
+                        k=k, sites=(site,), r=template.r,
+                        dense_head=template.dense_head, dense_tail=template.dense_tail,
+                    )),
+                    harm,
+                )
+                for k, harm in merged.items()
+            ),
+        ]
+        for layer, merged in enumerate(harms)
+    ]  # fmt: skip
+
+
+def choose(layers: Sequence[Sequence[Option]], budget: int) -> list[Option]:
+    """One option per layer with the least sum of harms within `budget`: exact, by dynamic programming.
+
+    Raises:
+        VariatorError: the cheapest options are too dear.
+    """
+    cheapest = [min(option.cost for option in options) for options in layers]
+    if (least := sum(cheapest)) > budget:
+        whole = sum(options[0].cost for options in layers)
+        raise VariatorError(
+            f"no ratios meet a budget of {budget / whole:.3f} of dense, {least / whole:.3f} is the least: raise "
+            "--budget, give larger --ratios or a shorter --dense-tail"
+        )
+    rest = least
+    best: dict[int, tuple[float, tuple[Option, ...]]] = {0: (0.0, ())}
+    for options, low in zip(layers, cheapest, strict=True):
+        rest -= low
+        grown: dict[int, tuple[float, tuple[Option, ...]]] = {}
+        for spent, (harm, picks) in best.items():
+            for option in options:
+                total, sum_ = spent + option.cost, harm + option.harm
+                if total + rest <= budget and (total not in grown or sum_ < grown[total][0]):
+                    grown[total] = sum_, (*picks, option)
+        best, lowest = {}, float("inf")
+        for total in sorted(grown):  # what costs more must harm less
+            if grown[total][0] < lowest:
+                best[total] = grown[total]
+                lowest = grown[total][0]
+    return list(min(best.values(), key=lambda found: found[0])[1])
+
+
+def _budgets(texts: Sequence[str]) -> dict[str, float]:
+    """`["ffn=0.5", "kv=0.25"]` -> shares by site."""
+    found = {}
+    for text in texts:
+        site, _, share = text.partition("=")
+        try:
+            found[site] = float(share)
+        except ValueError:
+            found[site] = 0.0
+        if site not in SITES or not 0 < found[site] < 1:
+            raise VariatorError(
+                f"--budget {text}: write ffn=SHARE or kv=SHARE, with a share above 0 and below 1"
+            )
+    return {site: found[site] for site in SITES if site in found}
+
+
+def _print(
+    harms: Mapping[str, Sequence[Mapping[int, float]]],
+    chosen: Mapping[str, Sequence[int]],
+    ratios: Sequence[int],
+) -> None:
+    for site, layers in harms.items():
+        table = Table(title=f"{site}: nats from the dense predictions with one layer merged")
+        table.add_column("layer", justify="right")
+        for k in ratios:
+            table.add_column(f"k={k}", justify="right")
+        table.add_column("chosen", justify="right")
+        for layer, merged in enumerate(layers):
+            cells = (f"{merged[k]:.5f}" if k in merged else "-" for k in ratios)
+            table.add_row(str(layer), *cells, str(chosen[site][layer]))
+        Console().print(table)

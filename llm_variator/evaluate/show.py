@@ -1,0 +1,164 @@
+"""The frontier's figures as tables, Markdown and a plot. Knows their JSON form and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llm_variator.errors import VariatorError
+from llm_variator.files import write_atomically
+
+TEXT_COLUMNS = (
+    "condition", "nats/token", "above dense", "greedy agreement", "same choice",
+    "operations", "FFN", "KV entries", "prefill time",
+)  # fmt: skip
+ANSWER_COLUMNS = ("condition", "exact match", "F1", "above dense", "same answer", "KV entries")
+NOTE = (
+    "Above dense: mean of the paired differences and its standard error. Greedy agreement: share of greedy tokens "
+    "equal to the dense model's; same choice: given the dense model's tokens before. Operations, FFN (with the "
+    "plugin's own), KV entries and prefill time are of the dense model's."
+)
+
+
+def text_title(figures: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    """What a table of continuations is about."""
+    return (
+        f"{figures['model']} on {text['data']}: the {figures['continuation']} tokens after {text['context']}, "
+        f"{text['windows']} windows, {figures['generate']} greedy tokens"
+    )
+
+
+def answer_title(figures: Mapping[str, Any]) -> str:
+    """What the table of answers is about."""
+    about = figures["questions"]
+    shots = f", {about['shots']} examples" if about["shots"] else ""
+    return (
+        f"{figures['model']} answers {about['data']}; {about['form']}{shots}, "
+        f"{about['mean_prompt_tokens']:.0f} prompt tokens"
+    )
+
+
+def text_cells(row: Mapping[str, Any]) -> list[str]:
+    """One row of `TEXT_COLUMNS`."""
+    return [
+        row["condition"],
+        f"{row['cross_entropy']:.4f}",
+        _difference(row["above_dense"], row["above_dense_error"], 4),
+        f"{row['greedy_agreement']:.1%}",
+        f"{row['same_choice']:.1%}",
+        f"{row['operations']:.3f}",
+        f"{row['ffn_operations']:.3f}",
+        f"{row['kv_entries']:.3f}",
+        "-" if row["prefill"] is None else f"{row['prefill']:.2f}",
+    ]
+
+
+def answer_cells(row: Mapping[str, Any]) -> list[str]:
+    """One row of `ANSWER_COLUMNS`."""
+    return [
+        row["condition"],
+        f"{row['exact_match']:.1f}",
+        f"{row['f1']:.1f}",
+        _difference(row["f1_above_dense"], row["f1_above_dense_error"], 1),
+        f"{row['same_answer']:.0f}%",
+        f"{row['kv_entries']:.3f}",
+    ]
+
+
+def print_tables(figures: Mapping[str, Any]) -> None:
+    """All tables, to stdout."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    for title, columns, rows in _tables(figures):
+        table = Table(title=title)
+        for column in columns:
+            table.add_column(
+                column.replace(" ", "\n", 1), justify="left" if column == "condition" else "right"
+            )
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(NOTE, style="dim", highlight=False)
+
+
+def markdown(figures: Mapping[str, Any]) -> str:
+    """All tables as Markdown."""
+    parts = []
+    for title, columns, rows in _tables(figures):
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+def plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """Draw nats above dense against measured prefill time, counted operations and KV entries, a row per text.
+
+    Raises:
+        VariatorError: matplotlib is missing, the suffix is none of its formats, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise VariatorError("--plot needs matplotlib: pip install 'llm-variator[eval]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    texts = figures["texts"]
+    axes_of = {"operations": "operations of the prefill, of dense", "kv_entries": "KV entries, of dense"}
+    if all(text["rows"][0]["prefill"] is not None for text in texts):
+        axes_of = {"prefill": "measured prefill time, of dense", **axes_of}
+    size = (4.5 * len(axes_of), 3.6 * len(texts) + 1.2)
+    figure, grid = pyplot.subplots(
+        len(texts), len(axes_of), figsize=size, squeeze=False, layout="constrained"
+    )
+    colours = pyplot.get_cmap("tab10")
+    for text, line in zip(texts, grid, strict=True):
+        rows = text["rows"]
+        absent = next((row["above_dense"] for row in rows if row["condition"] == "no context"), None)
+        for (figure_name, label), axes in zip(axes_of.items(), line, strict=True):
+            for number, row in enumerate(rows):
+                if row["condition"] == "no context" or row[figure_name] is None:
+                    continue  # far above all others: it is named in the title
+                axes.errorbar(
+                    row[figure_name], row["above_dense"], yerr=row["above_dense_error"],
+                    fmt="osD^vP*X"[number % 8], color=colours(number % 10), capsize=2, label=row["condition"],
+                )  # fmt: skip
+            axes.axhline(0, color="grey", linewidth=0.8)
+            axes.set_xlabel(label)
+            axes.set_xlim(0, 1.06 * max(1.0, *(row[figure_name] or 0 for row in rows)))
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("nats per token above dense")
+        aside = "" if absent is None else f" (no context: {absent:+.2f})"
+        line[0].set_title(f"{text['data']}, {text['context']} tokens{aside}", loc="left")
+    handles, labels = grid[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(axes_of) + 1)
+    kinds = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in kinds:
+        pyplot.close(figure)
+        raise VariatorError(
+            f"--plot {path}: choose a file name that ends with one of .{', .'.join(sorted(kinds))}"
+        )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=120))
+    pyplot.close(figure)
+
+
+def _tables(figures: Mapping[str, Any]) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:
+    for text in figures["texts"]:
+        yield text_title(figures, text), TEXT_COLUMNS, [text_cells(row) for row in text["rows"]]
+    if "questions" in figures:
+        yield (
+            answer_title(figures),
+            ANSWER_COLUMNS,
+            [answer_cells(row) for row in figures["questions"]["rows"]],
+        )
+
+
+def _difference(value: float, error: float | None, digits: int) -> str:
+    around = "" if error is None else f" ±{error:.{digits}f}"
+    return f"{value:+.{digits}f}{around}"

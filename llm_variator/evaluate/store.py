@@ -1,0 +1,70 @@
+"""What was measured before, kept in files: a run that is repeated or extended measures only what is new."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llm_variator.evaluate.conditions import Condition, Plugin
+from llm_variator.files import write_atomically
+
+T = TypeVar("T")
+
+PACKAGE = Path(__file__).parent.parent
+_MEASURING = (
+    "*.py",
+    "architectures/*.py",
+    "evaluate/alternatives.py",
+    "evaluate/conditions.py",
+    "evaluate/quality.py",
+)
+
+
+class Store:
+    """A folder of measurements, each under a digest of all that it depends on.
+
+    Attributes:
+        found: how many measurements came from the folder.
+    """
+
+    def __init__(self, read: Path | None, write: Path, settings: Mapping[str, Any]) -> None:
+        """`settings` hold for all measurements; `read` None: nothing is taken from before."""
+        self.found = 0
+        self._read, self._write, self._settings = read, write, settings
+
+    def get(
+        self, condition: Condition, about: Mapping[str, Any], measure: Callable[[], T], kind: type[T]
+    ) -> T:
+        """The measurement of `condition`, a dataclass of type `kind`; `about` is what else it depends on."""
+        key = [kind.__name__, identity(condition), self._settings, about]
+        name = f"{digest(key)}.json"
+        if self._read is not None and (self._read / name).is_file():
+            self.found += 1
+            return kind(**json.loads((self._read / name).read_text(encoding="utf-8")))
+        result: Any = measure()
+        write_atomically(self._write / name, json.dumps(dataclasses.asdict(result)))
+        return result
+
+
+def identity(condition: Condition) -> str:
+    """What a condition does, whatever it is called."""
+    if isinstance(condition, Plugin):
+        condition = dataclasses.replace(condition, label="", name="")
+    return repr(condition)
+
+
+def digest(value: Any) -> str:
+    """Of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def source_digest() -> str:
+    """Of the code that decides what is measured."""
+    total = hashlib.sha256()
+    for file in sorted(file for pattern in _MEASURING for file in PACKAGE.glob(pattern)):
+        total.update(file.name.encode() + file.read_bytes())
+    return total.hexdigest()

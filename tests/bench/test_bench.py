@@ -1,0 +1,215 @@
+"""The benchmarks on tiny models: what they count and time, not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import randomise
+
+from llm_variator import VariatorConfig, VariatorError
+from llm_variator.bench.__main__ import build_parser, main
+from llm_variator.bench.formulations import PlainLayers, fused
+from llm_variator.bench.reading import random_cache
+from llm_variator.bench.report import markdown
+from llm_variator.bench.setting import DENSE, Setting, plugin
+from llm_variator.bench.timing import Case, Spread, interleaved, ratio, timed
+from llm_variator.bench.training import kept_bytes
+from llm_variator.layers import HiddenCompressor, HiddenDecompressor
+
+TINY = ["--random-init", "--device", "cpu", "--repetitions", "2", "--threads", "1"]
+
+
+def setting(*flags: str, command: str = "prefill", model: str = "tiny-llama") -> Setting:
+    return Setting(build_parser().parse_args([command, "--model", model, *TINY, *flags]))
+
+
+def figures(tmp_path, *flags: str) -> dict:
+    main([*flags, *TINY, "--json", str(tmp_path / "f.json")])
+    return json.loads((tmp_path / "f.json").read_text())["figures"]
+
+
+# Timing.
+
+
+def test_cases_run_in_turns_and_preparation_is_not_timed():
+    order = []
+    cases = {
+        "a": Case(lambda state: order.append(state), prepare=lambda: time.sleep(0.05) or "a"),
+        "b": Case(lambda state: (order.append("b"), time.sleep(0.02))),
+    }
+    seconds = interleaved(cases, 3, warmups=1)
+    assert order == ["a", "b"] * 4
+    assert [len(values) for values in seconds.values()] == [3, 3]
+    assert max(seconds["a"]) < 0.05
+    assert min(seconds["b"]) >= 0.02
+
+
+def test_the_processor_clock_does_not_see_waiting():
+    seconds = interleaved({"sleep": Case(lambda _: time.sleep(0.05))}, 2, clock="cpu")
+    assert max(seconds["sleep"]) < 0.04
+
+
+def test_ratios_are_taken_within_a_repetition():
+    """A machine that gets ten times slower moves the median time, not the median ratio."""
+    seconds = {"dense": [1.0, 10.0, 2.0], "k2": [0.5, 5.0, 1.0]}
+    row = timed(seconds, "k2", "dense")
+    assert (row["of_dense_low"], row["of_dense"], row["of_dense_high"]) == (0.5, 0.5, 0.5)
+    assert row["ms"] == 1000
+    assert ratio([1, 2, 6], [1, 1, 2]).median == 2
+    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([4.0, 1.0]) == Spread(2.5, 1.0, 4.0)
+
+
+# What is measured.
+
+
+def test_prefill_stores_counted_operations_and_real_cache_bytes(tmp_path):
+    """By hand: 2 layers, d = 32, FFN 64, 2 query heads and 1 KV head of 16; 64 tokens, vocabulary 384."""
+    flags = ["prefill", "--model", "tiny-llama", "--plugins", "ffn,kv:2", "--tokens", "64", "--r", "8"]
+    flags += ["--markdown", str(tmp_path / "f.md")]
+    dense, ours = figures(tmp_path, *flags)["rows"]
+    n = 64
+    layer = n * 2 * (3 * 32 * 64 + 2 * 32 * 32 + 2 * 32 * 16) + 2 * 2 * 32 * n * (n + 1) // 2
+    head = 2 * 32 * 384
+    assert dense["operations"] == 2 * layer + head
+    groups = (n - 4 - 1) // 2
+    held = n - groups
+    tail = n - 4 - 2 * groups
+    seen = 4 * 5 // 2 + 2 * (groups * 4 + groups * (groups + 1) // 2) + tail * (4 + groups)
+    seen += tail * (tail + 1) // 2
+    merge = 2 * 32 * 2 * (2 * groups) + 2 * 32 * 2 * groups
+    restore = 2 * 32 * 8 * (groups + 2 * 2 * groups)
+    first = held * 2 * (3 * 32 * 64 + 2 * 32 * 16) + n * 2 * 2 * 32 * 32 + 2 * 2 * 32 * seen
+    last = 2 * (3 * 32 * 64 + 2 * 32 * 32) + held * 2 * 2 * 32 * 16 + 2 * 2 * 32 * held
+    assert ours["operations"] == first + 3 * merge + restore + last + head  # of the last, KV alone
+    assert ours["bound"] == pytest.approx(ours["operations"] / dense["operations"])
+    assert ours["of_bound"] == pytest.approx(ours["bound"] / ours["of_dense"])
+    assert dense["kv_mib"] * 2**20 == 2 * 2 * n * 16 * 4
+    assert ours["kv_mib"] * 2**20 == 2 * 2 * held * 16 * 4
+    assert "ffn+kv k=2" in (tmp_path / "f.md").read_text()
+
+
+def test_the_last_layer_can_be_measured_whole(tmp_path):
+    flags = ["prefill", "--model", "tiny-llama", "--plugins", "ffn:2", "--tokens", "64"]
+    skipped = figures(tmp_path, *flags)["rows"][1]
+    whole = figures(tmp_path, *flags, "--whole-last-layer")["rows"][1]
+    assert whole["operations"] > skipped["operations"]
+
+
+@pytest.mark.parametrize("model", ["tiny-t5", "tiny-bert"])
+def test_encoders(tmp_path, model):
+    rows = figures(tmp_path, "prefill", "--model", model, "--plugins", "ffn:4", "--tokens", "32")["rows"]
+    assert [row["case"] for row in rows] == [DENSE, "ffn k=4"]
+    assert "kv_mib" not in rows[1]
+
+
+def test_decode_reads_a_cache_like_the_one_a_prompt_leaves(tmp_path):
+    made = setting("--plugins", "kv:4", "ffn,kv:2", "--tokens", "50")
+    ids = made.ids(2, 50)
+    for name in [DENSE, *made.names]:
+        ours = random_cache(made, name, 2, 50)
+        with made.using(name)(), torch.no_grad():
+            real = made.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        assert [layer.keys.shape for layer in ours.layers] == [layer.keys.shape for layer in real.layers]
+        assert ours.get_seq_length() == real.get_seq_length() == 50
+        for a, b in zip(ours.layers, real.layers, strict=True):
+            assert name == DENSE or torch.equal(a.columns, b.columns)
+    flags = ["decode", "--model", "tiny-llama", "--plugins", "kv:4", "--tokens", "50", "--steps", "2"]
+    ours = figures(tmp_path, *flags)["rows"][1]
+    weights = 4 * (2 * (3 * 32 * 64 + 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32) + 32 + 32 * 384)
+    held = 50 - 3 * ((50 - 4 - 1) // 4)
+    assert ours["bound"] == pytest.approx((weights + 2 * 2 * held * 16 * 4) / (weights + 2 * 2 * 50 * 16 * 4))
+
+
+def test_swap_measures_the_bare_base(tmp_path, monkeypatch):
+    rows = figures(tmp_path, "swap", "--model", "tiny-llama", "--tokens", "8")["rows"]
+    assert [row["case"] for row in rows] == [
+        "load_plugin, ffn+kv k=2",
+        "set_plugin, ffn+kv k=2",
+        "base without plugins",
+        "plugins attached, off",
+    ]
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-t5", "tiny-bert"])
+def test_train_times_a_step_and_its_parts(tmp_path, model):
+    rows = figures(tmp_path, "train", "--model", model, "--tokens", "24")["rows"]
+    step = next(row for row in rows if row["case"] == "training step")
+    assert step["of_bound"] > 0
+    assert {row["case"] for row in rows} >= {"teacher forward", "student forward", "student backward"}
+
+
+def test_memory_grows_by_a_layer_and_fits_the_arithmetic(tmp_path):
+    models = [setting("--num-layers", str(n), "--plugins", "ffn:2") for n in (2, 3, 4)]
+    two, three, four = (kept_bytes(s, s.names[0], 1, 40) for s in models)
+    assert four - three == three - two > 40 * 32 * 4
+    flags = ["--model", "tiny-llama", "--tokens", "40", "--json", str(tmp_path / "f.json"), "--device", "cpu"]
+    main(["memory", *flags])
+    stored = json.loads((tmp_path / "f.json").read_text())["figures"]
+    assert stored["activations"]["1x40"]["all"] == two
+    assert stored["base_bytes"]["layers"] == int(
+        2 * (3 * 32 * 64 + 2 * 32 * 32 + 2 * 32 * 16) * 4.126953125 / 8
+    )
+    assert stored["plugin_bytes"] == 16 * 2 * (4 * 32 + 2 + 3 * 64 * 32 + 64 + 32)
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+@pytest.mark.parametrize("k", [2, 3, 8])
+def test_the_plain_formulation_is_the_same_function(k, activation):
+    torch.manual_seed(0)
+    compressor, decompressor = HiddenCompressor(16, k), HiddenDecompressor(16, 5, activation=activation)
+    randomise(compressor)
+    randomise(decompressor)
+    plain = PlainLayers(compressor, decompressor).double()
+    ffn = torch.nn.Linear(16, 16).double()
+    x = torch.randn(2, 5 * k, 16, dtype=torch.double)
+    ours = fused(compressor, decompressor, ffn, x)
+    torch.testing.assert_close(ours, plain.restore(ffn(plain.merge(x)), x), atol=1e-12, rtol=0)
+
+
+def test_compare_reports_both_ways(tmp_path):
+    flags = ["compare", "--model", "tiny-llama", "--plugins", "ffn:2", "--tokens", "32"]
+    rows = {row["case"]: row for row in figures(tmp_path, *flags)["rows"]}
+    assert rows["plain over fused, k=2"]["gain"] > 0
+    assert rows["merge+restore k=2"]["of_dense"] > 0
+
+
+# The command.
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    flags = ["prefill", "--model", "tiny-llama", "--plugins", "ffn:2", "--tokens", "16", "32"]
+    main([*flags, *TINY, "--plot", str(tmp_path / "f.svg")])
+    assert "<svg" in (tmp_path / "f.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["prefill", "--plugins", "ffn"], "expected sites and a ratio"),
+        (["prefill", "--plugins", "nose:2"], "expected sites and a ratio"),
+        (["decode", "--model", "tiny-t5"], "bench decode is for decoders"),
+        (["memory", "--num-layers", "2"], "leave out --num-layers"),
+        (["memory", "--model", "tiny-t5"], "takes a decoder"),
+        (["swap", "--attention", "nothing"], "--attention nothing"),
+    ],
+)
+def test_wrong_flags_get_one_clear_error(flags, message):
+    if "--model" not in flags:
+        flags = [*flags, "--model", "tiny-llama"]
+    with pytest.raises(VariatorError, match=message):
+        main([*flags, "--random-init", "--device", "cpu"])
+
+
+def test_plugin_specification():
+    assert str(plugin("ffn,kv:2")) == "ffn+kv k=2"
+    assert VariatorConfig(k=2, sites=plugin("ffn,kv:2").sites).sites == ("ffn", "kv")
+
+
+def test_markdown_leaves_out_columns_that_no_row_has():
+    text = markdown("title", [{"case": "a", "ms": 1.5}, {"case": "b", "ms": 2000.0}])
+    assert text.splitlines()[2:] == ["|  | ms |", "| --- | --- |", "| a | 1.50 |", "| b | 2,000.00 |"]

@@ -1,0 +1,263 @@
+"""`python -m llm_variator.evaluate frontier` on a tiny decoder: what is measured, kept, exchanged and shown."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import randomise
+from tiny import model_folder
+from tiny_tasks import write_tasks
+
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.corpora import EMBEDDED, read_documents, read_windows, spread
+from llm_variator.evaluate import frontier, questions
+from llm_variator.evaluate.__main__ import main
+from llm_variator.groups import split
+from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.metrics import continuation_cross_entropy
+from llm_variator.operations import Stack, prefill
+from llm_variator.tasks import load_examples
+
+CONTEXT, CONTINUATION, WINDOWS = 30, 6, 3
+CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=5)
+
+
+@pytest.fixture(scope="module")
+def model() -> VariatorModel:
+    model = VariatorModel(load_model(model_folder()), CONFIG)
+    randomise(model.plugin(), std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plugin(model, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("plugin") / "k3"
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("data"), "squad")
+
+
+def text_file(work) -> str:
+    """A text long enough for some windows, short enough to be read often."""
+    file = work / "text.txt"
+    file.write_text(read_documents(EMBEDDED)[0][:2000], encoding="utf-8")
+    return str(file)
+
+
+def words(work, *more) -> list[str]:
+    sizes = ["--context", CONTEXT, "--continuation", CONTINUATION, "--windows", WINDOWS, "--batch-size", 2]
+    sizes += ["--generate", 4, "--questions", 0, "--repetitions", 0, "--dense-head", 2, "--dense-tail", 5]
+    line = ["frontier", "--model", model_folder(), "--data", text_file(work), "--work", work, *sizes, *more]
+    return list(map(str, line))
+
+
+def frontier_of(work, *more) -> dict:
+    file = work / "result.json"
+    main(words(work, "--json", file, *more))
+    return json.loads(file.read_text())
+
+
+def test_rows_hold_quality_and_cost_of_every_condition(model, plugin, tmp_path, capsys):
+    result = frontier_of(
+        tmp_path, "--plugin", f"mine={plugin}", "--untrained", "--also", "drop:3", "late-skip:1", "mean:2",
+        "--repetitions", 2, "--markdown", tmp_path / "t.md", "--plot", tmp_path / "p.png",
+    )  # fmt: skip
+    (text,) = result["figures"]["texts"]
+    rows = {row["condition"]: row for row in text["rows"]}
+    expected = ["dense", "no context", "mine", "mine (untrained)", "drop:3", "late-skip:1", "mean:2"]
+    assert list(rows) == expected
+    assert (text["context"], text["windows"]) == (CONTEXT, WINDOWS)
+
+    windows = read_windows(
+        text_file(tmp_path), load_tokenizer(model_folder()), seq_length=CONTEXT + CONTINUATION
+    )
+    chosen = spread(windows, WINDOWS)
+    assert rows["mine"]["cross_entropy"] == pytest.approx(
+        continuation_cross_entropy(model, chosen, CONTEXT), abs=1e-5
+    )
+    with model.disable_plugin():
+        dense = continuation_cross_entropy(model, chosen, CONTEXT)
+    assert rows["mine"]["above_dense"] == pytest.approx(rows["mine"]["cross_entropy"] - dense, abs=1e-5)
+    bare = VariatorModel(
+        load_model(model_folder()),
+        VariatorConfig(
+            k=3, sites=("ffn", "kv"), compressor="mean", decompressor="copy", dense_head=2, dense_tail=5
+        ),
+    )
+    assert rows["mine (untrained)"]["cross_entropy"] == pytest.approx(
+        continuation_cross_entropy(bare, chosen, CONTEXT), abs=1e-5
+    )
+
+    stack = Stack.of(model.config)
+    cost, whole = prefill(stack, CONTEXT, model.plugins["default"]), prefill(stack, CONTEXT)
+    assert rows["mine"]["operations"] == pytest.approx(cost.total / whole.total)
+    assert rows["mine"]["ffn_operations"] == pytest.approx((cost.ffn + cost.plugin) / whole.ffn)
+    entries = split(CONTEXT, 3, 2, 5).entries / CONTEXT
+    assert rows["mine"]["kv_entries"] == rows["drop:3"]["kv_entries"] == pytest.approx(entries)
+    assert rows["late-skip:1"]["kv_entries"] == rows["dense"]["kv_entries"] == 1
+    assert rows["dense"]["prefill"] == 1
+    assert all(row["prefill_seconds"] > 0 for row in rows.values())
+
+    assert set(result["figures"]["configs"]) == {"mine", "mine (untrained)", "mean:2"}
+    assert result["command"].startswith("python -m llm_variator.evaluate frontier --model ")
+    nats = f"{rows['mine']['cross_entropy']:.4f}"
+    assert nats in capsys.readouterr().out
+    line = next(line for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("| mine |"))
+    assert nats in line
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_is_kept(plugin, tmp_path, monkeypatch):
+    first = frontier_of(tmp_path, "--plugin", plugin)["figures"]
+    asked = []
+
+    def counting(model, condition, *args, **kwargs):
+        asked.append(condition.label)
+        return continue_windows(model, condition, *args, **kwargs)
+
+    continue_windows = frontier.continue_windows
+    monkeypatch.setattr(frontier, "continue_windows", counting)
+    again = frontier_of(tmp_path, "--plugin", f"renamed={plugin}")["figures"]
+    assert asked == []
+    assert again["read_from_cache"] == len(first["texts"][0]["rows"])
+    assert again["texts"][0]["rows"][2] == first["texts"][0]["rows"][2] | {"condition": "renamed"}
+    frontier_of(tmp_path, "--also", "drop:4", "--plugin", plugin)
+    assert asked == ["drop:4"]
+    frontier_of(tmp_path, "--generate", "3")
+    assert asked[1:] == ["dense", "no context", "drop:2", "late-skip:1", "mean:2"]
+    frontier_of(tmp_path, "--fresh")
+    assert len(asked) == 11
+
+
+def test_other_weights_are_measured_again(model, plugin, tmp_path):
+    other = tmp_path / "other"
+    changed = VariatorModel.from_pretrained(load_model(model_folder()), plugin)
+    randomise(changed.plugin(), std=0.1, seed=9)
+    changed.save_pretrained(other)
+    one, two = (
+        frontier_of(tmp_path, "--plugin", f"a={folder}", "--also")["figures"]["texts"][0]["rows"][2]
+        for folder in (plugin, other)
+    )
+    assert one["cross_entropy"] != two["cross_entropy"]
+
+
+def test_questions(model, plugin, data, tmp_path):
+    flags = [
+        "--data",
+        "--plugin",
+        f"k3={plugin}",
+        "--also",
+        "drop:2",
+        "--questions",
+        4,
+        "--shots",
+        2,
+        "--data-dir",
+        data,
+    ]
+    result = frontier_of(tmp_path, *flags)["figures"]
+    assert result["texts"] == []
+    about = result["questions"]
+    assert about["form"] == "text"
+    assert about["shots"] == 2
+    rows = {row["condition"]: row for row in about["rows"]}
+    assert list(rows) == ["dense", "no context", "k3", "drop:2"]
+    assert rows["dense"]["same_answer"] == 100
+    assert rows["dense"]["f1_above_dense"] == 0
+    tokenizer = load_tokenizer(model_folder())
+    examples = load_examples("squad", "validation", data_dir=data, limit=4)
+    shots = questions.load_shots(data, 2)
+    lengths = [
+        len(questions.encode_question(tokenizer, example, form="text", shots=shots)) for example in examples
+    ]
+    held = sum(split(n, 3, 2, 5).entries for n in lengths) / sum(lengths)
+    assert rows["k3"]["kv_entries"] == pytest.approx(held)
+    assert about["mean_prompt_tokens"] == pytest.approx(sum(lengths) / 4)
+
+
+def test_prompts_of_questions(data):
+    tokenizer = load_tokenizer(model_folder())
+    (example, *_) = load_examples("squad", "validation", data_dir=data)
+    (shot,) = questions.load_shots(data, 1)
+
+    def text(**options):
+        return tokenizer.decode(questions.encode_question(tokenizer, example, **options))
+
+    assert text(form="text") == example.decoder_prompt
+    shown = f"{shot.decoder_prompt} {shot.answer}"
+    assert text(form="text", shots=[shot]) == f"{shown}\n\n{example.decoder_prompt}"
+    bare = text(form="text", shots=[shot], passage=False)
+    assert bare == f"{shown}\n\nQuestion: {example.inputs['question']}\nAnswer:"
+    with pytest.raises(VariatorError, match="no chat template"):
+        text(form="chat")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    asked = "Question: {question}\nAnswer in a few words."
+    ask, asked_before = (asked.format_map(one.inputs) for one in (example, shot))
+    turns = f"<user>Passage: {shot.inputs['context']}\n{asked_before}<assistant>{shot.answer}<user>"
+    assert text(form="chat", shots=[shot], passage=False) == f"{turns}{ask}<assistant>"
+    passage = f"Passage: {example.inputs['context']}\n"
+    assert text(form="chat", shots=[shot]) == f"{turns}{passage}{ask}<assistant>"
+    assert questions.decode_answer(tokenizer, tokenizer(" two birds\nand more")["input_ids"]) == "two birds"
+    newline = tokenizer("\n")["input_ids"]
+    assert {*newline, tokenizer.eos_token_id} <= questions.stop_tokens(tokenizer)
+
+
+def test_articles_hold_each_paragraph_once(tmp_path):
+    file = tmp_path / "squad" / "validation.parquet"
+    file.parent.mkdir()
+    columns = {"title": list("aaab"), "context": ["one", "one ", "two", "one"]}
+    pq.write_table(pa.table(columns), file)
+    assert questions.read_articles(tmp_path) == ["one\n\ntwo", "one"]
+
+
+def test_figures_of_another_environment(plugin, data, tmp_path):
+    flags = ["--also", "--questions", 2, "--shots", 0, "--data-dir", data]
+    figures = frontier_of(tmp_path, "--export", tmp_path / "tasks.json", *flags)["figures"]
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    windows = torch.tensor(tasks["texts"][0]["windows"])
+    assert windows.shape == (WINDOWS, CONTEXT + CONTINUATION)
+    assert len(tasks["questions"]["prompts"]) == 2
+    press = {
+        "label": "press",
+        "texts": [tasks["dense"][0] | {"nats": [9.0] * WINDOWS, "entries": 3 * CONTEXT // 2}],
+        "answers": {"tokens": [[5], [6]], "entries": [10, 11]},
+    }
+    there = tmp_path / "there.json"
+    there.write_text(json.dumps({"digest": tasks["digest"], "conditions": [press]}))
+    both = frontier_of(tmp_path, "--elsewhere", there, *flags)["figures"]
+    row = both["texts"][0]["rows"][-1]
+    dense = figures["texts"][0]["rows"][0]["cross_entropy"]
+    assert (row["condition"], row["kv_entries"], row["operations"], row["prefill"]) == ("press", 0.5, 1, None)
+    assert row["above_dense"] == pytest.approx(9 - dense)
+    assert row["greedy_agreement"] == 1
+    assert both["questions"]["rows"][-1]["condition"] == "press"
+    with pytest.raises(VariatorError, match="other windows or questions"):
+        frontier_of(tmp_path, "--elsewhere", there, *flags, "--generate", 3)
+    there.write_text("{}")
+    with pytest.raises(VariatorError, match="not a file of measurements"):
+        frontier_of(tmp_path, "--elsewhere", there, *flags)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--windows", "1000000"], "holds only"),
+        (["--also", "prune:3"], "known are drop:K"),
+        (["--also", "mean:x"], "known are drop:K"),
+        (["--also", "mean:2", "mean"], "two conditions are called mean:2"),
+        (["--also", "--plot", "frontier.txt"], "ends with one of"),
+        (["--plugin", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input(more, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(VariatorError, match=message):
+        main(words(tmp_path, *more))
