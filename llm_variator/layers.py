@@ -95,5 +95,4 @@ class HiddenDecompressor(nn.Module):
         inner = inner + F.linear(merged, down[:, :dim], self.down.bias.to(dtype))
         if self.activation == "tanh":
             inner = inner.tanh()
-        # bias and g° meet once per group, and the sum needs no tensor of its own
-        return F.linear(inner, up).add_(merged + self.up.bias.to(dtype))
+        return F.linear(inner, up, self.up.bias.to(dtype)).add_(merged)  # the sum needs no tensor of its own
