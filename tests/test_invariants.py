@@ -10,6 +10,7 @@ import torch
 from conftest import make_decoder, make_variator, pad, prompts, randomise
 
 from llm_variator import VariatorConfig, VariatorModel
+from llm_variator.architectures import site
 
 CONFIGS = {
     "ffn": VariatorConfig(k=2, sites=("ffn",), r=5),
@@ -82,6 +83,24 @@ def test_logits_equal_the_plain_form(decoder, config, implementation):
             actual = model(ids, prompt_length=prompt).logits[0]
         # the eager attention of transformers takes its softmax in fp32
         torch.testing.assert_close(actual, expected, atol=1e-5 if implementation == "eager" else 1e-9, rtol=0)
+
+
+def test_rows_of_zeros_behind_the_entries_change_nothing(monkeypatch):
+    monkeypatch.setattr(site, "_WORTH_FILLING", 1)
+    model = make_variator("llama", VariatorConfig(k=2, sites=("ffn", "kv"), r=5))
+    rows = []
+    for block in model.base.model.layers:
+        for module in (block.mlp.up_proj, block.self_attn.k_proj):
+            module.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[-2:-1]))
+    (ids,) = prompts(29)
+    model.half()
+    with torch.no_grad():
+        actual = model(ids).logits[0].double()
+        filled = set(rows)
+        model.double()
+        expected = reference.logits(model.base, model.plugin(), ids, 29)
+    assert filled == {(24,)}  # 23 entries
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.02)
 
 
 # 3. Information flows forward only, except within a group.

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -35,6 +36,7 @@ from llm_variator.plugin import SiteLayers
 from llm_variator.session import Session, begin_answer, begin_encoding, begin_pass, current
 
 ATTENTION_FUNCTION = "variator"  # the name under which transformers finds `attention_forward`
+_WORTH_FILLING = 256  # entries from which rows of zeros behind them cost less than they bring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +144,25 @@ def _hook_ffn(ffn: nn.Module, end: nn.Module, layer: int) -> list[RemovableHandl
         grouping = session.segment.grouping(site.k)
         if not grouping.has_groups:
             return None
-        session.stash["ffn", layer] = site, grouping, args[0]
-        return (grouping.compress(args[0], site.compressor),)
+        entries = grouping.compress(args[0], site.compressor)
+        session.stash["ffn", layer] = site, grouping, args[0], entries.shape[1]
+        return (_in_eights(entries),)
 
     def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         session = current()
         if session is None or (kept := session.stash.pop(("ffn", layer), None)) is None:
             return None
-        site, grouping, x = kept
-        return grouping.restore(output, x, site.decompressor)
+        site, grouping, x, count = kept
+        return grouping.restore(output[:, :count], x, site.decompressor)
 
     return [ffn.register_forward_pre_hook(before), end.register_forward_hook(after)]
+
+
+def _in_eights(entries: Tensor) -> Tensor:
+    """(b, m, d) with rows of zeros behind: half-precision products on a CPU are up to 6 % slower for an odd m."""
+    if entries.device.type != "cpu" or entries.dtype.itemsize != 2 or entries.shape[1] < _WORTH_FILLING:
+        return entries
+    return F.pad(entries, (0, 0, 0, -entries.shape[1] % 8))
 
 
 @dataclasses.dataclass
@@ -298,7 +308,7 @@ def _hook_attention(
     def before_projection(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         session = current()
         call = session.stash.get(("attention", layer)) if session else None
-        return None if call is None or call.entries is None else (call.entries,)
+        return None if call is None or call.entries is None else (_in_eights(call.entries),)
 
     def after_projection(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         session = current()
@@ -306,7 +316,7 @@ def _hook_attention(
         if call is None or call.entries is None:
             return None
         assert call.grouping is not None
-        return call.grouping.place(output)
+        return call.grouping.place(output[:, : call.entries.shape[1]])
 
     handles = [
         attention.register_forward_pre_hook(before, with_kwargs=True),
