@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from llm_variator import cli
 from llm_variator.bench.setting import DENSE, Setting
 from llm_variator.bench.timing import Case, bar, timed
 from llm_variator.cache import CompressedLayer, KVCacheReport, adopt
+from llm_variator.errors import VariatorError
 from llm_variator.groups import Segment
 from llm_variator.operations import EncoderShape, Stack, encoding, prefill
+from llm_variator.plugin import weights_digest
 from llm_variator.session import Session, scope
 
 PREFILL_NOTE = (
@@ -51,7 +55,24 @@ def prefill_rows(setting: Setting) -> list[dict[str, Any]]:
                             cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
                         row["kv_mib"] = KVCacheReport.of(cache).bytes / 2**20
                     rows.append(row)
-    return rows
+    return rows + (_peers(setting) if args.elsewhere else [])
+
+
+def _peers(setting: Setting) -> list[dict[str, Any]]:
+    """The rows of `eval/kvpress_prefill.py`, of the same weights and dtype."""
+    path = setting.args.elsewhere
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        weights, dtype, rows = content["weights"], content["dtype"], content["rows"]
+        release = content["versions"]["kvpress"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VariatorError(f"--elsewhere {path}: not a file of eval/kvpress_prefill.py ({error})") from None
+    if (weights, dtype) != (
+        weights_digest(setting.base.get_input_embeddings().weight),
+        str(setting.base.dtype).removeprefix("torch."),
+    ):
+        raise VariatorError(f"--elsewhere {path} was measured with other weights or in another dtype")
+    return [row | {"case": f"kvpress {release}: {row['case']}"} for row in rows]
 
 
 def _reading(setting: Setting, name: str, ids: Tensor) -> Case:
@@ -158,6 +179,12 @@ def add_prefill_flags(parser: argparse.ArgumentParser) -> None:
     """Beyond those all benchmarks share."""
     parser.add_argument(
         "--whole-last-layer", action="store_true", help="plugins compute all of it, as dense does"
+    )
+    parser.add_argument(
+        "--elsewhere",
+        type=Path,
+        metavar="FILE",
+        help="what eval/kvpress_prefill.py measured, for the same table",
     )
 
 

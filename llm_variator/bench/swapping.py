@@ -12,6 +12,7 @@ from llm_variator.bench.timing import Case, Spread, bar, timed
 
 BARE, OFF = "base without plugins", "plugins attached, off"
 _SWAPS = 1000
+_TOKENS_TIMED = 64  # short passes are repeated: one of them is too short to tell a thousandth
 NOTE = (
     "of dense: over the time of the base model that nothing is attached to, in the same repetition. set_plugin: mean "
     f"of {_SWAPS}. load_plugin: from a folder on disk, in the model's dtype."
@@ -49,27 +50,33 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _attached_or_not(setting: Setting, tokens: int, advance: Any) -> dict[str, list[float]]:
-    """The same forward pass with hooks and without: they are put on and taken off between the runs."""
+    """The same forward passes with hooks and without: they are put on and taken off, and warmed up, in between."""
     ids = setting.ids(1, tokens)
     options: dict[str, Any] = {"logits_to_keep": 1} if setting.model.is_decoder else {}
     call = setting.base if setting.model.is_decoder else setting.reader()
 
-    def detached() -> None:
+    passes = max(1, _TOKENS_TIMED // tokens)
+
+    def detach() -> None:
         if setting.base.__dict__.get("_variator_attached", False):
             setting.model.unload()
+        call(input_ids=ids, **options)
 
-    def attached() -> None:
+    def attach() -> None:
         if not setting.base.__dict__.get("_variator_attached", False):
             setting.attach()
+        call(input_ids=ids, **options)
+
+    def run(_: None) -> None:
+        for _pass in range(passes):
+            call(input_ids=ids, **options)
 
     with torch.inference_mode():
-        cases = {
-            BARE: Case(lambda _: call(input_ids=ids, **options), prepare=detached),
-            OFF: Case(lambda _: call(input_ids=ids, **options), prepare=attached),
-        }
-        seconds = setting.interleaved(cases, advance)
-    attached()
-    return seconds
+        seconds = setting.interleaved(
+            {BARE: Case(run, prepare=detach), OFF: Case(run, prepare=attach)}, advance
+        )
+        attach()
+    return {label: [value / passes for value in values] for label, values in seconds.items()}
 
 
 def _forget(model: Any, name: str) -> None:
