@@ -19,16 +19,16 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llm_variator.cache import CompressedLayer
+from llm_variator.cache.paging import KVPool, PagedStore
+from llm_variator.cache.quantised import Quantised, dense
+from llm_variator.cache.recent import Recent
+from llm_variator.cache.stores import Part, SharedStore, Store, whole
+from llm_variator.contexts.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
-from llm_variator.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
-from llm_variator.paging import KVPool, PagedLayer
-from llm_variator.quantised import Quantised, dense
-from llm_variator.recent import Recent
-from llm_variator.stores import Part, SharedLayer, Store, whole
 
 if TYPE_CHECKING:
-    from llm_variator.contexts import CompressedContext
+    from llm_variator.contexts.context import CompressedContext
     from llm_variator.model import VariatorModel
 
 FORMAT = "llm_variator.context"
@@ -120,9 +120,9 @@ def load(
         keys, values = (_read(tensors, f"{index}.{name}", layer, model) for name in ("keys", "values"))
         if "has_fillers" in layer:
             columns = tensors[f"{index}.columns"].to(model.device)
-            store: Store = SharedLayer(((keys, values),))
+            store: Store = SharedStore(((keys, values),))
             if pool is not None:
-                store = PagedLayer(pool).like(dense(keys), dense(values))
+                store = PagedStore(pool).like(dense(keys), dense(values))
             held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])
             if "recent" in layer:
                 hidden, *position = (
@@ -146,7 +146,7 @@ def load(
 
 def _stored(store: DynamicLayer) -> Part:
     """Keys and values as they lie, or in one tensor each where they lie in several."""
-    if isinstance(store, SharedLayer) and len(store.parts) == 1 and not store.keys.numel():
+    if isinstance(store, SharedStore) and len(store.parts) == 1 and not store.keys.numel():
         return store.parts[0]
     return whole(store)
 
