@@ -369,8 +369,13 @@ class VariatorModel(nn.Module):
         )
 
     def kv_cache_report(self, cache: Any = None) -> KVCacheReport:
-        """Entries and bytes per layer of `cache`, by default as they were after the last compressed call."""
+        """Entries and bytes per layer of a cache or context, by default as they were after the last compressed call.
+
+        Of what lies in a pool also its blocks, how many of them are shared, and what unshared ones would need.
+        """
         self.decoder_only("kv_cache_report", "an encoder keeps no KV cache")
+        if isinstance(cache, CompressedContext):
+            return cache.report()
         if cache is not None:
             return KVCacheReport.of(cache)
         if self._report is None:
