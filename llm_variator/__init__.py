@@ -1,10 +1,10 @@
 """Plug-and-play compression plugins that make frozen language models cheaper on long inputs."""
 
+from llm_variator.cache import KVPool, PoolExhaustedError
 from llm_variator.config import VariatorConfig
 from llm_variator.contexts import CompressedContext
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
-from llm_variator.paging import KVPool, PoolExhaustedError
 
 __version__ = "0.1.0"
 __all__ = [

@@ -26,6 +26,8 @@ def write_atomically(path: Path, write: str | Callable[[Path], object]) -> None:
             temporary.write_text(write, encoding="utf-8")
         else:
             write(temporary)
+        with temporary.open("rb+") as written:  # on the disk before it takes the old file's place
+            os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from llm_variator.contexts.inputs import pad_left, pads_first
+from llm_variator.contexts.prefill import read, slides
 from llm_variator.errors import VariatorError
-from llm_variator.inputs import pad_left, pads_first
 from llm_variator.plugin import CompressionPlugin
-from llm_variator.prefill import read, slides
 
 _UNSUPPORTED = {
     "assistant_model": "assisted decoding",

@@ -18,16 +18,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.architectures import architecture_of
 from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, release, released_on_error
+from llm_variator.cache.paging import KVPool, PagedStore
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.contexts import CompressedContext
+from llm_variator.contexts.fingerprints import plugin_fingerprint
+from llm_variator.contexts.inputs import chats, encode
+from llm_variator.contexts.prefill import read
 from llm_variator.errors import VariatorError
-from llm_variator.fingerprints import base_signature, plugin_fingerprint
 from llm_variator.generation import check_generation, pad_prompt, read_ahead, setting
-from llm_variator.inputs import chats, encode
 from llm_variator.loading import load_model, plugin_folder
-from llm_variator.paging import KVPool, PagedLayer
-from llm_variator.plugin import CompressionPlugin, attachment, warn_if_other_weights
-from llm_variator.prefill import read
+from llm_variator.plugin import CompressionPlugin, attachment, base_signature, warn_if_other_weights
 from llm_variator.session import Session, current, scope
 
 # Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
@@ -358,7 +358,7 @@ class VariatorModel(nn.Module):
         cache: Any = DynamicCache(config=self._host.config)
         for layer in layers:
             if not self._architecture.slides(self._host, layer):
-                cache.layers[layer] = CompressedLayer(None if pool is None else PagedLayer(pool))
+                cache.layers[layer] = CompressedLayer(None if pool is None else PagedStore(pool))
         with released_on_error(cache):
             read(self.base, self._active(), cache, ids, mask, chunk=prefill_chunk_size)
         self._report = KVCacheReport.of(cache)
@@ -369,8 +369,13 @@ class VariatorModel(nn.Module):
         )
 
     def kv_cache_report(self, cache: Any = None) -> KVCacheReport:
-        """Entries and bytes per layer of `cache`, by default as they were after the last compressed call."""
+        """Entries and bytes per layer of a cache or context, by default as they were after the last compressed call.
+
+        Of what lies in a pool also its blocks, how many of them are shared, and what unshared ones would need.
+        """
         self.decoder_only("kv_cache_report", "an encoder keeps no KV cache")
+        if isinstance(cache, CompressedContext):
+            return cache.report()
         if cache is not None:
             return KVCacheReport.of(cache)
         if self._report is None:

@@ -36,6 +36,16 @@ def weights_digest(embedding: torch.Tensor) -> str:
     return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
 
 
+def base_signature(host: Any, num_layers: int) -> BaseSignature:
+    """What a plugin stores about its base."""
+    config = host.config
+    name = getattr(config, "_name_or_path", "") or config.model_type
+    if Path(name).is_absolute():
+        name = Path(name).name
+    digest = weights_digest(host.get_input_embeddings().weight)
+    return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)
+
+
 def warn_if_other_weights(folder: Path, base: BaseSignature, digest: str) -> None:
     """Warn that the plugin in `folder` was trained on other weights than those of `digest`."""
     if base.weights and digest not in ("", base.weights):

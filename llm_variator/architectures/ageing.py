@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_variator.cache import CompressedLayer
+from llm_variator.cache.recent import Recent
 from llm_variator.config import VariatorConfig
 from llm_variator.groups import Grouping
 from llm_variator.plugin import SiteLayers
-from llm_variator.recent import Recent
 from llm_variator.session import scope
 
 

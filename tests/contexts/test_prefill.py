@@ -11,8 +11,8 @@ from conftest import make_decoder, make_variator, pad, prompts
 from transformers import DynamicCache
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.contexts.prefill import passes
 from llm_variator.groups import FILLER
-from llm_variator.prefill import passes
 
 MIXED = VariatorConfig(k={"ffn": 4, "kv": 3}, sites=("ffn", "kv"), r=5, dense_head=2, dense_tail=3)
 GREEDY = dict(do_sample=False, max_new_tokens=5)

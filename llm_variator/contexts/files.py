@@ -19,20 +19,20 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llm_variator.cache import CompressedLayer
+from llm_variator.cache.paging import KVPool, PagedStore
+from llm_variator.cache.quantised import Quantised, dense
+from llm_variator.cache.recent import Recent
+from llm_variator.cache.stores import Part, SharedStore, Store, whole
+from llm_variator.contexts.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
-from llm_variator.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
-from llm_variator.paging import KVPool, PagedLayer
-from llm_variator.quantised import Quantised, dense
-from llm_variator.recent import Recent
-from llm_variator.stores import Part, SharedLayer, Store, whole
 
 if TYPE_CHECKING:
-    from llm_variator.contexts import CompressedContext
+    from llm_variator.contexts.context import CompressedContext
     from llm_variator.model import VariatorModel
 
 FORMAT = "llm_variator.context"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _QUANTISED = ("codes", "scale", "low")  # tensors of a `Quantised`
 
 
@@ -72,7 +72,7 @@ def save(context: CompressedContext, path: Path) -> None:
         "ends_before_last_token": bool(getattr(context.cache, "ends_before_last_token", False)),
         "messages": context.messages,
         "layers": layers,
-        "checksums": {name: _checksum(value) for name, value in stored.items()},
+        "tensors": {name: [*_form(value), _checksum(value)] for name, value in stored.items()},
     }
     text = json.dumps(facts)
     header = {"context": text, "checksum": str(zlib.crc32(text.encode()))}
@@ -109,20 +109,20 @@ def load(
             f"reads {FORMAT_VERSION}; compress the context again"
         )
     plugin = _owner(path, facts["belongs_to"], model, tokenizer)
-    if tensors.keys() != facts["checksums"].keys():
+    if tensors.keys() != facts["tensors"].keys():
         raise VariatorError(f"{path} lacks tensors or has surplus ones; save the context again")
-    if verify:
-        for name, value in tensors.items():
-            if _checksum(value) != facts["checksums"][name]:
-                raise VariatorError(f"{path} is damaged ({name}); save the context again")
+    for name, value in tensors.items():
+        *form, checksum = facts["tensors"][name]
+        if form != _form(value) or (verify and _checksum(value) != checksum):
+            raise VariatorError(f"{path} is damaged ({name}); save the context again")
     cache: Any = DynamicCache(config=model.config)
     for index, layer in enumerate(facts["layers"]):
         keys, values = (_read(tensors, f"{index}.{name}", layer, model) for name in ("keys", "values"))
         if "has_fillers" in layer:
             columns = tensors[f"{index}.columns"].to(model.device)
-            store: Store = SharedLayer(((keys, values),))
+            store: Store = SharedStore(((keys, values),))
             if pool is not None:
-                store = PagedLayer(pool).like(dense(keys), dense(values))
+                store = PagedStore(pool).like(dense(keys), dense(values))
             held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])
             if "recent" in layer:
                 hidden, *position = (
@@ -146,7 +146,7 @@ def load(
 
 def _stored(store: DynamicLayer) -> Part:
     """Keys and values as they lie, or in one tensor each where they lie in several."""
-    if isinstance(store, SharedLayer) and len(store.parts) == 1 and not store.keys.numel():
+    if isinstance(store, SharedStore) and len(store.parts) == 1 and not store.keys.numel():
         return store.parts[0]
     return whole(store)
 
@@ -201,6 +201,11 @@ def _owner(path: Path, made: Mapping[str, Any], model: VariatorModel, tokenizer:
         f"{path} was made with the plugin {made['plugin']['name']!r}, which this model has not loaded or has with "
         f"other weights or settings (loaded: {', '.join(model.plugins) or 'none'}); load it, or compress again"
     )
+
+
+def _form(value: Tensor) -> list[Any]:
+    """What a damaged header could change without changing a byte of the values."""
+    return [str(value.dtype), [*value.shape]]
 
 
 def _checksum(value: Tensor) -> int:

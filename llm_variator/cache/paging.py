@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_variator.cache.stores import Store
 from llm_variator.errors import VariatorError
-from llm_variator.stores import Store
 
 Tables = list[list[int]]
 
@@ -131,7 +131,7 @@ class KVPool:
         return self._references[block] > 1
 
 
-class PagedLayer(Store):
+class PagedStore(Store):
     """A store whose entries lie in the blocks of a `KVPool`."""
 
     def __init__(self, pool: KVPool, tables: Tables | None = None, entries: int = 0) -> None:
@@ -211,16 +211,16 @@ class PagedLayer(Store):
             del table[kept:]
         self.entries = entries
 
-    def fork(self) -> PagedLayer:
+    def fork(self) -> PagedStore:
         """A store with the same blocks."""
         self._check()
         for table in self.tables:
             self.pool.share(table)
-        return PagedLayer(self.pool, [list(table) for table in self.tables], self.entries)
+        return PagedStore(self.pool, [list(table) for table in self.tables], self.entries)
 
-    def like(self, keys: Tensor, values: Tensor) -> PagedLayer:
+    def like(self, keys: Tensor, values: Tensor) -> PagedStore:
         """A store in the same pool that holds these entries."""
-        new = PagedLayer(self.pool)
+        new = PagedStore(self.pool)
         new.update(keys, values)
         return new
 

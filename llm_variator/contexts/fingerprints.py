@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from llm_variator.config import BaseSignature
-from llm_variator.plugin import CompressionPlugin, weights_digest
+from llm_variator.plugin import CompressionPlugin
 
 _known: WeakKeyDictionary[CompressionPlugin, tuple[Any, str]] = WeakKeyDictionary()
 
 SAMPLED_VALUES = 64  # of each of a model's tensors: enough to notice any fine-tuning, cheap for any size
-
-
-def base_signature(host: Any, num_layers: int) -> BaseSignature:
-    """What a plugin stores about its base."""
-    config = host.config
-    name = getattr(config, "_name_or_path", "") or config.model_type
-    if Path(name).is_absolute():
-        name = Path(name).name
-    digest = weights_digest(host.get_input_embeddings().weight)
-    return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)
 
 
 def model_fingerprint(base: nn.Module) -> str:

@@ -10,7 +10,7 @@ import torch
 from conftest import make_decoder, make_variator, prompts
 
 from llm_variator import CompressedContext, KVPool, PoolExhaustedError, VariatorConfig, VariatorError
-from llm_variator.paging import PagedLayer
+from llm_variator.cache.paging import PagedStore
 
 MIXED = VariatorConfig(k={"ffn": 4, "kv": 3}, sites=("ffn", "kv"), r=5, dense_head=2, dense_tail=3)
 GREEDY = dict(do_sample=False, max_new_tokens=5)
@@ -23,7 +23,7 @@ def states(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_a_paged_store_is_what_concatenation_is():
     """Random appends, forks, cuts and row changes against plain tensors."""
     pool, rng = KVPool(400, block_size=4), random.Random(0)
-    stores: list[tuple[PagedLayer, torch.Tensor]] = [(PagedLayer(pool), torch.zeros(2, 3, 0, 8))]
+    stores: list[tuple[PagedStore, torch.Tensor]] = [(PagedStore(pool), torch.zeros(2, 3, 0, 8))]
     for step in range(300):
         store, plain = rng.choice(stores)
         action = rng.choice(["append", "append", "fork", "truncate", "rows", "free"])
@@ -150,7 +150,7 @@ def test_double_free_and_use_after_free():
         ):
             with pytest.raises(VariatorError, match="was freed"):
                 misuse()
-    store = PagedLayer(pool)
+    store = PagedStore(pool)
     store.update(states(1, 2, 3, 8), states(1, 2, 3, 8))
     store.free()
     for misuse in (store.free, store.fork, store.whole, lambda: store.update(*[states(1, 2, 3, 8)] * 2)):

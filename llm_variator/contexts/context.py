@@ -1,4 +1,4 @@
-"""Contexts that live on: a prompt compressed once, then shared, extended, saved and loaded."""
+"""`CompressedContext`: what goes on from a compressed prompt."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from llm_variator import context_files
 from llm_variator.cache import CompressedLayer, KVCacheReport, expand, fork, release, released_on_error
+from llm_variator.cache.paging import KVPool
+from llm_variator.cache.quantised import Quantised
+from llm_variator.cache.stores import SharedStore, Store, whole
+from llm_variator.contexts import files
+from llm_variator.contexts.fingerprints import plugin_fingerprint
+from llm_variator.contexts.inputs import Chat, chats, continued_chat, encode, pads_first
+from llm_variator.contexts.prefill import read
 from llm_variator.errors import VariatorError
-from llm_variator.fingerprints import plugin_fingerprint
-from llm_variator.inputs import Chat, chats, continued_chat, encode, pads_first
-from llm_variator.paging import KVPool
-from llm_variator.prefill import read
-from llm_variator.quantised import Quantised
-from llm_variator.stores import SharedLayer, Store, whole
 
 if TYPE_CHECKING:
     from llm_variator.model import VariatorModel
@@ -110,7 +110,7 @@ class CompressedContext:
                 keys, values = (Quantised.of(t, bits) for t in whole(layer.store))
                 if isinstance(layer.store, Store):
                     layer.store.free()
-                layer.store = SharedLayer(((keys, values),))
+                layer.store = SharedStore(((keys, values),))
         return dataclasses.replace(self, cache=cache)
 
     def free(self) -> None:
@@ -185,7 +185,7 @@ class CompressedContext:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the context to one file (safetensors), whole or not at all: an old file stays until then."""
         self._alive()
-        context_files.save(self, Path(path))
+        files.save(self, Path(path))
 
     @classmethod
     def load(
@@ -211,7 +211,7 @@ class CompressedContext:
         Raises:
             VariatorError: the file is damaged or no context, or belongs to another model, plugin or tokenizer.
         """
-        fields = context_files.load(Path(path), model, tokenizer, pool=pool, verify=verify)
+        fields = files.load(Path(path), model, tokenizer, pool=pool, verify=verify)
         return cls(model, tokenizer=tokenizer, **fields)
 
     def _continued(self, talk: list[Chat], answer: bool) -> tuple[list[list[int]], list[Chat]]:

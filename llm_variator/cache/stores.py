@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
+from llm_variator.cache.quantised import Quantised, change, dense
 from llm_variator.errors import VariatorError
-from llm_variator.quantised import Quantised, change, dense
 
 Part = tuple[Tensor | Quantised, Tensor | Quantised]  # keys and values
 
@@ -23,25 +24,25 @@ Part = tuple[Tensor | Quantised, Tensor | Quantised]  # keys and values
 class Store(DynamicLayer):
     """A store of ours: what the functions below ask of it."""
 
+    @abstractmethod
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values in one tensor each (b, kv_heads, entries, head_dim)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def truncate(self, entries: int) -> None:
         """Keep the first `entries`, in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fork(self) -> Store:
         """A store that goes on by itself from the same entries, sharing them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def like(self, keys: Tensor, values: Tensor) -> DynamicLayer:
         """A store of this kind with other entries."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sizes(self) -> tuple[int, int, int]:
         """Bytes held, bytes of them that others may use too, bytes of one dense column over all rows."""
-        raise NotImplementedError
 
     def free(self) -> None:
         """Give back what is held, where that does not happen by itself."""
@@ -57,7 +58,7 @@ class Store(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
 
-class SharedLayer(Store):
+class SharedStore(Store):
     """A store that goes on from tensors of others: `parts` are never written, only `keys` and `values` are its own.
 
     A part of one row serves any number of rows: it is expanded for the moment of an `update`, and not kept.
@@ -112,14 +113,14 @@ class SharedLayer(Store):
         self.parts = tuple(part for part in kept if part[0].shape[-2]) or tuple(kept[:1])
         self._empty()
 
-    def fork(self) -> SharedLayer:
+    def fork(self) -> SharedStore:
         """Its own entries become a part."""
         own = ((self.keys, self.values),) if self.keys.numel() else ()
-        return SharedLayer(self.parts + own)
+        return SharedStore(self.parts + own)
 
     def like(self, keys: Tensor, values: Tensor) -> DynamicLayer:
         """One part."""
-        return SharedLayer(((keys, values),))
+        return SharedStore(((keys, values),))
 
     def sizes(self) -> tuple[int, int, int]:
         """Bytes held, bytes of them in parts, bytes of one dense column over all rows."""
@@ -158,7 +159,7 @@ def fork_store(store: DynamicLayer) -> DynamicLayer:
     if isinstance(store, Store):
         return store.fork()
     if type(store) is DynamicLayer and store.is_initialized:
-        return SharedLayer((whole(store),))
+        return SharedStore((whole(store),))
     return copy.copy(store)  # transformers' layers replace their tensors, they never write into them
 
 

@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import QuantizedLayer
 
 from llm_variator import CompressedContext, VariatorConfig, VariatorError
-from llm_variator.quantised import Quantised
+from llm_variator.cache.quantised import Quantised
 
 CONFIG = VariatorConfig(k=4, sites=("ffn", "kv"), r=5, dense_head=2, dense_tail=3)
 GREEDY = dict(do_sample=False, max_new_tokens=6)

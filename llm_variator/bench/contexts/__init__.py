@@ -1,0 +1,1 @@
+"""Saved, shared, chunked, ageing and paged contexts, measured."""
