@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from llm_variator.aliases import ALIASES
+from llm_variator.config import QUANTISATIONS
 from llm_variator.errors import VariatorError
 from llm_variator.loading.configuration import adapted_base, holds_adapter, load_config, read_config
 from llm_variator.loading.names import (
@@ -29,6 +30,7 @@ from llm_variator.loading.names import (
     reason,
     source_of,
 )
+from llm_variator.loading.quantisation import keep_differentiable, quantisation_config, quantise
 
 # Modules of a classification head, with what some checkpoints leave out before it.
 _HEADS = ("classifier", "score", "classification_head", "bert.pooler")
@@ -43,6 +45,8 @@ def load_model(
     num_layers: int | None = None,
     num_labels: int | None = None,
     seed: int = 0,
+    quantize: str | None = None,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """Load a base model in evaluation mode.
 
@@ -56,27 +60,54 @@ def load_model(
         num_layers: with `random_init`, the number of layers (of encoder and decoder each).
         num_labels: load it as a classifier of so many labels; a head that the checkpoint lacks is new.
         seed: seed of all new weights; the global random state is left as it was.
+        quantize: "nf4" or "int8": matrices of the layers quantised by bitsandbytes, `dtype` for the rest.
+        device_map: "auto" spreads a pretrained model's layers over the GPUs and the memory of the CPU, for
+            inference, in place of `device`.
 
     Raises:
         VariatorError: nothing can be loaded from this name, or an argument is wrong.
     """
     name = checked_name(name)
-    torch_dtype = _parse_dtype(dtype)
+    torch_dtype = parse_dtype(dtype)
     torch_device = _parse_device(device)
     if num_layers is not None and not random_init:
         raise VariatorError("num_layers changes the shape, so it needs random weights: add --random-init")
-    if random_init:
-        return _random_model(name, torch_dtype, torch_device, num_layers, num_labels, seed)
-    if holds_adapter(name):
-        return _with_adapter(name, torch_dtype, num_labels, seed).to(torch_device)  # type: ignore[arg-type]
+    if quantize is not None and quantize not in QUANTISATIONS:
+        raise VariatorError(f"unknown quantisation {quantize!r}: use one of {', '.join(QUANTISATIONS)}")
+    if device_map is not None and (random_init or holds_adapter(name)):
+        raise VariatorError(
+            "device_map is for pretrained models: give a device instead, or merge the LoRA first"
+        )
+    if random_init or holds_adapter(name):
+        if random_init:
+            model = _random_model(name, torch_dtype, torch_device, num_layers, num_labels, seed)
+        else:
+            model = _with_adapter(name, torch_dtype, num_labels, seed)
+        if quantize is not None:
+            quantise(model, quantize, torch_device)
+        return model.to(torch_device)  # type: ignore[arg-type]
     source = source_of(name)
-    model = _pretrained(name, source, torch_dtype, num_labels, seed)
+    model = _pretrained(
+        name,
+        source,
+        torch_dtype,
+        num_labels,
+        seed,
+        quantize,
+        torch_device if device_map is None else device_map,
+    )
     model.config._name_or_path = model.name_or_path = base_name(name)
-    return model.to(torch_device).eval()  # type: ignore[arg-type]
+    return model.eval()
 
 
 def _pretrained(
-    name: str, source: Path | str, dtype: torch.dtype | None, num_labels: int | None, seed: int
+    name: str,
+    source: Path | str,
+    dtype: torch.dtype | None,
+    num_labels: int | None,
+    seed: int,
+    quantize: str | None,
+    place: torch.device | str,
 ) -> PreTrainedModel:
     only_local = local_only(source)
     config = read_config(name, source, only_local)
@@ -84,6 +115,11 @@ def _pretrained(
     options: dict[str, Any] = {}
     if num_labels is not None:
         auto, options = AutoModelForSequenceClassification, {"num_labels": num_labels}
+    if quantize is not None:
+        computing = dtype or parse_dtype(config.dtype) or torch.float32
+        options["quantization_config"] = quantisation_config(quantize, computing)
+    if quantize is not None or isinstance(place, str):
+        options["device_map"] = place if isinstance(place, str) else {"": place}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -98,6 +134,9 @@ def _pretrained(
     except (ImportError, *LOAD_ERRORS) as error:
         raise load_error(name, source, "weights", error, only_local) from error
     _untie(model)
+    keep_differentiable(model)
+    if "device_map" not in options:
+        model.to(place)
     new = _HEADS if num_labels is not None else ()
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(new)):
         raise VariatorError(
@@ -134,7 +173,7 @@ def _random_model(
     if num_labels is not None:
         auto, config.num_labels = AutoModelForSequenceClassification, num_labels
     if dtype is None:
-        dtype = ALIASES[name].dtype if name in ALIASES else _parse_dtype(config.dtype) or torch.float32
+        dtype = ALIASES[name].dtype if name in ALIASES else parse_dtype(config.dtype) or torch.float32
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
@@ -167,7 +206,8 @@ def _untie(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     names = {
