@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from llm_variator.config import VariatorConfig
+from llm_variator.config import QUANTISATIONS, VariatorConfig
 from llm_variator.errors import VariatorError
 
 PRESETS: dict[str, Callable[..., VariatorConfig]] = {"paper": VariatorConfig.paper}
@@ -162,8 +162,18 @@ def variator_flags_given(args: argparse.Namespace) -> list[str]:
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `loading.load_model` takes from the flags --dtype, --random-init, --num-layers and --seed."""
-    return {name: getattr(args, name) for name in ("dtype", "random_init", "num_layers", "seed")}
+    """What `loading.load_model` takes from --dtype, --random-init, --num-layers, --seed and --quantize."""
+    given = {name: getattr(args, name) for name in ("dtype", "random_init", "num_layers", "seed")}
+    return {**given, "quantize": getattr(args, "quantize", None)}
+
+
+def add_quantize_flag(add: Callable[..., Any]) -> None:
+    """Add --quantize with an `add_argument`."""
+    add(
+        "--quantize",
+        choices=QUANTISATIONS,
+        help="the base's matrices in 4 bits (NF4) or 8 (int8), by bitsandbytes; plugins stay as they are",
+    )
 
 
 def variator_config_from(args: argparse.Namespace) -> VariatorConfig:

@@ -14,6 +14,9 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "variator_config.json"
 WEIGHTS_FILE = "variator.safetensors"
 CARD_FILE = "README.md"
+
+QUANTISATIONS = ("nf4", "int8")
+"""Of a frozen base, by bitsandbytes: 4 bits or 8."""
 SITES = ("ffn", "attention", "kv", "cross")
 COMPRESSORS = ("weighted", "mean")
 DECOMPRESSORS = ("adapter", "copy")

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from llm_variator.aliases import ALIASES
 from llm_variator.cli import (
     Parser,
+    add_quantize_flag,
     model_options,
     natural,
     natural_float,
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    model = VariatorModel(load_model(args.model, device=args.device, **model_options(args)))
+    model = VariatorModel(_load(args))
     model.decoder_only("this command", "T5's generate is at hand in Python, through VariatorModel")
     for name, plugin in plugins.items():
         model.load_plugin(plugin, plugin_name=name)
@@ -126,7 +127,17 @@ def build_parser() -> argparse.ArgumentParser:
     host.add_argument("--device", default="cpu", help="where to run, as in cpu or cuda:0")
     host.add_argument("--random-init", action="store_true", help="the model's shape with random weights")
     host.add_argument("--num-layers", type=positive_int, help="with --random-init: another depth")
+    add_quantize_flag(host.add_argument)
+    host.add_argument(
+        "--device-map",
+        choices=["auto"],
+        help="spread the layers over all GPUs and the CPU's memory, in place of --device",
+    )
     return parser
+
+
+def _load(args: argparse.Namespace) -> PreTrainedModel:
+    return load_model(args.model, device=args.device, device_map=args.device_map, **model_options(args))
 
 
 class _Plugins(argparse.Action):

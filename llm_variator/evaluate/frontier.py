@@ -96,6 +96,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="of base model and plugins (default: as stored)")
     add("--random-init", action="store_true", help="the model's shape with random weights; no download")
     add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
+    cli.add_quantize_flag(add)
     add("--seed", type=cli.natural, default=0, help="of random weights (--random-init)")
     add(
         "--work",

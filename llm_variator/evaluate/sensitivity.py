@@ -89,6 +89,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="of the base model (default: as stored)")
     add("--random-init", action="store_true", help="the model's shape with random weights; no download")
     add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
+    cli.add_quantize_flag(add)
     add("--seed", type=cli.natural, default=0, help="of random weights (--random-init)")
     add("--work", type=Path, default=WORK, help="what is measured is kept here, and not measured again")
     add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")

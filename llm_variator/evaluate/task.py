@@ -34,6 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=cli.positive_int, default=512, help="most prompt tokens; longer inputs are cut")
     add("--dtype", help="of the weights (default: as stored)")
     add("--device", default="cpu", help="where to compute")
+    cli.add_quantize_flag(add)
     add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     started = time.perf_counter()
     task = find_task(args.task)
     examples = load_examples(task, "validation", data_dir=args.data_dir, limit=args.limit)
-    base = load_model(args.model, dtype=args.dtype, device=args.device)
+    base = load_model(args.model, dtype=args.dtype, device=args.device, quantize=args.quantize)
     form = form_for(base, task, load_tokenizer(args.model), max_length=args.max_length)
     model: Any = VariatorModel.from_pretrained(base, args.plugin) if args.plugin else base
     if (Path(args.model) / LTP_FILE).is_file():

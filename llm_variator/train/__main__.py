@@ -18,7 +18,9 @@ from transformers import TrainingArguments
 from llm_variator import cli
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
+from llm_variator.loading.quantisation import base_bytes
 from llm_variator.results import scrub_paths, write_result
+from llm_variator.train.distributed import is_main_process, world_size
 from llm_variator.train.flags import FREE_ON_RESUME, SCHEDULES, build_parser, check_flags, default_name
 from llm_variator.train.stages import Run, prepare
 from llm_variator.train.trainer import VariatorTrainer, checkpoints, last_complete_checkpoint
@@ -37,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = _check_output(args)
 
     run = prepare(args)
-    _print_trainable(run)
-    write_atomically(args.output / RUN_FILE, json.dumps(_settings(args), indent=2) + "\n")
+    if is_main_process():
+        _print_trainable(run)
+        write_atomically(args.output / RUN_FILE, json.dumps(_settings(args), indent=2) + "\n")
     trainer = _trainer(args, run, resuming=checkpoint is not None)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -50,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         not trainer.evaluations or trainer.evaluations[-1]["step"] != trainer.state.global_step
     ):
         trainer.evaluate()
+    held_out = _held_out(args, trainer, run)
     if trainer.is_world_process_zero():
-        _finish(args, argv, trainer, run, started)
+        _finish(args, argv, trainer, run, held_out, started)
 
 
 def _check_output(args: argparse.Namespace) -> Path | None:
@@ -73,6 +77,9 @@ def _check_output(args: argparse.Namespace) -> Path | None:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that decide what is learned, as plain JSON."""
     kept = {key: value for key, value in vars(args).items() if key not in FREE_ON_RESUME}
+    kept["grad_accum"] *= (
+        world_size()
+    )  # what is learned depends on the micro-batches of a step, wherever they run
     settings: dict[str, Any] = json.loads(json.dumps(kept))
     return settings
 
@@ -85,6 +92,11 @@ def _check_same_settings(args: argparse.Namespace) -> None:
         raise VariatorError(f"cannot resume: {record} is not readable ({error}); start anew") from None
     now = _settings(args)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed == ["grad_accum"]:
+        raise VariatorError(
+            f"cannot resume {args.output}: its steps have {before['grad_accum']} micro-batches, here they would have "
+            f"{now['grad_accum']} (--grad-accum times {world_size()} processes): change --grad-accum"
+        )
     if changed:
         was = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
         raise VariatorError(f"cannot resume {args.output} with other settings: {was}")
@@ -143,16 +155,26 @@ def _trainer(args: argparse.Namespace, run: Run, *, resuming: bool) -> VariatorT
     )
 
 
+def _held_out(args: argparse.Namespace, trainer: VariatorTrainer, run: Run) -> dict[str, float]:
+    """The figures of the result; all processes measure, as a sharded base takes all of them."""
+    if args.stage != "pretrain":
+        return run.final_judge(run.learner)
+    last = trainer.evaluations[-1]
+    return {
+        name[5:]: value for name, value in last.items() if name.startswith("eval_") and name != "eval_runtime"
+    }
+
+
 def _finish(
-    args: argparse.Namespace, argv: Sequence[str], trainer: VariatorTrainer, run: Run, started: float
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    trainer: VariatorTrainer,
+    run: Run,
+    held_out: dict[str, float],
+    started: float,
 ) -> None:
     """Write what was trained and training.json, and print the figures."""
     on_the_way = trainer.evaluations
-    if args.stage == "pretrain":
-        held_out = {name[5:]: value for name, value in on_the_way[-1].items() if name.startswith("eval_")}
-        held_out.pop("runtime", None)
-    else:
-        held_out = run.final_judge(run.learner)
     figure = run.judge.figure
     figures = {
         "held_out": held_out,
@@ -162,8 +184,10 @@ def _finish(
             [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
         ],
         "steps": trainer.state.global_step,
+        "processes": world_size(),
         "data": run.data,
         "config": None if run.plugin is None else run.plugin.plugin().config.to_dict(),
+        "base": None if run.plugin is None else _base_facts(args, run.plugin.base),
     }
     result = write_result(
         args.output / RESULT_FILE,
@@ -179,7 +203,7 @@ def _finish(
         )
         facts = {
             **{name: scrub_paths(value) for name, value in run.data.items()},
-            "steps": f"{args.max_steps}, each {args.batch_size * args.grad_accum} rows",
+            "steps": f"{args.max_steps}, each {args.batch_size * args.grad_accum * world_size()} rows",
             "loss": args.loss,
             "wall time": f"{result['wall_seconds']:.0f} s on {where}",
             "held out" if args.stage != "pretrain" else "held-out figures": words,
@@ -194,6 +218,15 @@ def _finish(
             shutil.rmtree(checkpoint)
     print(f"held out: {words}")
     print(f"{'plugin' if run.plugin is not None else 'model'} saved to {args.output}")
+
+
+def _base_facts(args: argparse.Namespace, base: Any) -> dict[str, Any]:
+    """How the frozen base is held, and the bytes of its weights."""
+    return {
+        "quantize": args.quantize,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "bytes": base_bytes(base),
+    }
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def build_parser() -> cli.Parser:
     )
     add("--random-init", action="store_true", help="the model's shape with random weights; no download")
     add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
+    cli.add_quantize_flag(add)
     cli.add_variator_flags(parser)
 
     add = parser.add_argument_group("baselines and fine-tuning").add_argument
@@ -159,6 +160,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.keep > 1:
         raise VariatorError(f"--keep is a share of the tokens, at most 1; got {args.keep:g}")
     is_plugin = args.stage != "finetune" and args.method == "variator"
+    if args.quantize and not (is_plugin or args.lora):
+        raise VariatorError(
+            "--quantize is for a frozen base: train a plugin on it, or add --lora; whole models learn in float32"
+        )
     given = cli.variator_flags_given(args) + (["--plugin"] if args.plugin else [])
     if not is_plugin and given:
         what = "--stage finetune" if args.stage == "finetune" else f"--method {args.method}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from llm_variator.tasks.examples import Example
 from llm_variator.tasks.forms import TaskForm, form_for
 from llm_variator.train.corruption import Corrupted, span_corruption, stack, token_masking
 from llm_variator.train.data import Corpus, ExampleStream, TrainingStream, build_corpus, collate
+from llm_variator.train.distributed import announce
 from llm_variator.train.flags import prompt_range
 from llm_variator.train.judges import ContinuationJudge, Judge, LossJudge, TaskJudge
 from llm_variator.train.learners import Learner, ModelLearner, PluginLearner
@@ -80,7 +82,7 @@ def _pretrain_decoder(args: argparse.Namespace) -> Run:
     prompt_tokens = prompt_range(args, seq_length)
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     corpus = _corpus(args, tokenizer, seq_length)
-    learner = _plugin_learner(args, load_model(args.model, **cli.model_options(args)))
+    learner = _plugin_learner(args, _base(args))
     _check_prompts(learner.model, prompt_tokens[0])
     judge = ContinuationJudge(corpus.held_out, continuation=args.continuation, batch_size=args.batch_size)
 
@@ -93,7 +95,7 @@ def _pretrain_decoder(args: argparse.Namespace) -> Run:
             seed=args.seed,
         )
 
-    print(
+    announce(
         f"{sum(map(len, corpus.train)):,} windows of {seq_length} tokens to train on, "
         f"{len(corpus.held_out)} held out; prompts of {prompt_tokens[0]} to {prompt_tokens[1]} tokens"
     )
@@ -103,7 +105,7 @@ def _pretrain_decoder(args: argparse.Namespace) -> Run:
 
 def _pretrain_encoder(args: argparse.Namespace) -> Run:
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    base = load_model(args.model, **cli.model_options(args))
+    base = _base(args)
     if args.method == "variator":
         learner: Learner = _plugin_learner(args, base)
     else:
@@ -130,11 +132,19 @@ def _pretrain_encoder(args: argparse.Namespace) -> Run:
         )
         return Corrupted(windows, corruption, seed=args.seed)
 
-    print(
+    announce(
         f"{sum(map(len, corpus.train)):,} windows of {seq_length} tokens to train on, "
         f"{len(corpus.held_out)} held out"
     )
     return Run(learner, tokenizer, stream, stack, objective, judge, judge, _texts(args))
+
+
+def _base(args: argparse.Namespace, num_labels: int | None = None) -> PreTrainedModel:
+    """The base model. A quantised one is made where it is used; the Trainer moves the others there."""
+    device = "cpu"
+    if args.quantize and args.device != "cpu" and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return load_model(args.model, **cli.model_options(args), num_labels=num_labels, device=device)
 
 
 def _corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Corpus:
@@ -178,7 +188,7 @@ def _task_run(args: argparse.Namespace) -> Run:
             seed=args.seed,
         )
 
-    print(f"{task.name}: {len(train):,} examples to train on, {len(test):,} to test on")
+    announce(f"{task.name}: {len(train):,} examples to train on, {len(test):,} to test on")
     data = {
         "trained on": f"{train[0].origin.name}: {train[0].origin.describe(len(train))}",
         "measured on": f"{test[0].origin.name}: {test[0].origin.describe(len(test))}",
@@ -191,7 +201,7 @@ def _load(args: argparse.Namespace) -> PreTrainedModel:
     """The model; a BERT with a head for the task's labels."""
     labels = len(find_task(args.task).answers) or None
     is_bert = load_config(args.model).model_type == "bert"
-    return load_model(args.model, **cli.model_options(args), num_labels=labels if is_bert else None)
+    return _base(args, num_labels=labels if is_bert else None)
 
 
 def _judge(form: TaskForm, examples: Sequence[Example], args: argparse.Namespace) -> TaskJudge:

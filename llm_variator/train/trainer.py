@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,15 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from llm_variator.errors import VariatorError
+from llm_variator.train.distributed import (
+    average_gradients,
+    is_main_process,
+    shard_only,
+    wants_fsdp,
+    world_size,
+)
 from llm_variator.train.judges import Judge
-from llm_variator.train.learners import Learner
+from llm_variator.train.learners import Learner, PluginLearner
 from llm_variator.train.objective import Objective
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -56,12 +64,32 @@ class VariatorTrainer(Trainer):
         """
         assert args.max_steps > 0, "the stream of examples needs its length"
         assert args.train_sampling_strategy == "sequential", "the stream is shuffled already"
+        self._learner = learner  # asked for while the Trainer sets itself up
         # The Trainer wants a dataset to evaluate on; the judge brings its own.
         super().__init__(learner.model, args, collate, stream, eval_dataset=[None])
         self.model_accepts_loss_kwargs = False  # compute_loss gives a mean per micro-batch
-        self._learner = learner
         self._objective = objective
         self._judge = judge
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; with FSDP the plugin stays whole on every process."""
+        super().create_accelerator_and_postprocess()
+        if wants_fsdp() and world_size() > 1:
+            if not isinstance(self._learner, PluginLearner):
+                raise VariatorError(
+                    "FSDP is for plugins on a frozen base: train whole models and LoRA with DDP"
+                )
+            shard_only(self.accelerator, self._learner.model.base, self._learner.model.plugin())
+            self.is_fsdp_enabled = True
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch; after the last of a step the gradients of an unsharded plugin are averaged."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            average_gradients(self._learner.model.plugin().parameters())
+        return loss
 
     def compute_loss(
         self,
@@ -88,7 +116,31 @@ class VariatorTrainer(Trainer):
         """What `evaluate` logged so far, with the step."""
         return [entry for entry in self.state.log_history if f"eval_{self._judge.figure}" in entry]
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A block in which the Trainer reads and writes what is not sharded: all that a checkpoint holds."""
+        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = sharded
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is trained, never the base."""
+        with self._whole():
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._whole():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._whole():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         self._learner.save(Path(output_dir or self.args.output_dir or "."))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -122,7 +174,7 @@ def last_complete_checkpoint(folder: Path) -> Path:
     for checkpoint in checkpoints(folder):
         if _is_complete(checkpoint):
             complete.append(checkpoint)
-        else:
+        elif is_main_process():
             shutil.rmtree(checkpoint)
     if not complete:
         raise VariatorError(
