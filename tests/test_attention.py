@@ -15,7 +15,9 @@ def masked_softmax(query, key, value, sees, scale):
     return scores.masked_fill(~sees, float("-inf")).softmax(-1) @ value
 
 
-@pytest.mark.parametrize("k, n, head, tail", [(2, 37, 0, 1), (3, 40, 2, 5), (2, 1000, 4, 1), (4, 1700, 0, 9)])
+@pytest.mark.parametrize(
+    ("k", "n", "head", "tail"), [(2, 37, 0, 1), (3, 40, 2, 5), (2, 1000, 4, 1), (4, 1700, 0, 9)]
+)
 def test_equals_the_masked_form(k, n, head, tail):
     """Short prompts go through one call, long ones in blocks: with gradients in both."""
     torch.manual_seed(0)
@@ -32,6 +34,8 @@ def test_equals_the_masked_form(k, n, head, tail):
     weight = torch.randn_like(expected)
     inputs = (query, key, value)
     for ours, theirs in zip(
-        torch.autograd.grad(actual, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True
+        torch.autograd.grad(actual, inputs, weight),
+        torch.autograd.grad(expected, inputs, weight),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)

@@ -18,6 +18,7 @@ from llm_variator.bench.setting import DENSE, Setting, plugin
 from llm_variator.bench.timing import Case, Spread, interleaved, ratio, timed
 from llm_variator.bench.training import kept_bytes
 from llm_variator.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.plugin import weights_digest
 
 TINY = ["--random-init", "--device", "cpu", "--repetitions", "2", "--threads", "1"]
 
@@ -90,6 +91,26 @@ def test_prefill_stores_counted_operations_and_real_cache_bytes(tmp_path):
     assert dense["kv_mib"] * 2**20 == 2 * 2 * n * 16 * 4
     assert ours["kv_mib"] * 2**20 == 2 * 2 * held * 16 * 4
     assert "ffn+kv k=2" in (tmp_path / "f.md").read_text()
+
+
+def test_prefill_shows_what_was_timed_elsewhere(tmp_path):
+    own = setting("--dtype", "bfloat16")
+    measured = {
+        "weights": weights_digest(own.base.get_input_embeddings().weight),
+        "dtype": "bfloat16",
+        "versions": {"kvpress": "9.9"},
+        "rows": [{"case": "SnapKV 50%", "tokens": 64, "batch": 1, "of_dense": 1.1, "kv_mib": 2.0}],
+    }
+    file = tmp_path / "presses.json"
+    flags = ["prefill", "--model", "tiny-llama", "--tokens", "64", "--elsewhere", str(file)]
+    file.write_text(json.dumps(measured))
+    *_, last = figures(tmp_path, *flags, "--dtype", "bfloat16")["rows"]
+    assert last == measured["rows"][0] | {"case": "kvpress 9.9: SnapKV 50%"}
+    with pytest.raises(VariatorError, match="other weights or in another dtype"):
+        main([*flags, *TINY, "--dtype", "float32"])
+    file.write_text("{}")
+    with pytest.raises(VariatorError, match="not a file of eval/kvpress_prefill"):
+        main([*flags, *TINY])
 
 
 def test_the_last_layer_can_be_measured_whole(tmp_path):
