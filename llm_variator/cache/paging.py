@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_variator.cache.stores import Store
+from llm_variator.cache.stores import Sizes, Store
 from llm_variator.errors import VariatorError
 
 Tables = list[list[int]]
@@ -243,14 +243,14 @@ class PagedStore(Store):
         if self.tables:
             self._pick(torch.arange(len(self.tables))[indices.cpu()].tolist())
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Bytes held, bytes of them in blocks of several tables, bytes of one dense column over all rows."""
+    def sizes(self) -> Sizes:
+        """Whole blocks; shared are those of several tables."""
         if self.pool.keys is None or self.pool.values is None:
-            return 0, 0, 0
+            return Sizes(0, 0, 0)
         own = Counter(block for table in self.tables for block in table)
         shared = sum(self.pool.is_shared(block) for block in own)
         block = self.pool.report().block_bytes
-        return len(own) * block, shared * block, len(self.tables) * block // self.pool.block_size
+        return Sizes(len(own) * block, shared * block, len(self.tables) * block // self.pool.block_size)
 
     def _pick(self, rows: list[int]) -> None:
         self._check()

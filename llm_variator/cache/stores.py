@@ -9,7 +9,7 @@ import copy
 import operator
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,28 @@ from llm_variator.errors import VariatorError
 Part = tuple[Tensor | Quantised, Tensor | Quantised]  # keys and values
 
 
+class Sizes(NamedTuple):
+    """Bytes of the entries of all rows."""
+
+    held: int
+    shared: int
+    """Of `held`, those that other stores may use too."""
+    column: int
+    """Of one dense token."""
+
+
 class Store(DynamicLayer):
-    """A store of ours: what the functions below ask of it."""
+    """A store of ours, growing by `update`: what a compressed layer and the functions below ask of it."""
+
+    @abstractmethod
+    def get_seq_length(self) -> int:
+        """Entries held in every row."""
+
+    @abstractmethod
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append; returns all keys and values."""
 
     @abstractmethod
     def whole(self) -> tuple[Tensor, Tensor]:
@@ -37,12 +57,20 @@ class Store(DynamicLayer):
         """A store that goes on by itself from the same entries, sharing them."""
 
     @abstractmethod
-    def like(self, keys: Tensor, values: Tensor) -> DynamicLayer:
+    def like(self, keys: Tensor, values: Tensor) -> Store:
         """A store of this kind with other entries."""
 
     @abstractmethod
-    def sizes(self) -> tuple[int, int, int]:
-        """Bytes held, bytes of them that others may use too, bytes of one dense column over all rows."""
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+
+    @abstractmethod
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+
+    @abstractmethod
+    def sizes(self) -> Sizes:
+        """Bytes held, shared, and of a dense token."""
 
     def free(self) -> None:
         """Give back what is held, where that does not happen by itself."""
@@ -118,18 +146,18 @@ class SharedStore(Store):
         own = ((self.keys, self.values),) if self.keys.numel() else ()
         return SharedStore(self.parts + own)
 
-    def like(self, keys: Tensor, values: Tensor) -> DynamicLayer:
+    def like(self, keys: Tensor, values: Tensor) -> SharedStore:
         """One part."""
         return SharedStore(((keys, values),))
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Bytes held, bytes of them in parts, bytes of one dense column over all rows."""
+    def sizes(self) -> Sizes:
+        """Shared is what lies in parts."""
         shared = sum(keys.nbytes + values.nbytes for keys, values in self.parts)
         parts = [*self.parts, (self.keys, self.values)] if self.keys.numel() else [*self.parts]
         column = max(
             sum(t.shape[0] * t.shape[1] * t.shape[3] * t.dtype.itemsize for t in part) for part in parts
         )
-        return shared + self.keys.nbytes + self.values.nbytes, shared, column
+        return Sizes(shared + self.keys.nbytes + self.values.nbytes, shared, column)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row; parts of one row serve as they are."""
@@ -194,18 +222,16 @@ def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
     return store.keys, store.values
 
 
-def sizes(store: DynamicLayer) -> tuple[int, int, int]:
-    """Bytes held, bytes of them that others may use too, bytes of one dense column over all rows."""
+def sizes(store: DynamicLayer) -> Sizes:
+    """What a store takes."""
     if isinstance(store, Store):
         return store.sizes()
     keys, values = whole(store)
     held = keys.nbytes + values.nbytes
     column = held // max(1, keys.shape[-2])
-    if isinstance(
-        store, QuantizedLayer
-    ):  # its backend's own form, by the bits it promises, and the dense rest
+    if isinstance(store, QuantizedLayer):  # what its bits promise, and the newest entries, which stay dense
         assert store.keys is not None
         rest = store.keys.shape[-2] if store.keys.numel() else 0
         packed = (keys.shape[-2] - rest) * column * store.nbits // (8 * keys.element_size())
         held = rest * column + packed
-    return held, 0, column
+    return Sizes(held, 0, column)

@@ -55,3 +55,35 @@ def test_pool(tmp_path, plugin):
     assert sum(figures["operations"].values()) == 25
     assert figures["wrong_answers"] == figures["blocks_left_after_all_are_freed"] == 0
     assert figures["peak_blocks"] < figures["peak_blocks_without_sharing"]
+
+
+def test_load_answers_alike_in_another_process(tmp_path, plugin):
+    sizes = ["--context", 60, "--question", 5, "--new-tokens", 4, "--repeats", 1]
+    figures = measure(tmp_path, plugin, "load", *sizes)
+    assert figures["answers_equal"]
+    assert figures["load_seconds"] > 0
+    assert figures["file_bytes"] < figures["dense_bytes"]
+
+
+def assert_chunks_are_only_rounding(errors: list[dict]) -> None:
+    """In fp64 chunks give what one pass gives; in fp32 they are as near to that, with the plugin and without."""
+    for case in errors:
+        for name, chunked in case.items():
+            if name.startswith("chunks_of_"):
+                assert chunked["from_one_pass_in_fp64"] < 1e-8 * case["greatest"]
+                assert 0 < chunked["root_mean_square"] < 1.5 * case["one_pass"]["root_mean_square"]
+
+
+def test_rounding(tmp_path, plugin):
+    sizes = ["--context", 90, "--ratios", 2, 8, "--chunks", 16, 64]
+    figures = measure(tmp_path, plugin, "rounding", *sizes)
+    assert [case["k"] for case in figures["errors"]] == ["dense", 2, 8]
+    assert_chunks_are_only_rounding(figures["errors"])
+
+
+def test_rounding_of_smollm2(tmp_path, smollm2):
+    """Where one pass and chunks differ by a thousandth, neither is nearer to the truth."""
+    file = tmp_path / "figures.json"
+    sizes = ["--context", "160", "--ratios", "8", "--chunks", "64", "--json", str(file)]
+    main(["rounding", *sizes])
+    assert_chunks_are_only_rounding(json.loads(file.read_text(encoding="utf-8"))["figures"]["errors"])

@@ -1,4 +1,4 @@
-"""`python -m llm_variator.bench.contexts load|questions|prefill|decode|pool`: what contexts save, measured."""
+"""`python -m llm_variator.bench.contexts load|questions|prefill|rounding|decode|pool`: what contexts save, measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llm_variator import cli
-from llm_variator.bench.contexts import ageing, chunks, pool, reuse
+from llm_variator.bench.contexts import ageing, memory, pool, reuse, rounding
 from llm_variator.bench.contexts.setting import build_model
 from llm_variator.corpora import EMBEDDED
 from llm_variator.results import write_result
@@ -21,13 +21,14 @@ from llm_variator.results import write_result
 _COMMANDS = {
     "load": reuse.load,
     "questions": reuse.questions,
-    "prefill": chunks.prefill,
+    "prefill": memory.prefill,
+    "rounding": rounding.rounding,
     "decode": ageing.decode,
     "pool": pool.pool,
 }
 _PARTS = {
     "answer_from": reuse.answer_from,
-    "memory_of": chunks.memory_of,
+    "memory_of": memory.memory_of,
 }  # in a process of their own, by flag
 
 
@@ -74,13 +75,16 @@ def build_parser() -> cli.Parser:
         questions=50,
         repeats=3,
     )
-    add = command(
-        "prefill", "chunked against unchunked: greatest difference; memory of activations", context=700
-    )
-    add("--ratios", type=cli.positive_int, nargs="+", default=[2, 3, 4, 8], help="k of untrained plugins")
-    add("--chunks", type=cli.positive_int, nargs="+", default=[64, 100, 256], help="tokens read at a time")
-    add("--lengths", type=cli.positive_int, nargs="+", default=[1024, 4096, 8192], help="for the memory")
+    chunks = dict(type=cli.positive_int, nargs="+", default=[64, 100, 256], help="tokens read at a time")
+    add = command("prefill", "peak memory of activations, whole and in chunks")
+    add("--chunks", **chunks)
+    add("--lengths", type=cli.positive_int, nargs="+", default=[1024, 4096, 8192], help="tokens of a prompt")
     add("--memory-of", type=cli.natural, nargs=2, metavar=("TOKENS", "CHUNK"), help=argparse.SUPPRESS)
+    add = command(
+        "rounding", "errors of chunked and whole prefill against the same model in fp64", context=700
+    )
+    add("--chunks", **chunks)
+    add("--ratios", type=cli.positive_int, nargs="+", default=[2, 3, 4, 8], help="k of untrained plugins")
     add = command(
         "decode",
         "a text read token by token as if generated: entries held, cross-entropy against dense",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,7 +66,9 @@ def compressed_layers(context: CompressedContext) -> list[CompressedLayer]:
     return [layer for layer in context.cache.layers if isinstance(layer, CompressedLayer)]
 
 
-def in_another_process(args: argparse.Namespace, *flags: object) -> Any:
+def in_another_process(
+    args: argparse.Namespace, *flags: object, environment: Mapping[str, str] | None = None
+) -> Any:
     """What this program prints, as JSON, when it is run anew with `flags` and the same model, plugin and data."""
     words = [args.command, "--model", args.model, "--plugin", args.plugin, "--dtype", args.dtype]
     words += ["--device", args.device, "--data", args.data, "--seed", args.seed, *flags]
@@ -74,6 +78,7 @@ def in_another_process(args: argparse.Namespace, *flags: object) -> Any:
         words += ["--random-init", *(["--num-layers", args.num_layers] if args.num_layers else [])]
     done = subprocess.run(
         [sys.executable, "-m", "llm_variator.bench.contexts", *map(str, words)],
+        env=os.environ | dict(environment or {}),
         stdout=subprocess.PIPE,
         text=True,
         check=True,

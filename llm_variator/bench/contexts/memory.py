@@ -1,4 +1,4 @@
-"""Chunked prefill: how far rounding carries its result from that of one pass, and the memory it saves."""
+"""Memory that a prefill needs beyond weights and cache: whole, and in chunks."""
 
 from __future__ import annotations
 
@@ -7,46 +7,22 @@ import resource
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from llm_variator.bench.contexts.setting import Figures, compressed_layers, in_another_process, stretches
-from llm_variator.cache.stores import whole
-from llm_variator.config import VariatorConfig
-from llm_variator.contexts import CompressedContext
+from llm_variator.bench.contexts.setting import Figures, in_another_process
 from llm_variator.model import VariatorModel
+
+# glibc then gives freed tensors back at once: the resident size is what is in use, not what was
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def prefill(model: VariatorModel, args: argparse.Namespace) -> Figures:
-    """Greatest difference of keys and values over ragged rows; peak memory beyond weights and cache."""
-    lengths = [args.context, args.context // 3, args.context - 7, 1, args.context // 2]
-    rows = [row[0].tolist() for row in stretches(args, *lengths)]
-    differences = []
-    for k in args.ratios:
-        model.add_plugin(f"k{k}", VariatorConfig(k=k, sites=("ffn", "kv")))
-        with model.use_plugin(f"k{k}"):
-            single = _entries(model.compress(rows))
-            for chunk in args.chunks:
-                parts = _entries(model.compress(rows, prefill_chunk_size=chunk))
-                worst = max(
-                    float((a - b).abs().max()) for a, b in zip(single, parts, strict=True) if a.numel()
-                )
-                differences.append({"k": k, "chunk": chunk, "greatest_difference": worst})
+    """Peak memory of activations for every length and chunk, each in a process of its own."""
     memory = [
-        in_another_process(args, "--memory-of", tokens, chunk)
+        in_another_process(args, "--memory-of", tokens, chunk, environment=_GIVE_BACK)
         for tokens in args.lengths
         for chunk in (0, *args.chunks)
     ]
-    return {"row_lengths": lengths, "differences": differences, "memory": memory}
-
-
-def _entries(context: CompressedContext) -> list[Tensor]:
-    """Keys and values of each row's own entries, layer by layer."""
-    found = []
-    for layer in compressed_layers(context):
-        keys, values = whole(layer.store)
-        for row, own in enumerate(layer.columns.expand(len(keys), -1) >= 0):
-            found += [keys[row][:, own], values[row][:, own]]
-    return found
+    return {"memory": memory}
 
 
 def memory_of(model: VariatorModel, args: argparse.Namespace) -> Figures:
