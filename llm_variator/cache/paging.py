@@ -75,7 +75,7 @@ class KVPool:
         size = 0 if self.keys is None or self.values is None else self.keys[0].nbytes + self.values[0].nbytes
         return PoolReport(self.blocks, len(counts), sum(c > 1 for c in counts), sum(counts), size)
 
-    def shape(self, keys: Tensor, values: Tensor) -> None:
+    def fit(self, keys: Tensor, values: Tensor) -> None:
         """Make the tensors for entries like `keys` and `values` (b, kv_heads, n, head_dim), or check that they fit."""
         with self._lock:
             if self.keys is None or self.values is None:
@@ -159,7 +159,7 @@ class PagedStore(Store):
         """
         self._check()
         pool, size = self.pool, self.pool.block_size
-        pool.shape(key_states, value_states)
+        pool.fit(key_states, value_states)
         assert pool.keys is not None
         assert pool.values is not None
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
