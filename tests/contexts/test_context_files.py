@@ -224,7 +224,7 @@ def test_a_header_that_reads_the_same_bytes_as_something_else_is_refused(small, 
         changed = data[:start].replace(old.encode(), new.encode()) + data[start:]
         for verify in (True, False):
             broken.write_bytes(changed)
-            with pytest.raises(VariatorError, match=r"is damaged \(.*\); save the context again"):
+            with pytest.raises(VariatorError, match="save the context again"):
                 CompressedContext.load(broken, model, verify=verify)
 
 
