@@ -201,7 +201,7 @@ def test_a_change_of_any_byte_is_refused_or_harmless(small, tmp_path):
     expected, broken = CompressedContext.load(file, model), tmp_path / "broken"
     start = header_size(data)
     for place in range(len(data)):
-        for bits in (0x01, 0x20, 0xFF) if place < start else (0x01,):
+        for bits in (0x01, 0xFF) if place < start else (0x01,):
             changed = data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :]
             refused = refused_or_harmless(model, broken, changed, expected)
             assert refused or place < start, place
