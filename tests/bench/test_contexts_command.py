@@ -80,9 +80,10 @@ def test_rounding(tmp_path, plugin):
     assert_chunks_are_only_rounding(figures["errors"])
 
 
+@pytest.mark.slow
 def test_rounding_of_smollm2(tmp_path, smollm2):
     """Where one pass and chunks differ by a thousandth, neither is nearer to the truth."""
     file = tmp_path / "figures.json"
-    sizes = ["--context", "100", "--ratios", "8", "--chunks", "64", "--json", str(file)]
+    sizes = ["--context", "64", "--ratios", "8", "--chunks", "32", "--json", str(file)]
     main(["rounding", *sizes])
     assert_chunks_are_only_rounding(json.loads(file.read_text(encoding="utf-8"))["figures"]["errors"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +17,8 @@ def decode(model: VariatorModel, args: argparse.Namespace) -> Figures:
     """The same text after the same prompt, token by token: with blocks merged, without, and dense throughout."""
     (text,) = stretches(args, args.context + args.new_tokens + 1)
     config = model.plugins["plugin"]
-    model.load_plugin(args.plugin, "intact")
+    intact = model.add_plugin("intact", dataclasses.replace(config, decode_block=None)).to(model.dtype)
+    intact.load_state_dict(model.plugin("plugin").state_dict())
     figures: Figures = {
         "prompt_tokens": args.context,
         "new_tokens": args.new_tokens,
