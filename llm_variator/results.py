@@ -94,7 +94,9 @@ def peak_memory_gib() -> dict[str, float | None]:
     if sys.platform != "win32":
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**30 if sys.platform == "darwin" else 2**20
+        )
     gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     return {"process": peak, "gpu": gpu}
 

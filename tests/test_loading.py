@@ -128,7 +128,9 @@ def test_offloaded_layers_compute_as_the_others(folder, tmp_path):
         for parameter in whole.plugin().parameters():
             parameter.normal_(0, 0.1)
     whole.save_pretrained(tmp_path / "plugin")
-    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
     base = load_model(folder, device_map=places | {"model.layers.1": "disk"})
     assert next(base.model.layers[1].parameters()).device.type == "meta"
     offloaded = VariatorModel.from_pretrained(base, tmp_path / "plugin")

@@ -71,7 +71,9 @@ def test_remote_code_is_never_asked_for():
 
 
 def test_no_file_holds_a_secret():
-    pattern = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY)")
+    pattern = re.compile(
+        r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY)"
+    )
     for folder in ("llm_variator", "recipes", "eval", "docs", "tests", "examples"):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix in (".py", ".yaml", ".json", ".md", ".txt"):

@@ -33,7 +33,7 @@ from llm_variator.loading.names import (
 )
 from llm_variator.loading.quantisation import keep_differentiable, quantisation_config, quantise
 
-# From so many parameters on, random weights repeat one block of numbers; its length is prime, so that no two rows are equal.
+# From so many parameters on, random weights repeat one block of numbers, of prime length so that no two rows are equal.
 _LARGE = 10**9
 _BLOCK = 16_777_259
 
@@ -198,7 +198,7 @@ def _random_model(
 
 
 def _fill(model: PreTrainedModel, device: torch.device) -> None:
-    """Give a large model on "meta" weights out of one block of random numbers: in seconds, and in the memory of one copy."""
+    """Give a large model on "meta" weights out of one block of random numbers: in seconds, and in the memory of one."""
     model.to_empty(device=device)
     model.tie_weights()
     scale = getattr(model.config, "initializer_range", 0.02)
@@ -206,7 +206,9 @@ def _fill(model: PreTrainedModel, device: torch.device) -> None:
     with torch.no_grad():
         for module in model.modules():
             if any(True for _ in module.buffers(recurse=False)):
-                model._init_weights(module)  # rotary frequencies and the like, which hang on the configuration
+                model._init_weights(
+                    module
+                )  # rotary frequencies and the like, which hang on the configuration
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() < 2:
                     parameter.fill_(0 if name == "bias" else 1)

@@ -226,7 +226,9 @@ def _finish(
 
 def _base_facts(args: argparse.Namespace, base: Any) -> dict[str, Any]:
     """How the frozen base is held; the bytes of its weights, and what arithmetic expects of them."""
-    shape = load_model(args.model, random_init=True, num_layers=args.num_layers, device="meta", dtype=base.dtype)
+    shape = load_model(
+        args.model, random_init=True, num_layers=args.num_layers, device="meta", dtype=base.dtype
+    )
     return {
         "quantize": args.quantize,
         "dtype": str(base.dtype).removeprefix("torch."),
