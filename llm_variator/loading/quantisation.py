@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -100,7 +101,7 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as they are, scales and codebooks of quantised ones included."""
+    """Bytes of a model's weights as this process holds them, with scales and codebooks of quantised ones."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -110,7 +111,8 @@ def base_bytes(model: nn.Module) -> int:
         if scales is None:
             scales = getattr(getattr(module, "state", None), "SCB", None)
         tensors += [] if scales is None else [scales]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def predicted_bytes(plain: PreTrainedModel, kind: str | None) -> int:
