@@ -141,7 +141,7 @@ def _pretrained(
     _untie(model)
     keep_differentiable(model)
     if "device_map" not in options:
-        model.to(place)  # type: ignore[arg-type]
+        model.to(place)
     new = _HEADS if num_labels is not None else ()
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(new)):
         raise VariatorError(

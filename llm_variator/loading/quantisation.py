@@ -85,7 +85,7 @@ def quantise(model: PreTrainedModel, kind: str, device: torch.device) -> None:
         del weight, module
     keep_differentiable(model)
     marks: Any = model  # what transformers notes on a quantised model: trainers and savers ask for it
-    model.config.quantization_config = config  # type: ignore[attr-defined]
+    model.config.quantization_config = config
     marks.is_quantized, marks.quantization_method = True, config.quant_method
     setattr(marks, f"is_loaded_in_{'8' if kind == 'int8' else '4'}bit", True)
 
