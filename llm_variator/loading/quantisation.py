@@ -6,10 +6,7 @@ plugins. A plugin recognises its base by the embeddings: it fits the quantised a
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -140,10 +137,8 @@ def _tensors_of(state: Any) -> list[torch.Tensor]:
 
 
 def _bitsandbytes() -> Any:
-    """The library, imported without what it would fetch: with the package `kernels`, native code from the hub."""
     try:
-        with _absent("kernels"):
-            import bitsandbytes
+        import bitsandbytes
     except ImportError as error:
         raise VariatorError(
             "quantised models need bitsandbytes: pip install 'llm-variator[quant]'"
@@ -153,25 +148,5 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-@contextlib.contextmanager
-def _absent(package: str) -> Iterator[None]:
-    """Inside the block, importing `package` fails."""
-    kept = sys.modules.get(package)
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    log.addFilter(_never)
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        log.removeFilter(_never)
-        del sys.modules[package]
-        if kept is not None:
-            sys.modules[package] = kept
-
-
 def _is_news(record: logging.LogRecord) -> bool:
     return "MatMul8bitLt: inputs will be cast" not in record.getMessage()
-
-
-def _never(record: logging.LogRecord) -> bool:
-    return False
