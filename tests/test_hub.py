@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hub_stub import TOKEN, running_hub
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 START = """
 import time, torch

@@ -14,6 +14,7 @@ from tiny import train, words
 from llm_variator import VariatorError
 from llm_variator.train.distributed import average_gradients
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SETTINGS = dict(sites="ffn,kv", learning_rate=0.003, max_steps=6, save_every=3, eval_every=3, batch_size=2)
 
