@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--presses", nargs="+", default=list(PRESSES), help="kvpress's classes without Press")
     parser.add_argument("--repetitions", type=int, default=7, help="times that every case is timed, in turns")
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), trust_remote_code=False
+    ).eval()
     cases: dict[str, Any] = {DENSE: None}
     for share in args.entries:
         for name in args.presses:

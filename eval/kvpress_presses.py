@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="windows in one forward pass")
     args = parser.parse_args()
     tasks = json.loads(args.tasks.read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     if weights_of(model) != tasks["model"]["weights"]:
         parser.error(
             f"{args.model} holds other weights than {tasks['model']['name']} that the tasks were made with"

@@ -36,7 +36,7 @@ from llm_variator.compare import DENSE, Generation, compare, generate, print_com
 from llm_variator.errors import VariatorError
 from llm_variator.loading import load_model, load_tokenizer, shipped_plugins
 from llm_variator.model import VariatorModel
-from llm_variator.results import write_result
+from llm_variator.results import peak_memory_gib, write_result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tokens_per_second": result.tokens_per_second,
             "kv_bytes": result.cache.bytes,
             "kv_dense_bytes": result.cache.dense_bytes,
+            "peak_memory_gib": peak_memory_gib(),
         }
     if args.json is not None:
         figures |= {"model": args.model, "prompt_tokens": input_ids.shape[1]}

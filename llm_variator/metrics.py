@@ -44,7 +44,7 @@ def reference_conditions(
         }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: FSDP keeps what it gathers
 def continuation_cross_entropy(
     model: VariatorModel, input_ids: Tensor, prompt_length: int, *, batch_size: int = 4
 ) -> float:

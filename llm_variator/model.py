@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.architectures import architecture_of
+from llm_variator.architectures.site import execution_device
 from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, release, released_on_error
 from llm_variator.cache.paging import KVPool, PagedStore
 from llm_variator.config import CONFIG_FILE, VariatorConfig
@@ -27,6 +29,7 @@ from llm_variator.contexts.prefill import read
 from llm_variator.errors import VariatorError
 from llm_variator.generation import check_generation, pad_prompt, read_ahead, setting
 from llm_variator.loading import load_model, plugin_folder
+from llm_variator.loading.hub import upload
 from llm_variator.plugin import CompressionPlugin, attachment, base_signature, warn_if_other_weights
 from llm_variator.session import Session, current, scope
 
@@ -201,7 +204,7 @@ class VariatorModel(nn.Module):
         if not name or "." in name:
             raise VariatorError(f"a plugin name must be non-empty and without dots, got {name!r}")
         for (_, layer), site in plugin.sites.items():
-            site.to(next(self._architecture.blocks(self._host)[layer].parameters()).device)
+            site.to(execution_device(self._architecture.blocks(self._host)[layer]))
         self._plugins[name] = plugin
         self.add_module(f"plugin_{name}", plugin)
         return plugin
@@ -464,13 +467,10 @@ class VariatorModel(nn.Module):
         self, repo_id: str, *, plugin_name: str | None = None, private: bool | None = None
     ) -> str:
         """Upload a plugin to the Hugging Face hub; returns the commit's address."""
-        from huggingface_hub import HfApi
-
+        plugin = self.plugin(plugin_name)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, plugin_name=plugin_name)
-            api = HfApi()
-            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return str(api.upload_folder(repo_id=repo, folder_path=folder))
+            plugin.save(folder, card=plugin.card(source=repo_id))
+            return upload(Path(folder), repo_id, private=private)
 
     def unload(self) -> PreTrainedModel:
         """Detach every hook and give the base model back as it was; this object is of no use afterwards."""

@@ -146,6 +146,11 @@ class CompressionPlugin(nn.Module):
         file = folder / WEIGHTS_FILE
         own = self.state_dict()
         if not file.is_file():
+            for other in (other for end in ("*.bin", "*.pt", "*.pth", "*.pkl") for other in folder.glob(end)):
+                raise VariatorError(
+                    f"{other} is a pickle, which could run code: plugins are read from {WEIGHTS_FILE} alone; have it "
+                    "saved again with save_pretrained"
+                )
             raise VariatorError(
                 f"{file} not found: the plugin folder is incomplete; save or download it again"
             )
@@ -178,8 +183,8 @@ class CompressionPlugin(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.copy_(read[name])
 
-    def card(self, facts: Mapping[str, Any] | None = None) -> str:
-        """The model card (README.md): what this is, how to load it, how it was made (`facts`)."""
+    def card(self, facts: Mapping[str, Any] | None = None, *, source: str = "path/to/this/folder") -> str:
+        """The model card (README.md): what this is, how to load it from `source`, how it was made (`facts`)."""
         config = self.config
         base = config.base_model or "its base model"
         count = sum(parameter.numel() for parameter in self.parameters())
@@ -193,7 +198,7 @@ class CompressionPlugin(nn.Module):
             "Merges neighbouring prompt vectors so that a long prompt costs less compute and KV cache; "
             "the base model is untouched.\n\n"
             "```python\nfrom llm_variator import VariatorModel\n\n"
-            f'model = VariatorModel.from_pretrained("{base}", "path/to/this/folder")\n```\n\n'
+            f'model = VariatorModel.from_pretrained("{base}", "{source}")\n```\n\n'
             f"| | |\n|---|---|\n{table}\n"
         )
 

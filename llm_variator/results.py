@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -85,6 +86,19 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or None,
     }
+
+
+def peak_memory_gib() -> dict[str, float | None]:
+    """The most memory this process held so far, in GiB: on the machine, and on its GPU."""
+    peak: float | None = None
+    if sys.platform != "win32":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**30 if sys.platform == "darwin" else 2**20
+        )
+    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return {"process": peak, "gpu": gpu}
 
 
 def _cpu_model() -> str:

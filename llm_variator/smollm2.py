@@ -76,9 +76,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, **options, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, **options, dtype=torch.float32, trust_remote_code=False
+    )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)
 
 
 def cache_dir() -> Path:

@@ -274,5 +274,7 @@ def test_the_process_ends_with_status_2_and_one_line(files):
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: the prompt is empty")
-    assert done.stderr.count("\n") == 1
+    # bitsandbytes, where it is installed, says at its import by transformers which kernel it would rather have
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit")]
+    assert len(said) == 1
+    assert said[0].startswith("error: the prompt is empty")

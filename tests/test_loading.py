@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
-from llm_variator import VariatorError, smollm2
+from llm_variator import VariatorConfig, VariatorError, VariatorModel, smollm2
 from llm_variator.aliases import ALIASES
 from llm_variator.loading import (
     base_name,
@@ -26,6 +26,7 @@ from llm_variator.loading import (
     resolve_plugin,
     shipped_plugins,
 )
+from llm_variator.loading import model as model_module
 from llm_variator.loading.model import auto_class
 
 needs_smollm2 = pytest.mark.skipif(
@@ -90,6 +91,53 @@ def test_random_model_depends_on_the_seed_alone():
     assert {parameter.dtype for parameter in first.parameters()} == {torch.bfloat16}
     assert first.config.num_hidden_layers == 1
     assert not first.training
+
+
+@pytest.mark.parametrize("alias", ["tiny-llama", "tiny-t5", "tiny-bert"])
+def test_a_large_random_model_is_filled_from_one_block(alias, monkeypatch):
+    """Made to look large, against the same shape built the ordinary way."""
+    plain = load_model(alias, random_init=True)
+    monkeypatch.setattr(model_module, "_LARGE", 1000)
+    monkeypatch.setattr(model_module, "_BLOCK", 1009)
+    first, again, other = (load_model(alias, random_init=True, seed=seed) for seed in (1, 1, 2))
+    assert not first.training
+    for name, value in plain.named_parameters():
+        ours = first.get_parameter(name)
+        assert torch.equal(ours, again.get_parameter(name)), name
+        if value.dim() < 2:
+            assert torch.equal(ours, value), f"{name}: ones in norms, zeros in biases"
+        else:
+            assert 0.005 < ours.std() < 1.5, name
+            assert ours.unique(dim=0).shape == ours.shape or len(ours) > 1009, "no row repeats another"
+    for name, value in plain.named_buffers():
+        assert torch.equal(first.get_buffer(name), value), name
+    embeddings = [model.get_input_embeddings().weight for model in (first, other)]
+    assert not torch.equal(*embeddings)
+    assert first.config.tie_word_embeddings == plain.config.tie_word_embeddings
+    head = first.get_output_embeddings()
+    assert (head.weight is embeddings[0]) == plain.config.tie_word_embeddings
+
+
+def test_offloaded_layers_compute_as_the_others(folder, tmp_path):
+    """The last layer lies on the disk between passes; its plugin does not."""
+    pytest.importorskip("accelerate", reason="device_map is its work")
+    config = VariatorConfig(k=2, sites=("ffn", "kv"), r=4, dense_head=1)
+    whole = VariatorModel(load_model(folder), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in whole.plugin().parameters():
+            parameter.normal_(0, 0.1)
+    whole.save_pretrained(tmp_path / "plugin")
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    base = load_model(folder, device_map=places | {"model.layers.1": "disk"})
+    assert next(base.model.layers[1].parameters()).device.type == "meta"
+    offloaded = VariatorModel.from_pretrained(base, tmp_path / "plugin")
+    assert {parameter.device.type for parameter in offloaded.plugin().parameters()} == {"cpu"}
+    ids = torch.randint(3, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(offloaded.generate(ids, **options), whole.generate(ids, **options))
 
 
 def test_depth_applies_to_encoder_and_decoder():

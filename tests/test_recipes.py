@@ -17,19 +17,30 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "recipes").rglob("*.yaml")
-    if "tables" not in path.parts
+    if not {"tables", "accelerate"} & set(path.parts)
 )
+LAUNCHERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes/accelerate").glob("*.yaml"))
 
 
 def launch(recipe: str, monkeypatch):
     """The namespace that the command in the recipe's first line makes."""
     monkeypatch.chdir(ROOT)
-    command = (ROOT / recipe).read_text(encoding="utf-8").splitlines()[0]
-    words = shlex.split(command.removeprefix("#"))
-    assert words[:2] == ["python", "-m"]
+    words = command_of(recipe)
     assert recipe in words, "the launch command names the recipe itself"
     parser = importlib.import_module(f"{words[2]}.__main__").build_parser()
     return cli.parse(parser, words[3:])
+
+
+def command_of(recipe: str) -> list[str]:
+    """The command in the first line, as words from `python -m` on; `accelerate launch`'s own flags are left out."""
+    first = (ROOT / recipe).read_text(encoding="utf-8").splitlines()[0]
+    words = shlex.split(first.removeprefix("#"))
+    if words[:2] == ["accelerate", "launch"]:
+        assert words[2] == "--config_file"
+        assert (ROOT / words[3]).is_file()
+        words = ["python", *words[4:]]
+    assert words[:2] == ["python", "-m"]
+    return words
 
 
 def test_there_are_recipes():
@@ -48,6 +59,8 @@ def test_launch_command_reads_every_key(recipe, monkeypatch):
 def test_plugin_fits_the_model(recipe, monkeypatch):
     args = launch(recipe, monkeypatch)
     config = cli.variator_config_from(args)
+    if (ROOT / recipe).parent.name == "t5-11b":
+        args.model = "t5-11b"  # or what an earlier recipe makes of it
     model = load_config(args.model)
     signature = BaseSignature("base", model.model_type, model.hidden_size, model.num_hidden_layers)
     assert isinstance(config.resolved(signature, decoder=True), VariatorConfig)
@@ -64,3 +77,20 @@ def test_flags_go_before_the_recipe(recipe, monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_machine_path(recipe):
     assert not re.search(r"(?<![\w.])(/|~/)\w", (ROOT / recipe).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_accelerate_takes_its_configuration(launcher):
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    config = config_args.load_config_from_file(str(ROOT / launcher))
+    assert config.num_processes == 8
+    assert config.distributed_type == ("FSDP" if "fsdp" in launcher else "MULTI_GPU")
+    words = command_of(launcher)
+    assert (ROOT / words[words.index("--config") + 1]).is_file()
+
+
+def test_fsdp_is_configured_as_the_trainer_wants_it():
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    fsdp = config_args.load_config_from_file(str(ROOT / "recipes/accelerate/fsdp-8.yaml")).fsdp_config
+    assert fsdp["fsdp_version"] == 2
+    assert fsdp["fsdp_cpu_ram_efficient_loading"] is False

@@ -132,6 +132,16 @@ class Architecture:
         return handles
 
 
+def execution_device(block: nn.Module) -> torch.device:
+    """Where a layer computes: with `device_map` its weights may lie elsewhere between passes."""
+    for module in block.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+    return next(block.parameters()).device
+
+
 def _hook_ffn(ffn: nn.Module, end: nn.Module, layer: int) -> list[RemovableHandle]:
     def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         session = current()

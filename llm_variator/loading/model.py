@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from llm_variator.loading.names import (
 )
 from llm_variator.loading.quantisation import keep_differentiable, quantisation_config, quantise
 
+# From so many parameters on, random weights repeat one block of numbers, of prime length so that no two rows are equal.
+_LARGE = 10**9
+_BLOCK = 16_777_259
+
 # Modules of a classification head, with what some checkpoints leave out before it.
 _HEADS = ("classifier", "score", "classification_head", "bert.pooler")
 
@@ -46,7 +51,7 @@ def load_model(
     num_labels: int | None = None,
     seed: int = 0,
     quantize: str | None = None,
-    device_map: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a base model in evaluation mode.
 
@@ -62,7 +67,7 @@ def load_model(
         seed: seed of all new weights; the global random state is left as it was.
         quantize: "nf4" or "int8": matrices of the layers quantised by bitsandbytes, `dtype` for the rest.
         device_map: "auto" spreads a pretrained model's layers over the GPUs and the memory of the CPU, for
-            inference, in place of `device`.
+            inference, in place of `device`; or a mapping of modules to devices, as transformers takes it.
 
     Raises:
         VariatorError: nothing can be loaded from this name, or an argument is wrong.
@@ -107,7 +112,7 @@ def _pretrained(
     num_labels: int | None,
     seed: int,
     quantize: str | None,
-    place: torch.device | str,
+    place: torch.device | str | Mapping[str, Any],
 ) -> PreTrainedModel:
     only_local = local_only(source)
     config = read_config(name, source, only_local)
@@ -118,8 +123,8 @@ def _pretrained(
     if quantize is not None:
         computing = dtype or parse_dtype(config.dtype) or torch.float32
         options["quantization_config"] = quantisation_config(quantize, computing)
-    if quantize is not None or isinstance(place, str):
-        options["device_map"] = place if isinstance(place, str) else {"": place}
+    if quantize is not None or not isinstance(place, torch.device):
+        options["device_map"] = {"": place} if isinstance(place, torch.device) else place
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -175,13 +180,44 @@ def _random_model(
     if dtype is None:
         dtype = ALIASES[name].dtype if name in ALIASES else parse_dtype(config.dtype) or torch.float32
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(device):
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:
-            model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+            with torch.device("meta"):
+                model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+            if device.type == "meta":
+                return model.eval()
+            if sum(parameter.numel() for parameter in model.parameters()) >= _LARGE:
+                _fill(model, device)
+            else:
+                with torch.device(device):
+                    model = auto.from_config(config, dtype=dtype)
         except (ValueError, RuntimeError) as error:
             raise VariatorError(f"{name}: no model of this shape can be built: {reason(error)}") from error
     return model.eval()
+
+
+def _fill(model: PreTrainedModel, device: torch.device) -> None:
+    """Give a large model on "meta" weights out of one block of random numbers: in seconds, and in the memory of one."""
+    model.to_empty(device=device)
+    model.tie_weights()
+    scale = getattr(model.config, "initializer_range", 0.02)
+    block = torch.empty(_BLOCK, device=device).normal_(0, scale).to(model.dtype)
+    with torch.no_grad():
+        for module in model.modules():
+            if any(True for _ in module.buffers(recurse=False)):
+                model._init_weights(
+                    module
+                )  # rotary frequencies and the like, which hang on the configuration
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() < 2:
+                    parameter.fill_(0 if name == "bias" else 1)
+                    continue
+                start = int(torch.randint(_BLOCK, ()))
+                for part in parameter.view(-1).split(_BLOCK):
+                    first = min(len(part), _BLOCK - start)
+                    part[:first] = block[start : start + first]
+                    part[first:] = block[: len(part) - first]
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from llm_variator.aliases import ALIASES
 from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from llm_variator.errors import VariatorError
@@ -58,8 +56,7 @@ def plugin_folder(name: str | os.PathLike[str]) -> Path:
     if isinstance(found, Path):
         return found
     try:
-        files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
-        return Path(snapshot_download(found, allow_patterns=files, local_files_only=not hub.hub_reachable()))
+        return hub.download(found, [CONFIG_FILE, WEIGHTS_FILE], optional=[CARD_FILE])
     except (OSError, ValueError) as error:  # all of the hub's errors are one of these
         raise VariatorError(
             f"plugin {found!r} could not be fetched ({reason(error)}); give a local folder"

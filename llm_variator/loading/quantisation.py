@@ -6,14 +6,12 @@ plugins. A plugin recognises its base by the embeddings: it fits the quantised a
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -84,7 +82,7 @@ def quantise(model: PreTrainedModel, kind: str, device: torch.device) -> None:
         del weight, module
     keep_differentiable(model)
     marks: Any = model  # what transformers notes on a quantised model: trainers and savers ask for it
-    model.config.quantization_config = config  # type: ignore[attr-defined]
+    model.config.quantization_config = config
     marks.is_quantized, marks.quantization_method = True, config.quant_method
     setattr(marks, f"is_loaded_in_{'8' if kind == 'int8' else '4'}bit", True)
 
@@ -100,7 +98,7 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as they are, scales and codebooks of quantised ones included."""
+    """Bytes of a model's weights as this process holds them, with scales and codebooks of quantised ones."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -110,7 +108,8 @@ def base_bytes(model: nn.Module) -> int:
         if scales is None:
             scales = getattr(getattr(module, "state", None), "SCB", None)
         tensors += [] if scales is None else [scales]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def predicted_bytes(plain: PreTrainedModel, kind: str | None) -> int:
@@ -138,10 +137,8 @@ def _tensors_of(state: Any) -> list[torch.Tensor]:
 
 
 def _bitsandbytes() -> Any:
-    """The library, imported without what it would fetch: with the package `kernels`, native code from the hub."""
     try:
-        with _absent("kernels"):
-            import bitsandbytes
+        import bitsandbytes
     except ImportError as error:
         raise VariatorError(
             "quantised models need bitsandbytes: pip install 'llm-variator[quant]'"
@@ -151,25 +148,5 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-@contextlib.contextmanager
-def _absent(package: str) -> Iterator[None]:
-    """Inside the block, importing `package` fails."""
-    kept = sys.modules.get(package)
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    log.addFilter(_never)
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        log.removeFilter(_never)
-        del sys.modules[package]
-        if kept is not None:
-            sys.modules[package] = kept
-
-
 def _is_news(record: logging.LogRecord) -> bool:
     return "MatMul8bitLt: inputs will be cast" not in record.getMessage()
-
-
-def _never(record: logging.LogRecord) -> bool:
-    return False

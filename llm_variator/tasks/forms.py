@@ -75,7 +75,7 @@ def predict_all(
     """
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].inputs.values())))
     found: dict[int, Any] = {}
-    with _evaluating(model), torch.inference_mode():
+    with _evaluating(model), torch.no_grad():
         for start in progress(iter(range(0, len(order), batch_size))):
             part = order[start : start + batch_size]
             found.update(zip(part, form.predict(model, [examples[i] for i in part]), strict=True))

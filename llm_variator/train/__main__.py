@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from transformers import TrainingArguments
 from llm_variator import cli
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
-from llm_variator.loading.quantisation import base_bytes
-from llm_variator.results import scrub_paths, write_result
+from llm_variator.loading import load_model
+from llm_variator.loading.quantisation import base_bytes, predicted_bytes
+from llm_variator.results import peak_memory_gib, scrub_paths, write_result
 from llm_variator.train.distributed import is_main_process, world_size
 from llm_variator.train.flags import FREE_ON_RESUME, SCHEDULES, build_parser, check_flags, default_name
 from llm_variator.train.stages import Run, prepare
@@ -185,6 +187,8 @@ def _finish(
         ],
         "steps": trainer.state.global_step,
         "processes": world_size(),
+        "seconds_per_step": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
+        "peak_memory_gib": peak_memory_gib(),
         "data": run.data,
         "config": None if run.plugin is None else run.plugin.plugin().config.to_dict(),
         "base": None if run.plugin is None else _base_facts(args, run.plugin.base),
@@ -221,11 +225,15 @@ def _finish(
 
 
 def _base_facts(args: argparse.Namespace, base: Any) -> dict[str, Any]:
-    """How the frozen base is held, and the bytes of its weights."""
+    """How the frozen base is held; the bytes of its weights, and what arithmetic expects of them."""
+    shape = load_model(
+        args.model, random_init=True, num_layers=args.num_layers, device="meta", dtype=base.dtype
+    )
     return {
         "quantize": args.quantize,
         "dtype": str(base.dtype).removeprefix("torch."),
         "bytes": base_bytes(base),
+        "predicted_bytes": predicted_bytes(shape, args.quantize),
     }
 
 

@@ -58,6 +58,7 @@ def shard_only(accelerator: Accelerator, frozen: nn.Module, trained: nn.Module) 
         )
     if any(parameter.requires_grad for parameter in frozen.parameters()):
         raise VariatorError("FSDP is for plugins on a frozen base: train whole models and LoRA with DDP")
+    trained.to(accelerator.device)  # what is ignored is not moved there either
     plugin.ignored_modules = [trained]
 
 

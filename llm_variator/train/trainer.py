@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llm_variator.errors import VariatorError
 from llm_variator.train.distributed import (
@@ -66,7 +67,10 @@ class VariatorTrainer(Trainer):
         assert args.train_sampling_strategy == "sequential", "the stream is shuffled already"
         self._learner = learner  # asked for while the Trainer sets itself up
         # The Trainer wants a dataset to evaluate on; the judge brings its own.
-        super().__init__(learner.model, args, collate, stream, eval_dataset=[None])
+        clock = _Clock()
+        super().__init__(learner.model, args, collate, stream, eval_dataset=[None], callbacks=[clock])
+        self.step_seconds = clock.seconds
+        """Wall time of every step of this process, without evaluations and checkpoints."""
         self.model_accepts_loss_kwargs = False  # compute_loss gives a mean per micro-batch
         self._objective = objective
         self._judge = judge
@@ -149,6 +153,20 @@ class VariatorTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._learner.load(Path(self.state.best_model_checkpoint))
+
+
+class _Clock(TrainerCallback):
+    """Times the steps."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
 
 
 def examples_in(args: TrainingArguments) -> int:

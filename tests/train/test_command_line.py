@@ -99,8 +99,10 @@ def test_process_prints_one_line_and_exits_with_2(tmp_path):
     command = [sys.executable, "-m", "llm_variator.train", *words(tmp_path / "run", seq_length=8)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --seq-length 8 leaves no prompt")
-    assert done.stderr.count("\n") == 1
+    # bitsandbytes, where it is installed, says at its import by PEFT which kernel it would rather have
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit")]
+    assert len(said) == 1
+    assert said[0].startswith("error: --seq-length 8 leaves no prompt")
     assert done.stdout == ""
 
 

@@ -14,6 +14,7 @@ from tiny import train, words
 from llm_variator import VariatorError
 from llm_variator.train.distributed import average_gradients
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SETTINGS = dict(sites="ffn,kv", learning_rate=0.003, max_steps=6, save_every=3, eval_every=3, batch_size=2)
 
@@ -105,11 +106,9 @@ def test_checkpoints_hold_the_plugin_and_its_optimizer_alone(runs, kind):
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     moments = [entry[name].numel() for entry in state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert sum(moments) == 2 * count
-    kept = {path.name for path in checkpoint.iterdir()} - {f"rng_state_{rank}.pth" for rank in range(2)}
-    assert kept == {
-        *("README.md", "variator.safetensors", "variator_config.json", "optimizer.pt", "scheduler.pt"),
-        *("trainer_state.json", "training_args.bin", "rng_state.pth"),
-    } & (kept | {"variator.safetensors", "optimizer.pt"})
+    kept = {path.name for path in checkpoint.iterdir() if not path.name.startswith("rng_state")}
+    plugin_files = {"README.md", "variator.safetensors", "variator_config.json"}
+    assert kept == plugin_files | {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
 
 
 def test_another_global_batch_cannot_be_resumed(runs):
