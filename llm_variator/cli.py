@@ -231,7 +231,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise VariatorError(f"recipe {path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # of texts, dates and numbers
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # of texts, dates and numbers
         raise VariatorError(f"recipe {path}: not a YAML file: {error}") from None
     if not isinstance(content, dict):
         raise VariatorError(

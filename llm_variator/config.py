@@ -122,7 +122,10 @@ class VariatorConfig:
                     f'k_per_layer must map a site to a list, e.g. {{"ffn": [1, 2]}}; got {self.k_per_layer!r}'
                 )
             given = self._per_site("k_per_layer", self.k_per_layer)
-            put("k_per_layer", {site: _items(f"k_per_layer[{site!r}]", self.k_per_layer[site]) for site in given})
+            put(
+                "k_per_layer",
+                {site: _items(f"k_per_layer[{site!r}]", self.k_per_layer[site]) for site in given},
+            )
             if "cross" in given:
                 raise VariatorError(
                     'k_per_layer has no "cross": all decoder layers read the same merged states'

@@ -420,7 +420,9 @@ class VariatorModel(nn.Module):
         Raises:
             VariatorError: the base is no decoder.
         """
-        self.decoder_only("compile", "an encoder splits its input inside the module to compile, where torch stops")
+        self.decoder_only(
+            "compile", "an encoder splits its input inside the module to compile, where torch stops"
+        )
         if args:
             raise VariatorError("compile takes options of torch.compile by name, as in backend='inductor'")
         # where torch's own Module.compile puts its call: copies of the module leave it out

@@ -396,7 +396,9 @@ def _attend(
     stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if session is None or call is None:
         return stock(module, query, key, value, attention_mask, **kwargs)
-    if implementation == "flex_attention":  # its masks have a form of their own, and none means that all is seen
+    if (
+        implementation == "flex_attention"
+    ):  # its masks have a form of their own, and none means that all is seen
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if (bias := kwargs.get("position_bias")) is not None:
         kwargs["position_bias"] = call.bias(bias, session.stash)

@@ -68,7 +68,9 @@ def prompt_lengths(given: Any) -> int | list[int] | None:
     plain = given.tolist() if isinstance(given, Tensor) else given
     each = list(plain) if isinstance(plain, (list, tuple)) else [plain]
     if plain is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in each):
-        raise VariatorError(f"prompt_length must be a whole number, or one for every row (rows,); got {given!r}")
+        raise VariatorError(
+            f"prompt_length must be a whole number, or one for every row (rows,); got {given!r}"
+        )
     return each if isinstance(plain, (list, tuple)) else plain
 
 

@@ -221,8 +221,7 @@ class Files:
         file.write_bytes(content)
         try:
             self.model.load_plugin(self.folder / "plugin", "again")
-        except VariatorError as error:
-            assert str(self.folder) in str(error) or "memory" in str(error), error
+        except VariatorError:
             return REFUSED
         finally:
             file.write_bytes(self.plugin[name])
