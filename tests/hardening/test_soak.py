@@ -69,7 +69,7 @@ class Work:
         assert self.model.active_plugin is None
 
     def train(self) -> None:
-        ids = self.ids()
+        (ids,) = prompts(self.random.randint(12, 60))
         with self.model.disable_plugin(), torch.no_grad():
             wanted = self.model(ids).logits
         self.model.train()

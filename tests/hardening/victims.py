@@ -8,14 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import tiny
 import torch
 from conftest import make_variator, prompts
-from tiny import words
 
 from llm_variator import VariatorConfig, VariatorModel
 from llm_variator.train.__main__ import main
 
-CONFIG = VariatorConfig(k=2, sites=("ffn", "kv"), r=32)
+CONFIG = VariatorConfig(k=2, sites=("ffn", "kv"), r=256)
 STEPS = 10
 
 
@@ -36,10 +36,10 @@ def fill(model: VariatorModel, number: int) -> None:
 
 def saves(folder: Path, started, counter) -> None:
     """Save a plugin again and again, each time with the next number in all weights; `counter`: the last done."""
-    own = model()
-    for number in itertools.count(counter.value + 1):
+    own, first = model(), counter.value + 1
+    for number in itertools.count(first):
         fill(own, number)
-        if number == counter.value + 2:
+        if number > first:
             started.set()
         own.save_pretrained(folder)
         counter.value = number
@@ -47,11 +47,11 @@ def saves(folder: Path, started, counter) -> None:
 
 def saves_contexts(file: Path, started, counter) -> None:
     """Likewise the context of a prompt as long as the number."""
-    own = model()
+    own, first = model(), counter.value + 1
     (ids,) = prompts(400)
-    for number in itertools.count(counter.value + 1):
+    for number in itertools.count(first):
         context = own.compress(ids[:, : 100 + number % 300])
-        if number == counter.value + 2:
+        if number > first:
             started.set()
         context.save(file)
         counter.value = number
@@ -60,7 +60,8 @@ def saves_contexts(file: Path, started, counter) -> None:
 def trains(folder: Path, model_folder: str, started, counter) -> None:
     """A whole training run, or the rest of one."""
     torch.set_num_threads(1)
-    line = words(folder, model=model_folder, max_steps=STEPS, save_every=2, eval_every=2)
+    tiny.model_folder = lambda: model_folder
+    line = tiny.words(folder, max_steps=STEPS, save_every=2, eval_every=2)
     resume = any(folder.glob("checkpoint-*"))
     started.set()
     try:
