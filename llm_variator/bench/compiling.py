@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
 from llm_variator import cli
 from llm_variator.bench.setting import DENSE, Setting
@@ -55,6 +54,8 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
 
 def _compile(setting: Setting) -> tuple[dict[str, Any], list[Any]]:
     """Generate eagerly and compiled at every length: what torch had to say, and all that it compiled."""
+    from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+
     lengths = setting.args.tokens
     prompts = [setting.ids(1, tokens) for tokens in (*lengths, max(lengths) + 1)]
     eager = [_generate(setting, ids) for ids in prompts]
