@@ -63,6 +63,8 @@ class CompiledStack:
             )
         if session is not None and session.plugin is not None:
             self._check(session)
+        if kind == PREFILL:
+            _lay_out(kwargs.get("past_key_values"))
         return output
 
     def _call(self, session: Session | None, kind: str) -> Callable[..., Any]:
@@ -111,6 +113,14 @@ def _prepare(session: Session | None) -> None:
         grouping = session.segment.grouping(k)
         if isinstance(grouping, Slices):
             _ = grouping.columns, grouping.reach, grouping.members  # made on first use, under a lock
+
+
+def _lay_out(cache: Any) -> None:
+    """Lay entries out after a prompt as the first step will, or the second step would be compiled anew."""
+    for layer in cache.layers if isinstance(cache, Cache) else ():
+        held = layer.store if isinstance(layer, CompressedLayer) else layer
+        if type(held) is DynamicLayer and held.is_initialized:
+            held.keys, held.values = held.keys.contiguous(), held.values.contiguous()
 
 
 def _obstacle(session: Session | None, kwargs: Mapping[str, Any]) -> str | None:

@@ -23,7 +23,10 @@ from llm_variator.loading import byte_tokenizer
         ({"layers": "012"}, "layers must be a list"),
         ({"k_per_layer": {"ffn": 3}}, "must be a list"),
         ({"base": "llama"}, "signature"),
-        ({"base": {"name": "a", "model_type": "b", "hidden_size": float("nan"), "num_layers": 1}}, "hidden_size"),
+        (
+            {"base": {"name": "a", "model_type": "b", "hidden_size": float("nan"), "num_layers": 1}},
+            "hidden_size",
+        ),
         ({"base": {"name": None, "model_type": "b", "hidden_size": 1, "num_layers": 1}}, "name"),
         ({1: 2, "x": 3}, "unknown setting"),
     ],
@@ -83,7 +86,9 @@ def test_batches_without_rows_or_tokens():
         with pytest.raises(VariatorError, match="empty"):
             model.generate(torch.zeros(shape, dtype=torch.long), max_new_tokens=1)
     with pytest.raises(VariatorError, match="empty"):
-        model.generate(torch.ones(2, 1, dtype=torch.long), attention_mask=torch.tensor([[1], [0]]), max_new_tokens=1)
+        model.generate(
+            torch.ones(2, 1, dtype=torch.long), attention_mask=torch.tensor([[1], [0]]), max_new_tokens=1
+        )
     with pytest.raises(VariatorError, match="3 columns for 9 tokens"):
         model(prompts(9)[0], attention_mask=torch.ones(1, 3))
 
@@ -99,7 +104,8 @@ def test_tokens_outside_the_vocabulary(ids):
 
 
 @pytest.mark.parametrize(
-    "what", [{}, {"role": "user"}, [{"role": "user"}], [{}], torch.zeros(2, 2, 2), torch.zeros(3), torch.zeros(0)]
+    "what",
+    [{}, {"role": "user"}, [{"role": "user"}], [{}], torch.zeros(2, 2, 2), torch.zeros(3), torch.zeros(0)],
 )
 def test_prompts_of_no_known_form(what):
     with pytest.raises(VariatorError):

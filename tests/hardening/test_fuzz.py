@@ -44,8 +44,8 @@ def fuzz(request, figures):
             database=None,
             suppress_health_check=list(HealthCheck),
         )
-        @given(*strategies)
-        def one(*values) -> None:
+        @given(st.tuples(*strategies))
+        def one(values) -> None:
             outcomes["cases"] += 1
             outcomes[_without_hanging(check, *values)] += 1
 

@@ -49,7 +49,9 @@ class Killer:
     def strike(self, longest: float) -> bool:
         """One process; False if it ended before it was killed."""
         started = self.processes.Event()
-        process = self.processes.Process(target=self.victim, args=(*self.args, started, self.done), daemon=True)
+        process = self.processes.Process(
+            target=self.victim, args=(*self.args, started, self.done), daemon=True
+        )
         process.start()
         deadline = time.monotonic() + PATIENCE
         while not started.wait(0.05):
