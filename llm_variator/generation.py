@@ -56,7 +56,8 @@ def check_prompt(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         empty = empty or not bool(mask.bool().any(1).all())
     if empty:
         raise VariatorError("the prompt is empty: every row needs at least one token")
-    size = host.get_input_embeddings().num_embeddings
+    embeddings: Any = host.get_input_embeddings()
+    size = int(embeddings.num_embeddings)
     least, most = ids.min().item(), ids.max().item()
     if least < 0 or most >= size:
         raise VariatorError(

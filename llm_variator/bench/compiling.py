@@ -96,13 +96,10 @@ def _seconds(setting: Setting, ids: Tensor, advance: Any) -> dict[tuple[str, str
         finally:
             stack._compiled_call_impl = code
 
-    cases = {
-        f"{case} {more}": Case(
-            lambda _, more=more: _generate(setting, ids, more), inside=lambda case=case: calling(case)
-        )
-        for case in (_EAGER, _COMPILED)
-        for more in (0, steps)
-    }
+    def timed(case: str, more: int) -> Case:
+        return Case(lambda _: _generate(setting, ids, more), inside=lambda: calling(case))
+
+    cases = {f"{case} {more}": timed(case, more) for case in (_EAGER, _COMPILED) for more in (0, steps)}
     measured = setting.interleaved(cases, advance)
     found = {}
     for case in (_EAGER, _COMPILED):
