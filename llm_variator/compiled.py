@@ -119,7 +119,7 @@ def _lay_out(cache: Any) -> None:
     """Lay entries out after a prompt as the first step will, or the second step would be compiled anew."""
     for layer in cache.layers if isinstance(cache, Cache) else ():
         held: Any = layer.store if isinstance(layer, CompressedLayer) else layer
-        if type(held) is DynamicLayer and held.is_initialized:
+        if isinstance(held, DynamicLayer) and held.keys is not None and held.values is not None:
             held.keys, held.values = held.keys.contiguous(), held.values.contiguous()
 
 
