@@ -285,7 +285,10 @@ def _as_tokens(action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, dict):
         if action.type not in _TAKES_MAPPING:
             raise VariatorError("expected a plain value, got a mapping")
-        return [f"{flag}={json.dumps(value)}"]
+        try:
+            return [f"{flag}={json.dumps(value)}"]
+        except (TypeError, ValueError) as error:
+            raise VariatorError(f"expected plain keys and values, got {value!r} ({error})") from None
     if not isinstance(value, list):
         return [flag, str(value)] if action.nargs else [f"{flag}={value}"]
     if any(isinstance(item, (dict, list, bool)) for item in value):

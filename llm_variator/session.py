@@ -101,6 +101,7 @@ def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     assert not args, "VariatorModel and generate pass everything by name"
     if (tokens := _tokens(args, kwargs)) is None:
         return None  # the model raises its own error
+    _refuse_empty(tokens.shape[0], None)
     plugin, config = session.plugin, host.config
     assert isinstance(config, PreTrainedConfig)
     if plugin is not None and plugin.cache_layers:

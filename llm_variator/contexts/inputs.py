@@ -36,7 +36,7 @@ def encode(
         what, mask = what["input_ids"], what.get("attention_mask", mask)
     if isinstance(what, Tensor):
         ids = what if what.ndim == 2 else what[None]
-        if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
             raise VariatorError(
                 f"token ids must be whole numbers (tokens,) or (rows, tokens), at least one; got {what.dtype} "
                 f"{tuple(what.shape)}"
@@ -151,4 +151,8 @@ def _is_chat(what: Any) -> bool:
 
 
 def _is_ids(what: Any) -> bool:
-    return isinstance(what, (list, tuple)) and bool(what) and all(isinstance(token, int) for token in what)
+    return (
+        isinstance(what, (list, tuple))
+        and bool(what)
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in what)
+    )

@@ -78,9 +78,26 @@ def test_prompt_lengths_that_are_none(length):
         model(prompts(9)[0], prompt_length=length)
 
 
+def test_a_recipe_with_bytes_for_a_ratio(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("k: {null: !!binary ''}", encoding="utf-8")
+    parser = cli.Parser()
+    cli.add_variator_flags(parser)
+    with pytest.raises(VariatorError, match="plain keys"):
+        cli.parse(parser, ["--config", str(file)])
+
+
+def test_a_prompt_of_one_token_in_chunks():
+    model = make_variator("llama", VariatorConfig(k=2), num_hidden_layers=1)
+    ids, mask = torch.tensor([[37, 24]]), torch.tensor([[0, 1]])
+    new = dict(max_new_tokens=2, do_sample=False)
+    alone = model.generate(ids[:, 1:], **new)
+    assert torch.equal(model.generate(ids, attention_mask=mask, prefill_chunk_size=3, **new)[:, 1:], alone)
+
+
 def test_batches_without_rows_or_tokens():
     model = make_variator("llama", VariatorConfig(k=2), num_hidden_layers=1)
-    for shape in ((0, 5), (2, 0)):
+    for shape in ((0, 5), (0, 1), (2, 0)):
         with pytest.raises(VariatorError, match="empty"):
             model(torch.zeros(shape, dtype=torch.long))
         with pytest.raises(VariatorError, match="empty"):
@@ -105,7 +122,16 @@ def test_tokens_outside_the_vocabulary(ids):
 
 @pytest.mark.parametrize(
     "what",
-    [{}, {"role": "user"}, [{"role": "user"}], [{}], torch.zeros(2, 2, 2), torch.zeros(3), torch.zeros(0)],
+    [
+        {},
+        {"role": "user"},
+        [{"role": "user"}],
+        [{}],
+        torch.zeros(2, 2, 2),
+        torch.zeros(3),
+        torch.zeros(0),
+        [False],
+    ],
 )
 def test_prompts_of_no_known_form(what):
     with pytest.raises(VariatorError):
