@@ -4,12 +4,17 @@
 # make suite  SmolLM2 with and without plugins on the offline suite; DATA=folder of local copies, LIMIT=items per task
 # make test-vllm  the vLLM integration against the real engine, on the CPU, in an environment of its own
 # make kvpress  .venv-kvpress, where eval/kvpress_presses.py measures what the frontier compares with
+# make fuzz   20,000 generated settings, files, recipes and prompts; make soak  2,000 mixed calls; make kill  200 killed
+#             processes; each stores its figures in eval/results. `make test` runs a little of all three
+# make test-matrix  the tests with the oldest and the newest transformers of the declared range
 # make clean  remove what the targets made (.venv, build outputs, runs)
 
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 VLLM   := .venv-vllm
+MATRIX := 5.16.0 5.23.0
+CORE   := tests --ignore tests/integrations --ignore tests/tables --ignore tests/hardening
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PROMPT := examples/long_prompt.txt
 LIMIT  := 200
@@ -21,7 +26,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint suite test-vllm kvpress clean
+.PHONY: demo test lint fuzz soak kill test-matrix suite test-vllm kvpress clean
 
 demo: $(VENV)/.demo
 	@echo "== Train a k=2 plugin on SmolLM2-135M: watch the loss fall"
@@ -41,6 +46,27 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m pytest tests/hardening/test_fuzz.py --cases 20000 --result eval/results/hardening-fuzz.json
+
+soak: $(VENV)/.test
+	$(BIN)/python -m pytest tests/hardening/test_soak.py --calls 2000 --result eval/results/hardening-soak.json
+
+kill: $(VENV)/.test
+	$(BIN)/python -m pytest tests/hardening/test_kill.py --kills 200 --result eval/results/hardening-kill.json
+
+# Each end has an environment that holds its transformers alone; everything else comes from .venv.
+test-matrix: $(MATRIX:%=.venv-transformers-%/.done)
+	for version in $(MATRIX); do \
+		OMP_NUM_THREADS=1 .venv-transformers-$$version/bin/python -m pytest -p no:cacheprovider $(CORE) || exit 1; done
+
+.venv-transformers-%/.done: $(VENV)/.test
+	test -x .venv-transformers-$*/bin/python || $(BIN)/python -m venv .venv-transformers-$*
+	$(BIN)/python -c "import glob, sysconfig; open(glob.glob('.venv-transformers-$*/lib/python*/site-packages')[0] \
+		+ '/others.pth', 'w').write(sysconfig.get_path('purelib'))"
+	.venv-transformers-$*/bin/python -m pip install --quiet --disable-pip-version-check transformers==$*
+	@touch $@
 
 # One test at a time: every engine takes the cores and gigabytes.
 test-vllm: $(VLLM)/.test
@@ -95,4 +121,4 @@ kvpress: .venv-kvpress/.done
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) .venv-kvpress build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .venv-kvpress .venv-transformers-* build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

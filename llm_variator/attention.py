@@ -66,7 +66,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     keys: in smaller blocks it is up to a third faster. On a GPU the kernels skip what is not seen.
     """
     n = query.shape[2]
-    if query.device.type != "cpu" or n < 2 * _BLOCK:
+    # a loop would compile every length of a prompt anew
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or n < 2 * _BLOCK:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     blocks = [
         _causal_end(query[:, :, start:end], key[:, :, :end], value[:, :, :end], scale)

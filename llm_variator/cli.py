@@ -78,7 +78,7 @@ def json_mapping(text: str) -> dict[str, Any]:
     """A JSON object."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r} ({error})") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
@@ -100,16 +100,19 @@ def ratio(text: str) -> int | dict[str, int]:
         ) from None
 
 
+_MOST_LAYERS = 10_000  # of any model: a range beyond is a slip of the pen
+
+
 def layer_ranges(text: str) -> tuple[int, ...]:
     """`0-5,8` -> (0, 1, 2, 3, 4, 5, 8)."""
     layers: list[int] = []
     try:
         for part in names(text):
             first, _, last = part.partition("-")
-            layers.extend(range(int(first), int(last or first) + 1))
+            layers.extend(range(int(first), min(int(last or first), int(first) + _MOST_LAYERS) + 1))
     except ValueError:
         layers = []
-    if not layers:
+    if not layers or len(layers) > _MOST_LAYERS:
         raise argparse.ArgumentTypeError(f"expected layer numbers as in 0-5,8; got {text!r}")
     return tuple(layers)
 
@@ -228,7 +231,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise VariatorError(f"recipe {path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # of texts, dates and numbers
         raise VariatorError(f"recipe {path}: not a YAML file: {error}") from None
     if not isinstance(content, dict):
         raise VariatorError(
@@ -277,7 +285,10 @@ def _as_tokens(action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, dict):
         if action.type not in _TAKES_MAPPING:
             raise VariatorError("expected a plain value, got a mapping")
-        return [f"{flag}={json.dumps(value)}"]
+        try:
+            return [f"{flag}={json.dumps(value)}"]
+        except (TypeError, ValueError) as error:
+            raise VariatorError(f"expected plain keys and values, got {value!r} ({error})") from None
     if not isinstance(value, list):
         return [flag, str(value)] if action.nargs else [f"{flag}={value}"]
     if any(isinstance(item, (dict, list, bool)) for item in value):

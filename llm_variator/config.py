@@ -34,6 +34,13 @@ class BaseSignature:
     weights: str = ""
     """Short hash of a few base weights: a difference (fine-tuned base) is worth a warning, not an error."""
 
+    def __post_init__(self) -> None:
+        for field in ("name", "model_type", "weights"):
+            if not isinstance(getattr(self, field), str):
+                raise VariatorError(f"base: {field} must be a text, got {getattr(self, field)!r}")
+        for field in ("hidden_size", "num_layers"):
+            _integer(f"base: {field}", getattr(self, field), least=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class VariatorConfig:
@@ -75,7 +82,9 @@ class VariatorConfig:
                 f"format_version {self.format_version!r} is not supported: this version of llm_variator reads "
                 f"{FORMAT_VERSION}; install the version that wrote the plugin"
             )
-        sites = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+        if not (self.base is None or isinstance(self.base, BaseSignature)):
+            raise VariatorError(f"base must be a BaseSignature or None, got {self.base!r}")
+        sites = (self.sites,) if isinstance(self.sites, str) else _items("sites", self.sites)
         put("sites", tuple(sorted(sites, key=lambda site: SITES.index(site) if site in SITES else -1)))
         for site in self.sites:
             _one_of("site", site, SITES)
@@ -100,7 +109,7 @@ class VariatorConfig:
         _one_of("activation", self.activation, ACTIVATIONS)
 
         if self.layers is not None:
-            put("layers", tuple(self.layers))
+            put("layers", _items("layers", self.layers))
             for layer in self.layers:
                 _integer("layers", layer, least=0)
             if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -113,7 +122,10 @@ class VariatorConfig:
                     f'k_per_layer must map a site to a list, e.g. {{"ffn": [1, 2]}}; got {self.k_per_layer!r}'
                 )
             given = self._per_site("k_per_layer", self.k_per_layer)
-            put("k_per_layer", {site: tuple(self.k_per_layer[site]) for site in given})
+            put(
+                "k_per_layer",
+                {site: _items(f"k_per_layer[{site!r}]", self.k_per_layer[site]) for site in given},
+            )
             if "cross" in given:
                 raise VariatorError(
                     'k_per_layer has no "cross": all decoder layers read the same merged states'
@@ -188,10 +200,12 @@ class VariatorConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> VariatorConfig:
         """Strict inverse of `to_dict`: unknown keys raise."""
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(map(str, set(values) - known)):
             raise VariatorError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         values = dict(values)
         if values.get("base") is not None:
+            if not isinstance(values["base"], Mapping):
+                raise VariatorError(f"base must hold a base model's signature, got {values['base']!r}")
             try:
                 values["base"] = BaseSignature(**values["base"])
             except TypeError as error:
@@ -205,7 +219,7 @@ class VariatorConfig:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise VariatorError(f"{file} not found: not a plugin folder") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise VariatorError(
                 f"{file} is not readable JSON ({error}); save or download the plugin again"
             ) from None
@@ -213,7 +227,7 @@ class VariatorConfig:
             raise VariatorError(f"{file} must hold a JSON object")
         try:
             return cls.from_dict(values)
-        except (VariatorError, TypeError) as error:
+        except VariatorError as error:
             raise VariatorError(f"{file}: {error}") from None
 
     def _per_site(self, field: str, values: Mapping[str, Any], complete: bool = False) -> list[str]:
@@ -221,6 +235,12 @@ class VariatorConfig:
             got = ", ".join(map(str, surplus or values))
             raise VariatorError(f"{field} is given per site and must name {', '.join(self.sites)}; got {got}")
         return [site for site in self.sites if site in values]
+
+
+def _items(field: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise VariatorError(f"{field} must be a list, got {values!r}")
+    return tuple(values)
 
 
 def _integer(field: str, value: Any, *, least: int) -> None:

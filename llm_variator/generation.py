@@ -46,6 +46,25 @@ def check_generation(
         )
 
 
+def check_prompt(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a prompt without tokens, or with tokens that are none of the model's."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if not isinstance(ids, Tensor):
+        return
+    empty = not ids.numel()
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        empty = empty or not bool(mask.bool().any(1).all())
+    if empty:
+        raise VariatorError("the prompt is empty: every row needs at least one token")
+    embeddings: Any = host.get_input_embeddings()
+    size = int(embeddings.num_embeddings)
+    least, most = ids.min().item(), ids.max().item()
+    if least < 0 or most >= size:
+        raise VariatorError(
+            f"token ids must lie in the vocabulary, 0 to {size - 1}; got {least if least < 0 else most}"
+        )
+
+
 def pad_prompt(kwargs: dict[str, Any]) -> None:
     """Move a prompt's right padding to the left."""
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")

@@ -21,13 +21,14 @@ from llm_variator.architectures import architecture_of
 from llm_variator.architectures.site import execution_device
 from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, release, released_on_error
 from llm_variator.cache.paging import KVPool, PagedStore
+from llm_variator.compiled import CompiledStack
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.contexts import CompressedContext
 from llm_variator.contexts.fingerprints import plugin_fingerprint
-from llm_variator.contexts.inputs import chats, encode
+from llm_variator.contexts.inputs import chats, encode, prompt_lengths
 from llm_variator.contexts.prefill import read
 from llm_variator.errors import VariatorError
-from llm_variator.generation import check_generation, pad_prompt, read_ahead, setting
+from llm_variator.generation import check_generation, check_prompt, pad_prompt, read_ahead, setting
 from llm_variator.loading import load_model, plugin_folder
 from llm_variator.loading.hub import upload
 from llm_variator.plugin import CompressionPlugin, attachment, base_signature, warn_if_other_weights
@@ -237,8 +238,7 @@ class VariatorModel(nn.Module):
             return self.base(input_ids, attention_mask, **kwargs)
         if self.training:
             kwargs.setdefault("use_cache", False)
-        prompts = prompt_length.tolist() if isinstance(prompt_length, Tensor) else prompt_length
-        session = Session(plugin, prompts, skip_unread=self.skip_unread)
+        session = Session(plugin, prompt_lengths(prompt_length), skip_unread=self.skip_unread)
         with scope(session):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self._remember(session)
@@ -283,14 +283,16 @@ class VariatorModel(nn.Module):
         if self._architecture.decoder:
             check_generation(self._host, plugin, kwargs)
             if cache is None or not cache.get_seq_length():
+                check_prompt(self._host, kwargs)
                 pad_prompt(kwargs)
             read_ahead(self.base, self._host, plugin, kwargs)
         return self._generate(plugin, kwargs)
 
     def _generate(self, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]) -> Any:
         session = Session(plugin, generating=True, skip_unread=self.skip_unread)
+        # generate compiles by itself with a static cache on a GPU, and would stop at every hook: see `compile`
         with scope(session):
-            output = self.base.generate(**kwargs)
+            output = self.base.generate(**{"disable_compile": True, **kwargs})
         if session.cache is not None:
             session.cache.ends_before_last_token = True  # type: ignore[attr-defined]
         self._remember(session)
@@ -318,6 +320,7 @@ class VariatorModel(nn.Module):
             "past_key_values": after.cache,
         }
         with released_on_error(after.cache):
+            check_prompt(self._host, {"input_ids": question})
             read_ahead(self.base, self._host, plugin, kwargs, forked=True)
             output = self._generate(plugin, kwargs)
         whole = output if isinstance(output, Tensor) else output.sequences
@@ -360,6 +363,7 @@ class VariatorModel(nn.Module):
         """
         self.decoder_only("compress", "an encoder keeps no KV cache")
         ids, mask = (t.to(self._host.device) for t in encode(context, tokenizer, attention_mask))
+        check_prompt(self._host, {"input_ids": ids, "attention_mask": mask})
         layers = range(self.signature.num_layers)
         cache: Any = DynamicCache(config=self._host.config)
         for layer in layers:
@@ -403,6 +407,34 @@ class VariatorModel(nn.Module):
     def _remember(self, session: Session) -> None:
         if session.cache is not None:
             self._report = KVCacheReport.of(session.cache)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile prefill and decode with torch.compile, with every plugin and without; results stay the same.
+
+        Code is compiled when it is first needed, once per plugin and kind of pass, and for prompts again when their
+        length or padding first differs.
+        What cannot be compiled (passes with gradients, caches with stores of their own, `decode_block`) runs as
+        before, with one warning each. Every call checks that its plugin really merged.
+
+        Args:
+            *args: none.
+            **options: of `torch.compile`; default `fullgraph=True`: a graph break is an error.
+
+        Raises:
+            VariatorError: the base is no decoder.
+        """
+        self.decoder_only(
+            "compile", "an encoder splits its input inside the module to compile, where torch stops"
+        )
+        if args:
+            raise VariatorError("compile takes options of torch.compile by name, as in backend='inductor'")
+        # where torch's own Module.compile puts its call: copies of the module leave it out
+        stack = self._host.base_model
+        stack._compiled_call_impl = CompiledStack(stack, options)
+
+    def uncompile(self) -> None:
+        """Undo `compile`."""
+        self._host.base_model._compiled_call_impl = None
 
     # --- training
 
@@ -474,6 +506,8 @@ class VariatorModel(nn.Module):
 
     def unload(self) -> PreTrainedModel:
         """Detach every hook and give the base model back as it was; this object is of no use afterwards."""
+        if self.is_decoder:
+            self.uncompile()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -104,9 +105,14 @@ class CompressionPlugin(nn.Module):
     """
 
     def __init__(self, config: VariatorConfig, ratios: Ratios, dim: int) -> None:
-        """`config` resolved for its base; `ratios` says what is attached where; `dim` is the hidden width."""
+        """`config` resolved for its base; `ratios` says what is attached where; `dim` is the hidden width.
+
+        Raises:
+            VariatorError: its weights would not fit into the free memory.
+        """
         super().__init__()
         self.config = config
+        _check_size(config, ratios, dim)
         for site, layers in ratios.items():
             self.add_module(
                 site, nn.ModuleDict({str(i): SiteLayers(config, site, dim, k) for i, k in layers.items()})
@@ -157,7 +163,7 @@ class CompressionPlugin(nn.Module):
         try:
             with safe_open(file, framework="pt") as opened:
                 read = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise VariatorError(
                 f"{file} is not a whole safetensors file ({error}); save or download the plugin again"
             ) from None
@@ -200,6 +206,20 @@ class CompressionPlugin(nn.Module):
             "```python\nfrom llm_variator import VariatorModel\n\n"
             f'model = VariatorModel.from_pretrained("{base}", "{source}")\n```\n\n'
             f"| | |\n|---|---|\n{table}\n"
+        )
+
+
+def _check_size(config: VariatorConfig, ratios: Ratios, dim: int) -> None:
+    """A slip in k must not end in the operating system's out-of-memory killer: W_c has k²d weights."""
+    count = 0
+    for site, layers in ratios.items():
+        if config.compressor == "weighted":
+            count += sum(k * k * dim for k in layers.values())
+        if config.decompressor == "adapter" and site not in ("kv", "cross"):
+            count += 3 * config.r * dim * len(layers)
+    if 4 * count > psutil.virtual_memory().available:
+        raise VariatorError(
+            f"the plugin would have {count:,} parameters, more than the free memory holds: choose a smaller k or r"
         )
 
 

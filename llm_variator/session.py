@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -41,16 +41,38 @@ class Session:
     """Last columns whose logits the current pass returns, where nothing else is read; None: all."""
     narrow: int | None = None
     """The same, while the last layer runs on these columns alone."""
+    merged: int = 0
+    """Sites that merged groups in the current pass: what proves that compiled code compresses."""
     stash: dict[Any, Any] = dataclasses.field(default_factory=dict)
     """What a layer's first hook leaves for its later ones."""
 
 
 _session: ContextVar[Session | None] = ContextVar("variator_session", default=None)
 
+# What `current` returns while torch.compile traces `traced`. Never read by running code, so threads do not matter.
+_OUTSIDE: Any = object()
+_traced: Any = _OUTSIDE
+
 
 def current() -> Session | None:
     """The session of the running call, None outside of one: then every hook steps aside."""
+    if torch.compiler.is_compiling() and _traced is not _OUTSIDE:
+        return _traced
     return _session.get()
+
+
+def traced(session: Session | None, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`call` for torch.compile to trace: it cannot follow a ContextVar, but an argument.
+
+    The hooks read the session through a global that is written and read inside the trace alone, so compiled code
+    gets it from its caller at every call, under guards. A trace of somebody else's finds the ContextVar instead,
+    where it breaks off: slower, but never without the plugin.
+    """
+    global _traced
+    _traced = session
+    output = call(*args, **kwargs)
+    _traced = _OUTSIDE
+    return output
 
 
 @contextlib.contextmanager
@@ -79,6 +101,7 @@ def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     assert not args, "VariatorModel and generate pass everything by name"
     if (tokens := _tokens(args, kwargs)) is None:
         return None  # the model raises its own error
+    _refuse_empty(tokens.shape[0], None)
     plugin, config = session.plugin, host.config
     assert isinstance(config, PreTrainedConfig)
     if plugin is not None and plugin.cache_layers:
@@ -90,6 +113,7 @@ def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     past = cache.get_seq_length() if cache is not None else 0
     session.segment, session.cache = None, cache
     session.reads, session.narrow = _columns_read(host, kwargs) if session.skip_unread else None, None
+    session.merged = 0
     if tokens.shape[1] != 1 or session.edges is not None:
         session.segment = _segment(session, tokens, kwargs.get("attention_mask"), past)
     if cache is not None:
@@ -176,11 +200,13 @@ def _valid(mask: Any, width: int) -> Tensor | None:
     """(rows, width) bool, the last columns of a 2D attention mask."""
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise VariatorError("attention_mask must be a 2D tensor (batch, tokens) when a plugin is active")
+    if mask is not None and mask.shape[1] < width:
+        raise VariatorError(f"attention_mask has {mask.shape[1]} columns for {width} tokens")
     return None if mask is None else mask[:, -width:].bool()
 
 
-def _refuse_empty(width: int, valid: Tensor | None) -> None:
-    if width == 0 or (valid is not None and not bool(valid.any(1).all())):
+def _refuse_empty(size: int, valid: Tensor | None) -> None:
+    if size == 0 or (valid is not None and not bool(valid.any(1).all())):
         raise VariatorError("the prompt is empty: every row needs at least one token")
 
 
@@ -188,7 +214,7 @@ def _segment(session: Session, tokens: Tensor, mask: Any, past: int) -> Segment:
     """The tokens (rows, width, ...) of a pass after `past` columns of cache, `mask` over both."""
     rows, width = tokens.shape[:2]
     valid = _valid(mask, width)
-    _refuse_empty(width, None if past else valid)
+    _refuse_empty(rows * width, None if past else valid)
     if session.plugin is None:
         return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
 

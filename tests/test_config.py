@@ -116,7 +116,7 @@ def test_json_round_trip(tmp_path):
         ("[]", "must hold a JSON object"),
         ('{"ratio": 2}', "unknown setting ratio; known are"),
         ('{"k": "two"}', "k must be an integer"),
-        ('{"sites": 3}', "not iterable"),
+        ('{"sites": 3}', "sites must be a list"),
         ('{"base": {"name": "x"}}', "base: "),
         ('{"format_version": 99}', "format_version 99"),
     ],

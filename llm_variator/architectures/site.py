@@ -156,6 +156,7 @@ def _hook_ffn(ffn: nn.Module, end: nn.Module, layer: int) -> list[RemovableHandl
             return None
         entries = grouping.compress(args[0], site.compressor)
         session.stash["ffn", layer] = site, grouping, args[0], entries.shape[1]
+        session.merged += 1
         return (_in_eights(entries),)
 
     def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
@@ -293,6 +294,7 @@ def _hook_attention(
             call.read = plugin.config, hidden, kwargs["position_embeddings"]
         if site is not None and grouping is not None and grouping.has_groups:
             entries = grouping.compress(hidden, site.compressor)
+            session.merged += 1
             if whole:
                 kwargs["hidden_states"] = entries
                 if "position_embeddings" in kwargs:
@@ -404,6 +406,10 @@ def _attend(
     stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if session is None or call is None:
         return stock(module, query, key, value, attention_mask, **kwargs)
+    if (
+        implementation == "flex_attention"
+    ):  # its masks have a form of their own, and none means that all is seen
+        stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if (bias := kwargs.get("position_bias")) is not None:
         kwargs["position_bias"] = call.bias(bias, session.stash)
     if implementation != "eager" and call.causal and rows is None:

@@ -1,4 +1,4 @@
-"""`python -m llm_variator.bench prefill|decode|swap|train|memory|compare`: speed beside what bounds it."""
+"""`python -m llm_variator.bench prefill|decode|compile|swap|train|memory|compare`: speed beside what bounds it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm_variator import cli
-from llm_variator.bench import formulations, reading, swapping, training
+from llm_variator.bench import compiling, formulations, reading, swapping, training
 from llm_variator.bench.report import publish
 from llm_variator.bench.setting import Setting, add_flags
 
 _NOTES = {
     "prefill": reading.PREFILL_NOTE,
     "decode": reading.DECODE_NOTE,
+    "compile": compiling.NOTE,
     "swap": swapping.NOTE,
     "train": training.TRAIN_NOTE,
     "memory": training.MEMORY_NOTE,
@@ -23,6 +24,7 @@ _NOTES = {
 _ROWS: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
     "prefill": reading.prefill_rows,
     "decode": reading.decode_rows,
+    "compile": compiling.rows,
     "swap": swapping.rows,
     "train": training.train_rows,
     "compare": formulations.rows,
@@ -50,6 +52,10 @@ def build_parser() -> cli.Parser:
         "decode", "time of a token after a prompt", plugins="kv:2 kv:4", tokens="4096", batches="1"
     )
     reading.add_decode_flags(decode)
+    compiled = command(
+        "compile", "torch.compile beside the eager model", plugins="ffn,kv:2", tokens="128 512"
+    )
+    compiling.add_compile_flags(compiled)
     command("swap", "loading, choosing, and plugins that are off", plugins="ffn,kv:2", tokens="1 512")
     command("train", "a training step beside its parts", plugins="ffn:2", tokens="512", batches="1")
     command("memory", "what training a plugin holds", plugins="ffn:2", tokens="1024", batches="1")

@@ -24,6 +24,7 @@ from llm_variator.cache.quantised import Quantised, dense
 from llm_variator.cache.recent import Recent
 from llm_variator.cache.stores import Part, SharedStore, Store, whole
 from llm_variator.contexts.fingerprints import model_fingerprint, plugin_fingerprint, tokenizer_fingerprint
+from llm_variator.contexts.inputs import chats
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 
@@ -95,7 +96,7 @@ def load(
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except VariatorError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise VariatorError(
             f"{path} is not a whole safetensors file ({error}); save the context again"
         ) from None
@@ -103,11 +104,31 @@ def load(
         raise VariatorError(
             f"{path} is a safetensors file, but no compressed context; name one that save() wrote"
         )
-    if facts["format_version"] != FORMAT_VERSION:
+    if facts.get("format_version") != FORMAT_VERSION:
         raise VariatorError(
-            f"{path}: format_version {facts['format_version']} is not supported, this version of llm_variator "
+            f"{path}: format_version {facts.get('format_version')} is not supported, this version of llm_variator "
             f"reads {FORMAT_VERSION}; compress the context again"
         )
+    try:
+        return _fields(path, facts, tensors, model, tokenizer, pool=pool, verify=verify)
+    except VariatorError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        # somebody wrote it who is not `save`
+        raise VariatorError(f"{path} is damaged (its header: {error!r}); save the context again") from None
+
+
+def _fields(
+    path: Path,
+    facts: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: VariatorModel,
+    tokenizer: Any,
+    *,
+    pool: KVPool | None,
+    verify: bool,
+) -> dict[str, Any]:
+    """What `load` returns, of a header that has the right version."""
     plugin = _owner(path, facts["belongs_to"], model, tokenizer)
     if tensors.keys() != facts["tensors"].keys():
         raise VariatorError(f"{path} lacks tensors or has surplus ones; save the context again")
@@ -116,10 +137,13 @@ def load(
         if form != _form(value) or (verify and _checksum(value) != checksum):
             raise VariatorError(f"{path} is damaged ({name}); save the context again")
     cache: Any = DynamicCache(config=model.config)
+    _check_layers(facts, tensors["input_ids"], tensors["attention_mask"], len(cache.layers))
     for index, layer in enumerate(facts["layers"]):
         keys, values = (_read(tensors, f"{index}.{name}", layer, model) for name in ("keys", "values"))
         if "has_fillers" in layer:
             columns = tensors[f"{index}.columns"].to(model.device)
+            if columns.shape[1] != keys.shape[2]:
+                raise ValueError("columns")
             store: Store = SharedStore(((keys, values),))
             if pool is not None:
                 store = PagedStore(pool).like(dense(keys), dense(values))
@@ -133,7 +157,7 @@ def load(
         else:
             cache.layers[index].update(dense(keys), dense(values))
             cache.layers[index].cumulative_length = layer["tokens"]
-    cache.ends_before_last_token = facts["ends_before_last_token"]
+    cache.ends_before_last_token = bool(facts["ends_before_last_token"])
     return {
         "plugin": plugin,
         "fingerprint": (facts["belongs_to"]["plugin"] or {}).get("fingerprint"),
@@ -142,6 +166,18 @@ def load(
         "cache": cache,
         "messages": facts["messages"],
     }
+
+
+def _check_layers(facts: Mapping[str, Any], ids: Tensor, mask: Tensor, layers: int) -> None:
+    """Raise unless the header fits the tokens; the shapes of keys and values are torch's business."""
+    read = {layer["tokens"] for layer in facts["layers"]}
+    # what an answer ends with has not been read yet
+    if len(facts["layers"]) != layers or len(read) != 1 or not read <= {ids.shape[1], ids.shape[1] - 1}:
+        raise ValueError("other layers or tokens than it holds")
+    if any(not isinstance(layer.get("has_fillers", False), bool) for layer in facts["layers"]):
+        raise TypeError("has_fillers")
+    if ids.shape != mask.shape or not (facts["messages"] is None or chats(facts["messages"])):
+        raise ValueError("other rows or messages than it holds")
 
 
 def _stored(store: DynamicLayer) -> Part:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from llm_variator.errors import VariatorError
@@ -30,9 +31,20 @@ def encode(
         VariatorError: the form is unknown, a tokenizer is missing, or a row is empty.
     """
     if isinstance(what, Mapping):
+        if "input_ids" not in what:
+            raise VariatorError("a tokenizer's output needs input_ids; messages come in a list")
         what, mask = what["input_ids"], what.get("attention_mask", mask)
     if isinstance(what, Tensor):
         ids = what if what.ndim == 2 else what[None]
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
+            raise VariatorError(
+                f"token ids must be whole numbers (tokens,) or (rows, tokens), at least one; got {what.dtype} "
+                f"{tuple(what.shape)}"
+            )
+        if mask is not None and mask.numel() != ids.numel():
+            raise VariatorError(
+                f"attention_mask {tuple(mask.shape)} does not fit token ids {tuple(ids.shape)}"
+            )
         mask = torch.ones_like(ids) if mask is None else mask.reshape(ids.shape).to(ids.device)
         return pad_left(ids, mask)
     several = isinstance(what, (list, tuple)) and not _is_chat(what) and not _is_ids(what)
@@ -40,9 +52,26 @@ def encode(
     tokens = [_row(row, tokenizer, special) for row in rows]
     if not tokens or not all(tokens):
         raise VariatorError("the prompt is empty: every row needs at least one token")
+    if not all(0 <= token < 2**31 for row in tokens for token in row):
+        raise VariatorError("token ids must lie in the vocabulary")
     width = max(map(len, tokens))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens])
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens])
+
+
+def prompt_lengths(given: Any) -> int | list[int] | None:
+    """What `VariatorModel.forward` takes as `prompt_length`: an int, or one per row in a tensor or list.
+
+    Raises:
+        VariatorError: anything else.
+    """
+    plain = given.tolist() if isinstance(given, Tensor) else given
+    each = list(plain) if isinstance(plain, (list, tuple)) else [plain]
+    if plain is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in each):
+        raise VariatorError(
+            f"prompt_length must be a whole number, or one for every row (rows,); got {given!r}"
+        )
+    return each if isinstance(plain, (list, tuple)) else plain
 
 
 def pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,9 +100,9 @@ def continued_chat(before: Chat, after: Chat, tokenizer: Any, seen: list[int], *
     Raises:
         VariatorError: the tokenizer's template does not print `before` as the beginning of the whole.
     """
-    if before and before[-1]["role"] == "assistant":
+    if before and before[-1].get("role") == "assistant":
         marked = [*before[:-1], {**before[-1], "content": _ANSWER}]
-        text = tokenizer.apply_chat_template([*marked, *after], add_generation_prompt=prompt, tokenize=False)
+        text = _printed(tokenizer, [*marked, *after], prompt)
         rest = text.rpartition(_ANSWER)[2]
         last = tokenizer.decode(seen[-1:])
         return _tokens(tokenizer, rest.removeprefix(last) if last.strip() else rest, special=False)
@@ -101,8 +130,16 @@ def _row(row: Any, tokenizer: Any, special: bool) -> list[int]:
 
 
 def _template(tokenizer: Any, chat: Chat, *, prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
-    return _tokens(tokenizer, text, special=False)
+    return _tokens(tokenizer, _printed(tokenizer, chat, prompt), special=False)
+
+
+def _printed(tokenizer: Any, chat: Chat, prompt: bool) -> str:
+    if not all({"role", "content"} <= message.keys() for message in chat):
+        raise VariatorError('every message needs "role" and "content"')
+    try:
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
+    except (ValueError, TypeError, LookupError, TemplateError) as error:
+        raise VariatorError(f"the tokenizer's chat template does not take these messages: {error}") from None
 
 
 def _tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -114,4 +151,8 @@ def _is_chat(what: Any) -> bool:
 
 
 def _is_ids(what: Any) -> bool:
-    return isinstance(what, (list, tuple)) and bool(what) and all(isinstance(token, int) for token in what)
+    return (
+        isinstance(what, (list, tuple))
+        and bool(what)
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in what)
+    )

@@ -89,6 +89,8 @@ def read(
         raise VariatorError("attention_mask must have its padding at one side of the prompt, not inside it")
     if plugin is not None and unread > (plugin.config.dense_tail or 0):
         raise VariatorError("reading a prompt in parts needs a plugin with dense_tail of at least 1")
+    if not past and width - min(pads) <= unread:
+        return False  # nothing to read
     kinds = sorted(set(pads))
     if kinds == [0] or not (chunk is not None or (past and slides(cache))):
         _read(base, plugin, cache, ids, mask, past, chunk, unread)

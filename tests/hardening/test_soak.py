@@ -1,0 +1,118 @@
+"""Mixed calls for a long time: memory stays flat."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+
+import psutil
+import torch
+from conftest import make_variator, pad, prompts, randomise
+
+from llm_variator import VariatorConfig
+from llm_variator.cache.paging import KVPool
+
+WARM_UP = 0.25  # of the calls
+EVERY = 20  # calls between two looks at the memory
+TOLERANCE = 0.02
+
+
+class Work:
+    """A model in use: every method is one call that a server or a trainer would make."""
+
+    def __init__(self, folder) -> None:
+        self.random = random.Random(0)
+        self.folder = folder
+        self.model = make_variator(
+            "llama", VariatorConfig(k=2, sites=("ffn", "kv"), r=4), num_hidden_layers=2
+        )
+        randomise(self.model.add_plugin("k3", VariatorConfig(k=3, sites=("ffn",), r=4)), seed=2)
+        self.model.save_pretrained(folder / "plugin")
+        self.pool = KVPool(blocks=64, block_size=8)
+        self.optimiser = torch.optim.Adam(self.model.plugin("default").parameters(), lr=1e-4)
+
+    def ids(self) -> torch.Tensor:
+        return prompts(self.random.randint(1, 60), seed=self.random.randrange(99))[0]
+
+    def generate(self) -> None:
+        batch = pad([self.ids() for _ in range(self.random.randint(1, 3))], "left")
+        self.model.generate(**batch, max_new_tokens=self.random.randint(1, 6), do_sample=False)
+
+    def beams(self) -> None:
+        self.model.generate(self.ids(), max_new_tokens=3, num_beams=2)
+
+    def talk(self) -> None:
+        pool = self.random.choice([None, self.pool])
+        context = self.model.compress(self.ids(), pool=pool)
+        self.model.generate(self.ids(), context=context, max_new_tokens=2)
+        context.free()
+
+    def swap(self) -> None:
+        self.model.set_plugin(self.random.choice(["default", "k3", None]))
+
+    def scope(self) -> None:
+        with self.model.use_plugin("k3"), self.model.disable_plugin(), torch.no_grad():
+            self.model(self.ids())
+
+    def reload(self) -> None:
+        self.model.load_plugin(self.folder / "plugin", "loaded")
+        with self.model.use_plugin("loaded"):
+            self.model.generate(self.ids(), max_new_tokens=1)
+        self.model.delete_plugin("loaded")
+
+    def refuse(self) -> None:
+        try:
+            self.model.generate(self.ids(), max_new_tokens=1, prompt_lookup_num_tokens=2)
+        except ValueError:
+            return
+        assert self.model.active_plugin is None
+
+    def train(self) -> None:
+        (ids,) = prompts(self.random.randint(12, 60))
+        with self.model.disable_plugin(), torch.no_grad():
+            wanted = self.model(ids).logits
+        self.model.train()
+        with self.model.use_plugin("default"):
+            loss = (self.model(ids).logits - wanted).square().mean()
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.model.eval()
+
+    def call(self) -> str:
+        name = self.random.choice(
+            ["generate", "generate", "train", "train", "swap", "beams", "talk", "scope", "reload", "refuse"]
+        )
+        getattr(self, name)()
+        return name
+
+
+def test_memory_stays_flat(request, figures, tmp_path):
+    calls = request.config.getoption("calls") or 80
+    work, process = Work(tmp_path), psutil.Process()
+    made: dict[str, int] = {}
+    memory, tensors = [], []
+    for call in range(calls):
+        name = work.call()
+        made[name] = made.get(name, 0) + 1
+        if call >= WARM_UP * calls and call % EVERY == 0:
+            gc.collect()
+            memory.append(process.memory_info().rss)
+            tensors.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    third = max(1, len(memory) // 3)
+    first, last = (statistics.median(part) for part in (memory[:third], memory[-third:]))
+    figures |= {
+        "calls": calls,
+        "calls by kind": made,
+        "rss_mib after warm-up": first / 2**20,
+        "rss_mib at the end": last / 2**20,
+        "rss_mib highest": max(memory) / 2**20,
+        "growth": last / first - 1,
+        "blocks in use at the end": work.pool.report().used,
+        "live tensors": [min(tensors), max(tensors)],
+    }
+    assert max(memory) <= (1 + TOLERANCE) * first, figures
+    assert work.pool.report().used == 0
+    # the optimiser's state comes with its first step, a report with the first compressed call
+    assert tensors[-1] <= tensors[len(tensors) // 2], figures
