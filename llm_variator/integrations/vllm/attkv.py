@@ -202,8 +202,8 @@ class CompressedImpl(CPUAttentionBackendImpl):
             self._attend(layer, query[: layout.rows], output[: layout.rows], cache, attn_metadata.dense)
             return output
         for plugin, run in attn_metadata.grouped.items():
-            members = layout.members(query, plugin).unflatten(2, (kv_heads, -1))  # (groups, k, H_kv, H/H_kv, d)
-            packed = members.transpose(1, 2).contiguous()
+            members = layout.members(query, plugin).unflatten(2, (kv_heads, -1))
+            packed = members.transpose(1, 2).contiguous()  # (groups, H_kv, k, H/H_kv, d)
             found = torch.empty_like(packed)
             self._attend(layer, packed.flatten(1, 3), found.flatten(1, 3), cache, run)
             layout.put(output.unflatten(1, (kv_heads, -1)), found.transpose(1, 2), plugin)
