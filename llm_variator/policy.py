@@ -74,7 +74,8 @@ class LoadPolicy:
             utilisation: a ratio is too small if reading what arrives would take more than this share of the time.
             window_seconds: over about which the arrivals are averaged.
             costs: time to read a prompt at each ratio relative to dense; default 0.3 + 0.7 / k, an FFN and
-                KV plugin on a model whose FFN and projections take seven tenths of the time.
+                KV plugin on a model whose FFN and projections take seven tenths of the time. Serving counts the
+                operations of its plugins instead.
             tokens_per_second: dense reading speed at the start; None: learn it, choosing dense until then.
             clock: seconds, increasing.
 

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from llm_variator.integrations.vllm import SERVER
 from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
 from llm_variator.integrations.vllm.rows import AUTO
 from llm_variator.loading import shipped_plugins
+from llm_variator.serve.scratch import scratch_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if importlib.util.find_spec("vllm") is None:
         raise VariatorError("serving needs vLLM: pip install 'llm-variator[vllm]'")
-    with tempfile.TemporaryDirectory(prefix="variator-metrics-") as folder:
+    with scratch_folder() as folder:
         # before prometheus_client is imported anywhere: the scheduler counts in another process
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)  # vLLM's sockets
         os.environ[SERVER] = str(os.getpid())
         _serve(flags)
 

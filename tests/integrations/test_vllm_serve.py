@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -40,17 +42,21 @@ def plugins(model, tmp_path_factory):
     return {f"k{k}": make_plugin(model, folder / f"k{k}", k, **FFN) for k in (2, 4)}
 
 
-@contextmanager
-def server(model, plugins):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def server(model, plugins, port, folder):
+    """A server on `port`, its temporary files under `folder`."""
     words = [sys.executable, "-m", "llm_variator.serve", "--model", model, "--port", str(port)]
-    words += ["--plugin", *(f"{name}={folder}" for name, folder in plugins.items()), "--host", "127.0.0.1"]
+    words += ["--plugin", *(f"{name}={plugin}" for name, plugin in plugins.items()), "--host", "127.0.0.1"]
     words += ["--dtype", "float32", "--", "--enforce-eager", "--max-model-len", "1024"]
     words += ["--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--num-gpu-blocks-override", "200"]
     words += ["--block-size", "32", "--distributed-executor-backend", "uni", "--return-tokens-as-token-ids"]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TMPDIR": str(folder)}
     process = subprocess.Popen(words, env=environment)
     try:
         deadline = time.monotonic() + 500
@@ -91,12 +97,27 @@ def ask(url, model, k=None, **others):
         return error.code, json.load(error)
 
 
-def test_served_over_http_killed_and_served_again(model, plugins, tmp_path, capsys):
+@pytest.fixture
+def folder():
+    """A short path: sockets have names of at most 107 characters."""
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+def left_behind(folder):
+    """What a server keeps while it runs: its folder, sockets, shared memory."""
+    sockets = [path.name for path in folder.rglob("*") if path.is_socket()]
+    memory = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "vllm"))}
+    return [path.name for path in folder.glob("variator-*")], sockets, memory
+
+
+def test_served_over_http_killed_and_served_again(model, plugins, tmp_path, folder):
+    port, memory = free_port(), left_behind(folder)[2]
     ids = byte_tokenizer()(TEXT)["input_ids"]
     wanted = dict(
         zip((0, 2, 4), expected(reference_model(model, plugins), [ids] * 3, [0, 2, 4], 6), strict=True)
     )
-    with server(model, plugins) as (process, url):
+    with server(model, plugins, port, folder) as (process, url):
         for k in (0, 2, 4):
             status, answer = ask(url, model, k)
             assert status == 200
@@ -119,25 +140,17 @@ def test_served_over_http_killed_and_served_again(model, plugins, tmp_path, caps
             'variator_requests_total{k="2"} 1.0',
             'variator_requests_total{k="4"} 1.0',
         ]
-        words = [
-            "load",
-            "--url",
-            url,
-            "--model",
-            model,
-            "--requests",
-            "12",
-            "--tokens",
-            "100",
-            "--vocabulary",
-            "200",
-        ]
+        text = tmp_path / "text.txt"
+        text.write_text(TEXT * 20)
+        words = ["load", "--url", url, "--model", model, "--data", str(text), "--requests", "12"]
+        words += ["--tokens", "90", "110"]
         measure([*words, "--choices", "0", "2", "auto", "--json", str(tmp_path / "load.json")])
         figures = json.loads((tmp_path / "load.json").read_text())["figures"]["choices"]
         assert [(row["answered"], row["failed"]) for row in figures.values()] == [(12, 0)] * 3
         assert figures["0"]["tokens_as_dense"] == 1.0
         assert figures["2"]["requests_by_ratio"]["2"] == 12
         assert sum(figures["auto"]["requests_by_ratio"].values()) == 12
+        assert figures["auto"]["answers_unlike_every_fixed_ratio"] == 0
 
         # killed in the middle of its work: clients hear of it, nothing stays behind
         family = [process, *psutil.Process(process.pid).children(recursive=True)]
@@ -161,5 +174,15 @@ def test_served_over_http_killed_and_served_again(model, plugins, tmp_path, caps
         process.wait(60)
         _, alive = psutil.wait_procs(family[1:], timeout=120)
         assert not alive
-    with server(model, plugins) as (_, url):
+        assert left_behind(folder)[1]  # a killed process removes nothing
+        assert not listens(port)
+    with server(model, plugins, port, folder) as (_, url):
+        assert len(left_behind(folder)[0]) == 1  # the first server's are gone
         assert ask(url, model, 2)[1]["kv_transfer_params"] == {"variator_k": 2}
+    assert left_behind(folder) == ([], [], memory)
+    assert not listens(port)
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

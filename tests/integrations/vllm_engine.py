@@ -78,6 +78,7 @@ class Engine:
         from vllm import LLM
 
         from llm_variator.integrations.vllm.arguments import engine_arguments
+        from llm_variator.loading import model_source
 
         settings: dict[str, Any] = dict(
             dtype="float32",
@@ -93,7 +94,7 @@ class Engine:
         )
         settings |= options
         if plugins is None:
-            self.llm: Any = LLM(model=model, **settings)
+            self.llm: Any = LLM(model=model_source(model), **settings)
         else:
             self.llm = LLM(**engine_arguments(model, plugins, **settings))
 

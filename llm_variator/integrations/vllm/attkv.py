@@ -201,20 +201,18 @@ class CompressedImpl(CPUAttentionBackendImpl):
         if not layout.groups:
             self._attend(layer, query[: layout.rows], output[: layout.rows], cache, attn_metadata.dense)
             return output
-        grouped = {}
         for plugin, run in attn_metadata.grouped.items():
-            members = layout.members(query, plugin)  # (groups, k, H, d)
-            k = members.shape[1]
-            heads = members.unflatten(2, (kv_heads, -1)).transpose(1, 2)  # (groups, H_kv, k, H/H_kv, d)
-            packed = heads.flatten(1, 3).contiguous()
-            out = torch.empty_like(packed)
-            self._attend(layer, packed, out, cache, run)
-            grouped[plugin] = out.unflatten(1, (kv_heads, k, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        alone = layout.alone(query).contiguous()
-        out = torch.empty_like(alone)
+            members = layout.members(query, plugin).unflatten(2, (kv_heads, -1))
+            packed = members.transpose(1, 2).contiguous()  # (groups, H_kv, k, H/H_kv, d)
+            found = torch.empty_like(packed)
+            self._attend(layer, packed.flatten(1, 3), found.flatten(1, 3), cache, run)
+            layout.put(output.unflatten(1, (kv_heads, -1)), found.transpose(1, 2), plugin)
         if attn_metadata.dense is not None:
-            self._attend(layer, alone, out, cache, attn_metadata.dense)
-        output.copy_(layout.place(grouped, out, output))
+            alone = layout.alone(query).contiguous()
+            found = torch.empty_like(alone)
+            self._attend(layer, alone, found, cache, attn_metadata.dense)
+            layout.put_alone(output, found)
+        output[layout.rows :] = 0
         return output
 
     def _attend(self, layer: Any, query: Tensor, output: Tensor, cache: Any, run: Run) -> None:

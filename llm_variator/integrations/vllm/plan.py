@@ -157,11 +157,12 @@ class Layout:
 
     def restore(self, entries: Tensor, members: Mapping[int, Tensor], x: Tensor, restore: Restores) -> Tensor:
         """(entries, d) -> (rows, d): inverse of `compress` for the outputs of the frozen layer. Padding is zero."""
-        outputs = {
-            plugin: restore[plugin](part, members[plugin]).flatten(0, 1)
-            for plugin, part in zip(self.groups, self.split(entries), strict=False)
-        }
-        return self.place(outputs, entries[self.grouped :], x)
+        out = torch.empty_like(x, dtype=entries.dtype)
+        for plugin, part in zip(self.groups, self.split(entries), strict=False):
+            self.put(out, restore[plugin](part, members[plugin]), plugin)
+        self.put_alone(out, entries[self.grouped :])
+        out[self.rows :] = 0
+        return out
 
     def split(self, entries: Tensor) -> tuple[Tensor, ...]:
         """The entries of each plugin in turn, and of the dense rows."""
@@ -171,14 +172,21 @@ class Layout:
         ]
         return entries.split([*sizes, len(entries) - self.grouped])
 
-    def place(self, grouped: Mapping[int, Tensor], alone: Tensor, like: Tensor) -> Tensor:
-        """Put rows back: of each plugin's groups, in order, and the dense ones; shaped as `like` (rows, ...)."""
-        out = like.new_empty((len(like), *alone.shape[1:]), dtype=alone.dtype)
-        for plugin, rows in grouped.items():
-            _put(out, rows, self.groups[plugin])
-        _put(out, alone, self.dense)
-        out[self.rows :] = 0
-        return out
+    def put(self, out: Tensor, members: Tensor, plugin: int) -> None:
+        """Inverse of `members`: write (groups of one plugin, k, ...) into their rows of `out` (rows, ...)."""
+        done, k = 0, self.ratios[plugin]
+        for piece in self.groups[plugin]:
+            groups = (piece.stop - piece.start) // k
+            out[piece].unflatten(0, (-1, k)).copy_(members[done : done + groups])
+            done += groups
+
+    def put_alone(self, out: Tensor, rows: Tensor) -> None:
+        """Inverse of `alone`: write the dense rows into `out` (rows, ...)."""
+        done = 0
+        for piece in self.dense:
+            size = piece.stop - piece.start
+            out[piece] = rows[done : done + size]
+            done += size
 
 
 def _take(x: Tensor, pieces: Sequence[slice]) -> Tensor:
@@ -187,11 +195,3 @@ def _take(x: Tensor, pieces: Sequence[slice]) -> Tensor:
 
 def _join(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _put(out: Tensor, rows: Tensor, pieces: Sequence[slice]) -> None:
-    done = 0
-    for piece in pieces:
-        size = piece.stop - piece.start
-        out[piece] = rows[done : done + size]
-        done += size

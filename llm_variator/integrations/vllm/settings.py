@@ -15,11 +15,13 @@ from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.plan import Shape, whole_step
 from llm_variator.integrations.vllm.rows import AUTO, Choice, check_choice
+from llm_variator.operations import Stack, prefill
 from llm_variator.plugin import CompressionPlugin, Ratios, attachment
 from llm_variator.policy import LoadPolicy, Policy
 
 KEY = "variator"
 """The key in vLLM's `additional_config`."""
+TYPICAL_PROMPT = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Settings:
     """Of requests that do not say."""
     policy: Mapping[str, Any]
     """Arguments of `LoadPolicy`; with "class", the path `module:Class` of another policy."""
+    costs: Mapping[int, float]
+    """Operations of reading a prompt of `TYPICAL_PROMPT` tokens, relative to dense: what `LoadPolicy` reckons with."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], hf_config: Any) -> Settings:
@@ -78,7 +82,10 @@ class Settings:
         default = check_choice(values.get("default", 0), tuple(plugins))
         if default == AUTO and not plugins:
             raise VariatorError('the default "auto" needs at least one plugin')
-        settings = cls(plugins, default, values.get("policy", {}))
+        stack = Stack.of(hf_config)
+        dense = prefill(stack, TYPICAL_PROMPT).total
+        costs = {k: prefill(stack, TYPICAL_PROMPT, one.config).total / dense for k, one in plugins.items()}
+        settings = cls(plugins, default, values.get("policy", {}), costs)
         if plugins:
             settings.make_policy()
         return settings
@@ -107,7 +114,9 @@ class Settings:
         options = dict(self.policy)
         path = options.pop("class", None)
         made: Any = LoadPolicy
-        if path is not None:
+        if path is None:
+            options.setdefault("costs", self.costs)
+        else:
             module, _, name = str(path).partition(":")
             try:
                 made = getattr(importlib.import_module(module), name)
@@ -176,6 +185,10 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
     served = Served(folder, config, ratios)
     if "attention" in config.sites:
         raise VariatorError(f'{folder}: the site "attention" is not served in vLLM; use "ffn" and "kv"')
+    if config.decode_block is not None:
+        raise VariatorError(
+            f"{folder}: generated tokens stay dense in vLLM, and this plugin merges them (decode_block)"
+        )
     kv = set(ratios.get("kv", {}).values())
     if kv and (len(kv) > 1 or len(ratios["kv"]) != hf_config.num_hidden_layers):
         raise VariatorError(

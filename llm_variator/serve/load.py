@@ -1,0 +1,298 @@
+"""Rising arrivals at a server: time to the first token, throughput, ratios and answers for every choice of ratio.
+
+Arrivals are a Poisson process whose rate rises linearly in time, from a tenth of what dense sustains to `--peak`
+times that. After the last answer a calm while and three single requests show whether "auto" returns to dense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import math
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llm_variator.corpora import read_documents, tokenize
+from llm_variator.errors import VariatorError
+from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
+from llm_variator.loading import load_tokenizer
+
+SEED = 0
+FIRST_RATE = 0.1  # of what dense sustains
+PHASES = 10  # of the time in which requests arrive
+CALM_SECONDS, CALM_REQUESTS = 12.0, 3
+START_SECONDS = 600.0
+
+
+class Answer(NamedTuple):
+    """What became of one request."""
+
+    arrived: float
+    """Seconds after the start."""
+    first: float | None
+    """Seconds to the first token."""
+    last: float
+    """Seconds to the end of the answer."""
+    tokens: list[int]
+    error: str
+    """Empty where all is well."""
+
+
+def measure_load(args: argparse.Namespace, plugins: dict[str, str]) -> dict[str, Any]:
+    """Send the same rising arrivals for each of `args.choices`, to `args.url` or to a server of our own."""
+    earlier = [_read(path) for path in args.earlier]
+    prompts = text_prompts(args)
+    with contextlib.nullcontext(args.url) if args.url else served(args, plugins) as url:
+        return asyncio.run(_load(args, url, prompts, earlier))
+
+
+def text_prompts(args: argparse.Namespace) -> list[list[int]]:
+    """Stretches of running text that begin at different places; lengths uniform in `args.tokens`."""
+    tokenizer = load_tokenizer(args.model)
+    stream = torch.cat(tokenize(read_documents(args.data), tokenizer))
+    shortest, longest = args.tokens[0], args.tokens[-1]
+    last = len(stream) - longest
+    if last < args.requests or shortest > longest:
+        raise VariatorError(
+            f"{args.requests} prompts of {shortest} to {longest} tokens cannot be cut from {len(stream)}"
+        )
+    rng = random.Random(SEED)
+    starts = torch.linspace(0, last, args.requests + 1).long().tolist()[:-1]
+    return [stream[start : start + rng.randint(shortest, longest)].tolist() for start in starts]
+
+
+def arrivals(requests: int, first: float, last: float, seed: int = SEED) -> list[float]:
+    """Seconds at which requests arrive: Poisson, the rate rising linearly in time from `first` to `last` a second."""
+    rng, expected, times = random.Random(seed), 0.0, []
+    rise = (last**2 - first**2) / (2 * requests)  # of the rate, each second: it ends at `last`
+    for _ in range(requests):
+        expected += rng.expovariate(1.0)
+        times.append((math.sqrt(first**2 + 2 * rise * expected) - first) / rise)
+    return times
+
+
+# --- the server
+
+
+@contextlib.contextmanager
+def served(args: argparse.Namespace, plugins: dict[str, str]) -> Iterator[str]:
+    """The address of a server with these plugins, which lives as long as the context."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "llm_variator.serve", "--model", args.model, "--port", str(port)]
+    words += ["--plugin", *(f"{name}={plugin}" for name, plugin in plugins.items()), "--host", "127.0.0.1"]
+    words += ["--dtype", args.dtype, "--policy", json.dumps(args.policy or {}), "--"]
+    words += ["--max-model-len", str(args.tokens[-1] + args.max_tokens), "--disable-uvicorn-access-log"]
+    words += ["--no-enable-prefix-caching", *args.server_flags]  # no prompt is read twice
+    with Path(args.log).open("wb") if args.log else contextlib.nullcontext(subprocess.DEVNULL) as log:
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        asyncio.run(_answers(f"http://127.0.0.1:{port}", process))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+async def _answers(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    async with _session(url) as session:
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                async with session.get("/health") as answer:
+                    if answer.status == 200:
+                        return
+            await asyncio.sleep(0.5)
+    raise VariatorError("the server did not start: see its output with --log FILE")
+
+
+# --- the clients
+
+
+def _session(url: str) -> Any:
+    try:
+        import aiohttp
+    except ImportError:
+        raise VariatorError(
+            "measuring a server needs aiohttp, which vLLM brings: pip install aiohttp"
+        ) from None
+    return aiohttp.ClientSession(
+        url, timeout=aiohttp.ClientTimeout(total=3600), connector=aiohttp.TCPConnector(limit=0)
+    )
+
+
+async def _load(
+    args: argparse.Namespace, url: str, prompts: list[list[int]], earlier: list[dict[str, Any]]
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {"model": args.model, "data": args.data, "requests": args.requests}
+    settings |= {"prompt_tokens": list(args.tokens), "answer_tokens": args.max_tokens, "dtype": args.dtype}
+    settings |= {"peak": args.peak, "server_flags": args.server_flags}
+    for figures in earlier:
+        if differs := [name for name, value in settings.items() if figures["settings"].get(name) != value]:
+            raise VariatorError(f"--earlier was measured with other settings: {', '.join(differs)}")
+    known = {choice: row for figures in earlier for choice, row in figures["choices"].items()}
+    async with _session(url) as session:
+        sustained = next((figures["sustained_dense_requests_per_second"] for figures in earlier), None)
+        if sustained is None:
+            sustained = await _sustained(session, args, prompts)
+        offsets = arrivals(args.requests, FIRST_RATE * sustained, args.peak * sustained)
+        found: dict[str, Any] = {}
+        for choice in args.choices:
+            found[str(choice)] = await _run(session, args, prompts, offsets, choice)
+            found[str(choice)] |= _compared(choice, found[str(choice)], known | found)
+    return {
+        "settings": settings,
+        "policy": args.policy or {},
+        "sustained_dense_requests_per_second": sustained,
+        "arriving_seconds": offsets[-1],
+        "choices": found,
+    }
+
+
+async def _sustained(session: Any, args: argparse.Namespace, prompts: list[list[int]]) -> float:
+    """Requests a second that dense answers when all arrive at once, after warming up."""
+    sample = prompts[:: max(1, len(prompts) // 24)][:24]
+    await asyncio.gather(*(_ask(session, args, prompt, 0) for prompt in sample[:2]))
+    began = time.perf_counter()
+    answers = await asyncio.gather(*(_ask(session, args, prompt, 0) for prompt in sample))
+    if errors := [answer.error for answer in answers if answer.error]:
+        raise VariatorError(f"the server does not answer as it should: {errors[0]}")
+    return len(sample) / (time.perf_counter() - began)
+
+
+async def _run(
+    session: Any, args: argparse.Namespace, prompts: list[list[int]], offsets: list[float], choice: int | str
+) -> dict[str, Any]:
+    for prompt in prompts[:2]:  # whatever this ratio has to do once
+        await _ask(session, args, prompt[::-1], 0 if choice == AUTO else choice)
+    counts, start = [await _counts(session)], time.perf_counter()
+
+    async def arrive(at: float, prompt: list[int]) -> Answer:
+        await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+        return await _ask(session, args, prompt, choice, start)
+
+    async def watch() -> None:
+        for phase in range(PHASES):
+            await asyncio.sleep(max(0.0, start + offsets[-1] * (phase + 1) / PHASES - time.perf_counter()))
+            counts.append(await _counts(session))
+
+    answers, _ = await asyncio.gather(asyncio.gather(*map(arrive, offsets, prompts)), watch())
+    wall = time.perf_counter() - start
+    total = await _counts(session) - counts[0]
+    await asyncio.sleep(CALM_SECONDS if choice == AUTO else 0.0)
+    before = await _counts(session)
+    if choice == AUTO:
+        for prompt in prompts[:CALM_REQUESTS]:
+            await _ask(session, args, prompt[::-1], choice)
+    return _summary(answers, wall) | {
+        "requests_by_ratio": dict(sorted(total.items())),
+        "requests_by_ratio_and_phase": [
+            dict(sorted((after - earlier).items())) for earlier, after in itertools.pairwise(counts)
+        ],
+        "requests_by_ratio_when_calm_again": dict(await _counts(session) - before),
+        "answers": [" ".join(map(str, answer.tokens)) for answer in answers],
+    }
+
+
+async def _ask(
+    session: Any, args: argparse.Namespace, prompt: Sequence[int], choice: int | str, start: float = 0.0
+) -> Answer:
+    """One streamed completion."""
+    body = {"model": args.model, "prompt": list(prompt), "max_tokens": args.max_tokens, "temperature": 0}
+    body |= {"stream": True, "ignore_eos": True, "logprobs": 0, "return_tokens_as_token_ids": True}
+    body |= {"vllm_xargs": {ARGUMENT: choice}}
+    began, first, tokens, error = time.perf_counter(), None, [], ""
+    try:
+        async with session.post("/v1/completions", json=body) as answer:
+            if answer.status != 200:
+                error = f"HTTP {answer.status}: {(await answer.text())[:200]}"
+            async for line in answer.content:
+                text = line.decode().removeprefix("data: ").strip()
+                if not error and text and text != "[DONE]":
+                    first = first or time.perf_counter() - began
+                    for part in json.loads(text)["choices"]:
+                        tokens += [int(name.partition(":")[2]) for name in part["logprobs"]["tokens"]]
+    except (TimeoutError, OSError, ValueError, KeyError) as failure:
+        error = repr(failure)
+    if not error and len(tokens) != args.max_tokens:
+        error = f"{len(tokens)} tokens"
+    return Answer(began - start, first, time.perf_counter() - began, tokens, error)
+
+
+async def _counts(session: Any) -> Counter[str]:
+    """Requests by ratio so far, from the server's counters."""
+    async with session.get("/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    found = (line.split('"') for line in lines if line.startswith("variator_requests_total{"))
+    return Counter({k: int(float(rest.split()[-1])) for _, k, rest in found})
+
+
+# --- figures
+
+
+def _summary(answers: list[Answer], wall: float) -> dict[str, Any]:
+    good = [answer for answer in answers if not answer.error]
+    peak = [answer for answer in answers[len(answers) * 3 // 4 :] if not answer.error]
+    figures: dict[str, Any] = {
+        "answered": len(good),
+        "failed": len(answers) - len(good),
+        "errors": sorted({answer.error for answer in answers if answer.error})[:3],
+        "requests_per_second": len(good) / wall,
+        "seconds": wall,
+    }
+    for name, part in {"": good, "peak_": peak}.items():
+        waits = [answer.first for answer in part if answer.first is not None]
+        if waits:
+            figures |= {f"{name}first_token_p{q}": quantile(waits, q / 100) for q in (50, 99)}
+    return figures
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest of `values` that at least `share` of them do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def _compared(choice: int | str, row: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """How a run's answers agree with those of the dense run; each of auto's must be that of some fixed ratio."""
+    figures: dict[str, Any] = {}
+    answers = [answer.split() for answer in row["answers"]]
+    fixed = {
+        name: [answer.split() for answer in other["answers"]] for name, other in known.items() if name != AUTO
+    }
+    if dense := fixed.get("0"):
+        pairs = [
+            (ours, theirs)
+            for own, other in zip(answers, dense, strict=True)
+            for ours, theirs in zip(own, other, strict=False)
+        ]
+        figures["tokens_as_dense"] = sum(a == b for a, b in pairs) / sum(map(len, dense))
+        firsts = [own[:1] == other[:1] for own, other in zip(answers, dense, strict=True)]
+        figures["first_tokens_as_dense"] = sum(firsts) / len(firsts)
+    if choice == AUTO and fixed:
+        strange = [own for own, *others in zip(answers, *fixed.values(), strict=True) if own not in others]
+        figures |= {"answers_unlike_every_fixed_ratio": len(strange), "fixed_ratios": sorted(fixed)}
+    return figures
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    except (OSError, ValueError, KeyError) as error:
+        raise VariatorError(f"{path} is no result of this command ({error!r})") from None
+    return figures

@@ -1,0 +1,63 @@
+"""The load measurement without a server: arrivals, quantiles and what is said of answers."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+from tiny import model_folder
+
+from llm_variator import VariatorError
+from llm_variator.serve.load import Answer, _compared, _summary, arrivals, quantile, text_prompts
+
+
+def test_arrivals_rise_to_the_peak():
+    times = arrivals(20_000, 0.5, 10.0)
+    assert times == sorted(times)
+    # the rate is linear in time, so 20,000 requests take 20,000 / 5.25 seconds
+    assert times[-1] == pytest.approx(20_000 / 5.25, rel=0.02)
+    end = times[-1]
+    rates = [sum(a <= t < b for t in times) / (b - a) for a, b in ((0, end / 10), (end * 0.9, end))]
+    assert rates == pytest.approx([0.5 + 0.95 / 2, 10 - 0.95 / 2], rel=0.1)
+    assert arrivals(5, 0.5, 10.0) == arrivals(5, 0.5, 10.0)
+
+
+def test_quantile():
+    values = list(range(1, 101))
+    assert [quantile(values, q) for q in (0.5, 0.99, 1.0)] == [50, 99, 100]
+    assert quantile([3.0], 0.5) == 3.0
+
+
+def test_failures_are_counted_and_do_not_wait():
+    answers = [Answer(i, float(i), i + 1.0, [1], "") for i in range(7)]
+    answers += [Answer(7, None, 1.0, [], "HTTP 500"), Answer(8, 9.0, 1.0, [1], "1 tokens")]
+    figures = _summary(answers, wall=14.0)
+    assert (figures["answered"], figures["failed"], figures["errors"]) == (7, 2, ["1 tokens", "HTTP 500"])
+    assert figures["requests_per_second"] == 0.5
+    assert (figures["first_token_p50"], figures["first_token_p99"]) == (3.0, 6.0)
+    assert figures["peak_first_token_p99"] == 6.0  # of the last quarter, one answer is good
+
+
+def test_answers_are_compared():
+    known = {
+        "0": {"answers": ["1 2", "3 4", "5 6"]},
+        "2": {"answers": ["1 9", "8 4", "5 6"]},
+        "auto": {"answers": ["7 7"] * 3},
+    }
+    assert _compared(2, known["2"], known) == {"tokens_as_dense": 4 / 6, "first_tokens_as_dense": 2 / 3}
+    found = _compared("auto", {"answers": ["1 9", "3 4", "5 7"]}, known)
+    assert found["answers_unlike_every_fixed_ratio"] == 1
+    assert found["fixed_ratios"] == ["0", "2"]
+
+
+def test_prompts_are_distinct_stretches_of_text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(str(number) for number in range(2000)))
+    model = model_folder()
+    args = argparse.Namespace(model=model, data=str(file), requests=20, tokens=[30, 50])
+    prompts = text_prompts(args)
+    assert len(prompts) == len({tuple(prompt[:4]) for prompt in prompts}) == 20
+    assert {len(prompt) for prompt in prompts} <= set(range(30, 51))
+    assert len({len(prompt) for prompt in prompts}) > 3
+    with pytest.raises(VariatorError, match="cannot be cut"):
+        text_prompts(argparse.Namespace(**vars(args) | {"tokens": [30, 50_000]}))
