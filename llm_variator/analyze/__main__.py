@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from llm_variator import cli
-from llm_variator.analyze import neurons
+from llm_variator.analyze import merge, neurons
 
 
 def build_parser() -> cli.Parser:
@@ -21,6 +21,14 @@ def build_parser() -> cli.Parser:
             "vector activates relate to those of the vectors it stands for.",
         )
     )
+    merge.add_flags(
+        commands.add_parser(
+            "merge",
+            help="learned merge weights, reconstruction, sensitivity of layers, tokens that suffer most",
+            description="What a trained plugin has learned: merge weights by position in the group, how well each "
+            "layer's output is restored, which layers are sensitive, and which tokens after the prompt suffer.",
+        )
+    )
     return parser
 
 
@@ -28,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one analysis, print its table and store its figures."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = cli.parse(build_parser(), argv)
-    neurons.run(args, argv)
+    (neurons if args.command == "neurons" else merge).run(args, argv)
 
 
 if __name__ == "__main__":
