@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator.architectures import architecture_of
+from llm_variator.groups import split
 from llm_variator.model import VariatorModel
 
 TOLERANCE = 0.2
@@ -141,8 +142,6 @@ def spans(model: VariatorModel, layer: int, tokens: int) -> tuple[int, int, int]
 
     None where it merges nothing. An encoder's short last group is left out.
     """
-    from llm_variator.groups import split
-
     plugin = model.plugin()
     site = plugin.at("ffn", layer)
     if site is None:

@@ -89,7 +89,7 @@ class Observer:
                 handle.remove()
 
     def _merged(self, site: str, layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, Tensor | None], _output: Tensor) -> None:
+        def hook(module: Any, args: tuple[Tensor, Tensor | None], _output: Tensor) -> None:
             groups, members = args
             if members is not None and not bool(members.all()):
                 return  # a short last group has other positions

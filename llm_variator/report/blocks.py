@@ -73,6 +73,8 @@ class Card:
     label: str
     number: Number
     note: str
+    dense: Number | None = None
+    """The same of the dense model, where the number is not relative to it."""
 
 
 @dataclasses.dataclass(frozen=True)

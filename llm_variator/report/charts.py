@@ -49,53 +49,43 @@ class Drawing:
     ticks: Sequence[float] = ()
 
 
-def draw(drawing: Drawing) -> Any:
-    """The matplotlib figure.
+_STYLE = {
+    "font.size": 10.5, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
+    "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": LINE, "grid.linewidth": 0.8, "axes.linewidth": 0.8, "svg.fonttype": "none",
+    "axes.axisbelow": True,
+}  # fmt: skip
 
-    Raises:
-        VariatorError: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
-    except ImportError:
-        raise VariatorError("a report needs matplotlib: pip install matplotlib, or the extra [report]") from None
-    style = {
-        "font.size": 10.5, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
-        "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.color": LINE, "grid.linewidth": 0.8, "axes.linewidth": 0.8, "svg.fonttype": "none",
-        "svg.hashsalt": "llm_variator", "axes.axisbelow": True,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        entries = len(drawing.series) + len(drawing.levels)
-        longest = max(
-            [len(each.label) for each in drawing.series] + [len(level[0]) for level in drawing.levels]
-        )
-        columns = max(1, min(4, entries, 46 // (longest + 6)))
-        lines = -(-entries // columns)
-        figure = Figure(figsize=(_WIDTH, _HEIGHT + _LEGEND_LINE * lines), layout="constrained")
-        axes = figure.subplots()
-        for place, series in enumerate(drawing.series):
-            _add(axes, series, place if series.colour is None else series.colour)
-        for label, value, place in drawing.levels:
-            axes.axhline(
-                value, color=PALETTE[place % len(PALETTE)], linestyle=":", linewidth=1.4, label=label
-            )
-        axes.set(xlabel=drawing.x, ylabel=drawing.y)
-        if drawing.log2:
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(ScalarFormatter())
-        if drawing.ticks:
-            axes.set_xticks(drawing.ticks)
-        if drawing.logy:
-            axes.set_yscale("log")
-        elif drawing.from_zero:
-            axes.set_ylim(bottom=0)
-        figure.legend(
-            loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, handlelength=1.6,
-            columnspacing=1.2, borderpad=0.1,
-        )  # fmt: skip
+
+def _figure(drawing: Drawing) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    entries = len(drawing.series) + len(drawing.levels)
+    labels = [each.label for each in drawing.series] + [level[0] for level in drawing.levels]
+    columns = max(1, min(4, entries, 46 // (max(map(len, labels), default=1) + 6)))
+    lines = -(-entries // columns)
+    figure = Figure(figsize=(_WIDTH, _HEIGHT + _LEGEND_LINE * lines), layout="constrained")
+    axes = figure.subplots()
+    for place, series in enumerate(drawing.series):
+        _add(axes, series, place if series.colour is None else series.colour)
+    for label, value, place in drawing.levels:
+        axes.axhline(value, color=PALETTE[place % len(PALETTE)], linestyle=":", linewidth=1.4, label=label)
+    axes.set(xlabel=drawing.x, ylabel=drawing.y)
+    if drawing.log2:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    if drawing.ticks:
+        axes.set_xticks(drawing.ticks)
+        axes.xaxis.set_minor_locator(NullLocator())
+    if drawing.logy:
+        axes.set_yscale("log")
+    elif drawing.from_zero:
+        axes.set_ylim(bottom=0)
+    figure.legend(
+        loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, handlelength=1.6,
+        columnspacing=1.2, borderpad=0.1,
+    )  # fmt: skip
     return figure
 
 
@@ -137,10 +127,19 @@ def save(drawing: Drawing, folder: Path) -> list[Path]:
 
 
 def _rendered(drawing: Drawing, kind: str) -> bytes:
-    import matplotlib
+    """The file's content.
 
+    Raises:
+        VariatorError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise VariatorError(
+            "a report needs matplotlib: pip install matplotlib, or the extra [report]"
+        ) from None
     buffer = io.BytesIO()
     about = {"Date": None} if kind == "svg" else {}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": drawing.name}):
-        draw(drawing).savefig(buffer, format=kind, dpi=200, transparent=kind == "svg", metadata=about)
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": drawing.name}):  # ticks are made as late as they are drawn
+        _figure(drawing).savefig(buffer, format=kind, dpi=200, transparent=kind == "svg", metadata=about)
     return buffer.getvalue()

@@ -13,6 +13,7 @@ _COMMAND = (
     "python -m llm_variator.analyze merge --model smollm2-135m --plugin smollm2-135m/k2 "
     "--json eval/results/smollm2-135m-k2-merge.json"
 )
+_NO_RESULTS = ("config", "configs", "held_out_history", "loss_history")
 _MOST = 40  # numbers of a file that nothing else shows
 
 
@@ -34,7 +35,7 @@ def _merge(result: Result, made: Made) -> list[Table | Chart | Missing]:
     blocks: list[Table | Chart | Missing] = []
     weights = []
     for site, layers in figures["weights"].items():
-        points = _points(layers, lambda each: each["mean"][len(each["mean"].value or ()) - 1])
+        points = _points(layers, lambda each: each["mean"].last)
         weights.append(Series(f"{site}, last token", points))
     drawing = Drawing(f"weights-{slug}", "layer", "merge weight", weights, levels=[("a mean of two", 0.5, 7)])
     wins = [
@@ -90,7 +91,7 @@ def _layers(result: Result) -> Table:
     figures = result.figures
     sites = [site for site, _ in figures["weights"].items()]
     harmed = [site for site, _ in figures["sensitivity"].items()]
-    count = len(figures["drift"]["merged"].value or ()) or 1 + max(
+    count = figures["drift"]["merged"].size or 1 + max(
         (int(layer) for site in sites for layer, _ in figures["weights"][site].items() if layer.isdigit()),
         default=0,
     )
@@ -99,7 +100,7 @@ def _layers(result: Result) -> Table:
         row: list[Cell] = [str(layer)]
         for site in sites:
             own = figures["weights"][site][str(layer)]["mean"]
-            row.append(own[len(own.value or ()) - 1].show())
+            row.append(own.last.show())
         found = figures["reconstruction"][str(layer)]
         row += [found["restored"].show(), found["copied"].show()]
         row += [figures["drift"][part][layer].show() for part in ("merged", "dense")]
@@ -182,6 +183,6 @@ def _numbers(node: Node, path: tuple[str, ...]) -> list[tuple[str, Number]]:
     return [
         each
         for name, child in pairs
-        if name not in ("config", "configs")
+        if name not in _NO_RESULTS
         for each in _numbers(child, (*path, name))
     ]

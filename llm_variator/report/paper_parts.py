@@ -24,6 +24,10 @@ NAMES = {
     "squad": "SQuAD",
 }
 MEASURES = (("c_and_i_of_i", "chance_i", "|C∩I| / |I|"), ("c_and_u_of_c", "chance_u", "|C∩U| / |C|"))
+_NEURONS = (
+    "python -m llm_variator.analyze neurons --model smollm2-135m --train-steps 12 "
+    "--json eval/results/smollm2-135m-neurons.json"
+)
 _TABLE_NOTE = (
     "Ours in bold type, in per cent; the paper's own figure, of its own models and training, below it. Parameters and "
     "operations are in per cent of the original model's, by arithmetic."
@@ -79,16 +83,13 @@ def _numbered(
         recipe = printed[0]["recipe"]
         command = f"python -m llm_variator.tables recipes/tables/small/{recipe} --data-dir DATA"
         found.append(Missing(f"Table {number}: none of our runs is stored", command))
+    beside = []
     for result in ours:
-        own = result.figures["paper"].value or {}
-        matching = [each for each in printed if each["rows"].get("Original") == own.get("Original")]
-        found.append(_ours(result, (matching or printed)[0]))
-    shown = {row.title for row in found if isinstance(row, Table)}
-    for each in printed:
-        if not ours or (
-            len(printed) > 1 and not any(each["model"].lower() in title.lower() for title in shown)
-        ):
-            found.append(_printed_only(each))
+        original = result.figures["paper"]["Original"].value
+        matching = [each for each in printed if original and each["rows"].get("Original") == original]
+        beside.append((matching or printed)[0])
+        found.append(_ours(result, beside[-1]))
+    found += [_printed_only(each) for each in printed if each not in beside]
     return found
 
 
@@ -168,24 +169,32 @@ def table5(results: Sequence[Result]) -> list[Table | Missing]:
         lines.append([f"{symbol}, paper (T5, ReLU)", *shown])
         for result in ours:
             sets = result.figures["sets"]
-            lines.append([f"{symbol}, {short(result)}", *(sets[k][measure].show(".2f") for k in ratios)])
+            lines.append([f"{symbol}, {_label(result)}", *(sets[k][measure].show(".2f") for k in ratios)])
             lines.append(["by chance alone", *(sets[k][chance].show(".2f") for k in ratios)])
     notes = [
         "Of the k vectors of a group, I are the neurons that all activate in the original model, U those that any "
-        "activates; C those that the merged vector activates. By chance: had C been drawn at random, as large as it is.",
+        "activates; C those that the merged vector activates. By chance: had C been drawn at random, as large as it "
+        "is.",
         *(_about(result) for result in ours),
     ]
     title = "Table 5: activated neurons of merged vectors against those of the original"
     table = Table(title, ["", *(f"k={k}" for k in ratios)], lines, notes, [each.name for each in ours])
     if ours:
         return [table]
-    command = "python -m llm_variator.analyze neurons --model smollm2-135m --json eval/results/smollm2-135m-neurons.json"
+    command = _NEURONS
     return [table, Missing("Table 5: none of our runs is stored", command)]
 
 
 def short(result: Result) -> str:
     """The model of a result, by its last name."""
     return result.figures["model"].text.rstrip("/").rpartition("/")[2] or result.name
+
+
+def _label(result: Result) -> str:
+    """The model of an analysis, and whether its plugins were trained."""
+    trained = [plugin["training"].text for _, plugin in result.figures["plugins"].items()]
+    means = bool(trained) and all(text.startswith("untrained") for text in trained)
+    return f"{short(result)}, {'means' if means else 'trained'}"
 
 
 def _about(result: Result) -> str:
@@ -200,7 +209,7 @@ def _about(result: Result) -> str:
             f"threshold, below which all together change the FFN's output by {tolerance}"
         )
     trained = sorted({plugin["training"].text for _, plugin in figures["plugins"].items()})
-    return f"{short(result)}: {rule}. Text {figures['data'].text}; plugins {'; '.join(trained)}."
+    return f"{_label(result)}: {rule}. Text {figures['data'].text}; plugins {'; '.join(trained)}."
 
 
 def table6(results: Sequence[Result]) -> Table:
@@ -254,7 +263,7 @@ def figures_section(results: Sequence[Result], made: Made) -> Section:
         blocks.append(figure5(neurons, made, said["figure5"]))
         blocks += [figure5_layers(result, made) for result in neurons]
     else:
-        command = "python -m llm_variator.analyze neurons --model smollm2-135m --json eval/results/smollm2-135m-neurons.json"
+        command = _NEURONS
         blocks.append(Missing(f"Figure 5: activated neurons. {said['figure5']}", command))
     return Section("figures", "Figures of the paper", "", blocks)
 
@@ -316,8 +325,8 @@ def figure5(results: Sequence[Result], made: Made, said: str) -> Chart:
     for result in results:
         means = result.figures["activated_mean"]
         values = [(k, means[str(k)].number) for k in ratios]
-        series.append(Series(short(result), [(k, 100 * value) for k, value in values if value is not None]))
-        lines.append([short(result), *(means[str(k)].show(".2f", 100) for k in ratios)])
+        series.append(Series(_label(result), [(k, 100 * value) for k, value in values if value is not None]))
+        lines.append([_label(result), *(means[str(k)].show(".2f", 100) for k in ratios)])
     drawing = Drawing(
         "figure5",
         "compression ratio k",
@@ -347,5 +356,5 @@ def figure5_layers(result: Result, made: Made) -> Chart:
     )
     width = max((len(line) for line in lines), default=1) - 1
     table = Table("per cent, by layer", ["", *map(str, range(width))], lines, folded=True)
-    title = f"Figure 5 by layer: {short(result)}"
+    title = f"Figure 5 by layer: {_label(result)}"
     return made.chart(drawing, title, _about(result), table, [result.name])

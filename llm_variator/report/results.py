@@ -46,7 +46,7 @@ class Node:
 
     def __iter__(self) -> Iterator[Node]:
         """The items of a list."""
-        return (self[place] for place in range(len(self.value) if isinstance(self.value, list) else 0))
+        return (self[place] for place in range(self.size))
 
     def items(self) -> list[tuple[str, Node]]:
         """The pairs of a mapping."""
@@ -54,6 +54,16 @@ class Node:
 
     def __contains__(self, name: object) -> bool:
         return isinstance(self.value, dict) and name in self.value
+
+    @property
+    def size(self) -> int:
+        """Items of a list."""
+        return len(self.value) if isinstance(self.value, list) else 0
+
+    @property
+    def last(self) -> Node:
+        """The last item of a list."""
+        return self[self.size - 1]
 
     @property
     def number(self) -> float | None:

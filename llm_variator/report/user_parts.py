@@ -55,18 +55,13 @@ def cards(results: Sequence[Result]) -> list[Card]:
                     ("next tokens chosen as dense", row["same_choice"].show(".0%"), about),
                 )
                 found += [Card(label, number, note) for label, number, note in wanted if number]
-        for row in result.figures["questions"]["rows"]:
-            if "/" in row["condition"].text and "untrained" not in row["condition"].text:
-                number = row["f1"].show(".1f")
-                dense = [
-                    each["f1"]
-                    for each in result.figures["questions"]["rows"]
-                    if each["condition"].text == "dense"
-                ]
-                before = f"dense {dense[0].number:.1f}; " if dense and dense[0].number is not None else ""
-                if number:
-                    about = result.figures["questions"]["data"].text
-                    found.append(Card("F1 of answers to be copied", number, f"{before}{about}"))
+        answers = result.figures["questions"]
+        dense = [row["f1"].show(".1f") for row in answers["rows"] if row["condition"].text == "dense"]
+        for row in answers["rows"]:
+            name, number = row["condition"].text, row["f1"].show(".1f")
+            if number and "/" in name and "untrained" not in name:
+                note = f"{name}, {answers['data'].text}"
+                found.append(Card("F1 of answers copied from it", number, note, dense[0] if dense else None))
     return found[:5]
 
 
