@@ -140,6 +140,8 @@ def _rendered(drawing: Drawing, kind: str) -> bytes:
         ) from None
     buffer = io.BytesIO()
     about = {"Date": None} if kind == "svg" else {}
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": drawing.name}):  # ticks are made as late as they are drawn
+    with matplotlib.rc_context(
+        _STYLE | {"svg.hashsalt": drawing.name}
+    ):  # ticks are made as late as they are drawn
         _figure(drawing).savefig(buffer, format=kind, dpi=200, transparent=kind == "svg", metadata=about)
     return buffer.getvalue()

@@ -51,8 +51,8 @@ def _merge(result: Result, made: Made) -> list[Table | Chart | Missing]:
         errors.append(Series(label, _points(figures["reconstruction"], lambda each, key=key: each[key])))  # type: ignore[misc]
     drawing = Drawing(f"restored-{slug}", "layer", "relative error", errors, from_zero=True)
     caption = (
-        "Length of the error of an FFN's restored output over that of the frozen FFN on the token itself, given the same "
-        "input. Training minimises the error at the end of the model, not this one."
+        "Length of the error of an FFN's restored output over that of the frozen FFN on the token itself, given the "
+        "same input. Training minimises the error at the end of the model, not this one."
     )
     blocks.append(made.chart(drawing, "Reconstruction by layer", caption, None, [result.name]))
     drifts = [
@@ -181,8 +181,5 @@ def _numbers(node: Node, path: tuple[str, ...]) -> list[tuple[str, Number]]:
         return []
     pairs = node.items() or [(str(place), each) for place, each in enumerate(node)]
     return [
-        each
-        for name, child in pairs
-        if name not in _NO_RESULTS
-        for each in _numbers(child, (*path, name))
+        each for name, child in pairs if name not in _NO_RESULTS for each in _numbers(child, (*path, name))
     ]

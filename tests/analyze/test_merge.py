@@ -87,9 +87,13 @@ def test_token_losses_average_to_the_cross_entropy():
     model = make_variator("llama", VariatorConfig(k=2, sites=("ffn", "kv"), r=4))
     windows = ids(3, 24)
     losses = token_losses(model, windows, 16, batch_size=2)
-    assert losses.compressed.mean().item() == pytest.approx(continuation_cross_entropy(model, windows, 16), rel=1e-5)
+    assert losses.compressed.mean().item() == pytest.approx(
+        continuation_cross_entropy(model, windows, 16), rel=1e-5
+    )
     with model.disable_plugin():
-        assert losses.dense.mean().item() == pytest.approx(continuation_cross_entropy(model, windows, 16), rel=1e-5)
+        assert losses.dense.mean().item() == pytest.approx(
+            continuation_cross_entropy(model, windows, 16), rel=1e-5
+        )
 
 
 def test_origins_by_hand():
@@ -107,8 +111,14 @@ def test_a_pair_seen_in_the_continuation_is_dense():
 
 @pytest.mark.parametrize(
     ("text", "kind"),
-    [(" 1984", "number"), (" Paris", "capitalised word"), (" the", "other word"), ("ing", "inside a word"), (" ,", "punctuation or space")],
-)  # fmt: skip
+    [
+        (" 1984", "number"),
+        (" Paris", "capitalised word"),
+        (" the", "other word"),
+        ("ing", "inside a word"),
+        (" ,", "punctuation or space"),
+    ],
+)
 def test_shapes(text, kind):
     assert shape(text) == kind
 
@@ -126,7 +136,12 @@ def test_the_worst_place_comes_first(monkeypatch):
     monkeypatch.setattr(module, "_FEW", 1)
     losses = Losses(torch.zeros(1, 3), torch.tensor([[0.1, 2.0, 0.3]]))
     found = module.suffering(
-        losses, torch.tensor([[1, 2, 3, 4, 5]]), 2, range(0, 2), lambda tokens: "".join(map(str, tokens)), most=2
+        losses,
+        torch.tensor([[1, 2, 3, 4, 5]]),
+        2,
+        range(0, 2),
+        lambda tokens: "".join(map(str, tokens)),
+        most=2,
     )
     assert [each["token"] for each in found["examples"]] == ["4", "5"]
     assert found["examples"][0]["compressed"] == 2.0
@@ -135,7 +150,9 @@ def test_the_worst_place_comes_first(monkeypatch):
 
 
 def test_command(tmp_path, capsys):
-    model = VariatorModel(make_decoder("llama", vocab_size=384), VariatorConfig(k=2, sites=("ffn", "kv"), r=4))
+    model = VariatorModel(
+        make_decoder("llama", vocab_size=384), VariatorConfig(k=2, sites=("ffn", "kv"), r=4)
+    )
     randomise(model.plugin(), std=0.05)
     model.save_pretrained(tmp_path / "plugin")
     model.unload().save_pretrained(tmp_path / "model")

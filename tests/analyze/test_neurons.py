@@ -149,10 +149,16 @@ def test_layers_left_dense_have_no_share():
 def test_hooks_are_gone_after_an_error():
     model = VariatorModel(make_decoder("llama"))
     module = model.base.model.layers[0].mlp.down_proj
-    with pytest.raises(RuntimeError), watching(model, lambda layer, values: None):
-        assert module._forward_pre_hooks
-        raise RuntimeError
-    assert not module._forward_pre_hooks
+    before = len(module._forward_pre_hooks)
+
+    def broken() -> None:
+        with watching(model, lambda layer, values: None):
+            assert len(module._forward_pre_hooks) == before + 1
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        broken()
+    assert len(module._forward_pre_hooks) == before
 
 
 # --- the command
@@ -162,7 +168,17 @@ def test_hooks_are_gone_after_an_error():
 def test_command(model, name, tmp_path, capsys):
     file = tmp_path / "neurons.json"
     flags = ["--data", "pydoc-topics", "--tokens", "64", "--windows", "3", "--batch-size", "2"]
-    flags += ["--ratios", "4", "2", "--train-steps", "1", "--train-tokens", "32", "--work", str(tmp_path / "work")]
+    flags += [
+        "--ratios",
+        "4",
+        "2",
+        "--train-steps",
+        "1",
+        "--train-tokens",
+        "32",
+        "--work",
+        str(tmp_path / "work"),
+    ]
     main(["neurons", "--model", model, "--random-init", *flags, "--json", str(file)])
     result = json.loads(file.read_text(encoding="utf-8"))
     figures = result["figures"]

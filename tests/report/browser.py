@@ -18,7 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "chrome-headless-shell",
+)
 
 
 def find_browser() -> str | None:
@@ -46,7 +53,13 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_read, self._to = os.pipe()
         self._from, from_write = os.pipe()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-dev-shm-usage",
+        ]
         flags += ["--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", "--hide-scrollbars"]
 
         def take_pipes() -> None:  # the protocol's are 3 (in) and 4 (out)
@@ -121,7 +134,9 @@ def browsing(program: str) -> Iterator[Browser]:
         browser.close()
 
 
-def look(browser: Browser, page: Path, *, width: int, dark: bool = False, ask: dict[str, str] | None = None) -> Look:
+def look(
+    browser: Browser, page: Path, *, width: int, dark: bool = False, ask: dict[str, str] | None = None
+) -> Look:
     """Open `page` in a window of that width; `ask`: scripts by name."""
     browser.events.clear()
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
@@ -164,7 +179,13 @@ def main() -> None:
     with browsing(program) as browser:
         for width in (1280, 400):
             for dark in (False, True):
-                seen = look(browser, page, width=width, dark=dark, ask={"wide": "document.documentElement.scrollWidth"})
+                seen = look(
+                    browser,
+                    page,
+                    width=width,
+                    dark=dark,
+                    ask={"wide": "document.documentElement.scrollWidth"},
+                )
                 file = folder / f"{width}-{'dark' if dark else 'light'}.png"
                 file.write_bytes(seen.screen)
                 print(file, f"content {seen.answers['wide']} wide", seen.complaints or "no complaints")

@@ -67,7 +67,12 @@ def resolve(document, pointer: str):
 
 def table_result(title: str, cells: dict, **more) -> dict:
     figures = {"title": title, "model": "m", "cells": cells, "averages": {}, "costs": {}, "paper": {}}
-    return {"figures": figures | more, "command": "python -m llm_variator.tables x", "versions": {}, "machine": {}}
+    return {
+        "figures": figures | more,
+        "command": "python -m llm_variator.tables x",
+        "versions": {},
+        "machine": {},
+    }
 
 
 def cell(score: float) -> dict:
@@ -225,7 +230,20 @@ def test_broken_file_is_named_and_nothing_else_suffers(name, tmp_path, capsys):
     assert "giga-operations" in page
 
 
-STRANGE = [None, 7, "text", True, [], {}, [[]], [None], [{"case": 3}], {"a": None}, {"1": "x"}, {"x": {"y": []}}]
+STRANGE = [
+    None,
+    7,
+    "text",
+    True,
+    [],
+    {},
+    [[]],
+    [None],
+    [{"case": 3}],
+    {"a": None},
+    {"1": "x"},
+    {"x": {"y": []}},
+]
 
 
 @pytest.mark.parametrize("strange", STRANGE, ids=repr)
@@ -238,7 +256,12 @@ def test_files_of_an_unknown_version_never_break_the_page(strange, tmp_path):
             "plugins", "model", "costs", "averages", "paper", "entries", "last_wins")  # fmt: skip
     whole = {key: {"a": {"b": {"c": 1.0}}} for key in keys} | {"title": "Table 1: main results"}
     for key in keys:
-        content = {"figures": whole | {key: strange}, "machine": strange, "versions": strange, "command": strange}
+        content = {
+            "figures": whole | {key: strange},
+            "machine": strange,
+            "versions": strange,
+            "command": strange,
+        }
         (results / f"{key}.json").write_text(json.dumps(content), encoding="utf-8")
     page = write_page(results, tmp_path)
     assert "could not be shown" not in page
@@ -285,7 +308,9 @@ def test_unreadable_files_are_problems(tmp_path):
 # --- drawings
 
 
-DRAWING = Drawing("one", "x", "y", [Series("a", [(2, 1.0), (4, 3.0)]), Series("b", [(2, 2.0)], line=False)], log2=True)
+DRAWING = Drawing(
+    "one", "x", "y", [Series("a", [(2, 1.0), (4, 3.0)]), Series("b", [(2, 2.0)], line=False)], log2=True
+)
 
 
 def test_inline_drawing_takes_the_pages_colours():
@@ -305,7 +330,16 @@ def test_saved_drawings_are_whole_files(tmp_path):
 
 
 def test_figures_for_papers(folder, tmp_path):
-    main(["--results", str(folder), "--output", str(tmp_path / "r.html"), "--figures", str(tmp_path / "figures")])
+    main(
+        [
+            "--results",
+            str(folder),
+            "--output",
+            str(tmp_path / "r.html"),
+            "--figures",
+            str(tmp_path / "figures"),
+        ]
+    )
     names = {file.name for file in (tmp_path / "figures").iterdir()}
     assert {"figure3.svg", "figure3.png", "figure5.svg", "bench-bench-prefill.svg"} <= names
 
