@@ -55,7 +55,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="trained plugins: shipped name, folder or hub id; other ratios are trained by --train-steps",
     )
     add_training_flags(parser)
-    add("--tolerance", type=cli.positive_float, default=TOLERANCE, help="of models without ReLU: see docs/")
+    add(
+        "--tolerance",
+        type=cli.positive_float,
+        default=TOLERANCE,
+        help="of models without ReLU, see docs/analysis.md: share of the FFN's output",
+    )
     add("--data", default="wikitext2/test", metavar="SOURCE", help="text, named as in llm_variator.train")
     add(
         "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
