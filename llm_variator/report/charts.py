@@ -63,7 +63,7 @@ def _figure(drawing: Drawing) -> Any:
 
     entries = len(drawing.series) + len(drawing.levels)
     labels = [each.label for each in drawing.series] + [level[0] for level in drawing.levels]
-    columns = max(1, min(4, entries, 46 // (max(map(len, labels), default=1) + 6)))
+    columns = max(1, min(4, entries, 66 // (max(map(len, labels), default=1) + 6)))
     lines = -(-entries // columns)
     figure = Figure(figsize=(_WIDTH, _HEIGHT + _LEGEND_LINE * lines), layout="constrained")
     axes = figure.subplots()
@@ -91,10 +91,12 @@ def _figure(drawing: Drawing) -> Any:
 
 def _add(axes: Any, series: Series, place: int) -> None:
     colour, marker = PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
+    hollow = place >= len(PALETTE)
     xs, ys = [point[0] for point in series.points], [point[1] for point in series.points]
     many = len(xs) > 12
     style = {"linestyle": ("--" if series.dashed else "-") if series.line else "none", "linewidth": 1.6}
     style |= {"marker": "" if (series.dashed or many) and series.line else marker, "markersize": 6}
+    style |= {"markerfacecolor": "none"} if hollow else {}
     axes.plot(xs, ys, color=colour, label=series.label, **style)
     if series.low and series.high:
         axes.fill_between(xs, series.low, series.high, color=colour, alpha=0.18, linewidth=0)

@@ -28,6 +28,7 @@ _ANSWERS = (
     ("same_answer", "same answer, %", ".1f", 1.0),
     ("kv_entries", "KV entries", ".3f", 1.0),
 )
+_MANY_TASKS = 6
 _FRONTIER = (
     "python -m llm_variator.evaluate frontier --model smollm2-135m --plugin smollm2-135m/k2 "
     "--json eval/results/smollm2-135m-frontier.json"
@@ -62,7 +63,7 @@ def cards(results: Sequence[Result]) -> list[Card]:
             if number and "/" in name and "untrained" not in name:
                 note = f"{name}, {answers['data'].text}"
                 found.append(Card("F1 of answers copied from it", number, note, dense[0] if dense else None))
-    return found[:5]
+    return sorted(found, key=lambda card: card.dense is not None)[:5]
 
 
 def frontier_section(results: Sequence[Result], made: Made) -> Section:
@@ -72,6 +73,7 @@ def frontier_section(results: Sequence[Result], made: Made) -> Section:
         for place, text in enumerate(result.figures["texts"]):
             if list(text["rows"]):
                 blocks += _text(result, text, place, made)
+    for result in results:
         rows = result.figures["questions"]["rows"]
         if list(rows):
             title = f"Answers: {_model(result)} on {result.figures['questions']['data'].text}"
@@ -79,6 +81,7 @@ def frontier_section(results: Sequence[Result], made: Made) -> Section:
     if not blocks:
         blocks.append(Missing("Quality against cost", _FRONTIER))
     offline = [result for result in results if list(result.figures["quality"])]
+    offline.sort(key=lambda result: -result.figures["quality"].size)
     for result in offline:
         blocks.append(_quality(result))
         if list(result.figures["prefill"]):
@@ -140,7 +143,8 @@ def _quality(result: Result) -> Table:
         lines.append([name, row["items"].show("d"), *(row["values"][label].show(".3f") for label in labels)])
     notes = [f"{label}: {entry.text}" for label, entry in figures["entries"].items()]
     title = f"lm-eval's tasks: {_model(result)} ({result.name.removesuffix('.json')})"
-    return Table(title, ["", "items", *labels], lines, notes, [result.name])
+    few = len(lines) < _MANY_TASKS
+    return Table(title, ["", "items", *labels], lines, notes, [result.name], folded=few)
 
 
 def _prefill(result: Result) -> Table:
