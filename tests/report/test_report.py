@@ -230,20 +230,7 @@ def test_broken_file_is_named_and_nothing_else_suffers(name, tmp_path, capsys):
     assert "giga-operations" in page
 
 
-STRANGE = [
-    None,
-    7,
-    "text",
-    True,
-    [],
-    {},
-    [[]],
-    [None],
-    [{"case": 3}],
-    {"a": None},
-    {"1": "x"},
-    {"x": {"y": []}},
-]
+STRANGE = [7, "text", [[]], [{"case": 3}], {"a": None}, {"1": "x"}]
 
 
 @pytest.mark.parametrize("strange", STRANGE, ids=repr)
