@@ -49,7 +49,7 @@ class Drawing:
     ticks: Sequence[float] = ()
 
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10.5, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": LINE, "grid.linewidth": 0.8, "axes.linewidth": 0.8, "svg.fonttype": "none",
