@@ -48,7 +48,7 @@ def _merge(result: Result, made: Made) -> list[Table | Chart | Missing]:
     )
     errors = []
     for key, label in (("restored", "as restored"), ("copied", "had it been copied")):
-        errors.append(Series(label, _points(figures["reconstruction"], lambda each, key=key: each[key])))  # type: ignore[misc]
+        errors.append(Series(label, _points(figures["reconstruction"], lambda each, key=key: each[key])))
     drawing = Drawing(f"restored-{slug}", "layer", "relative error", errors, from_zero=True)
     caption = (
         "Length of the error of an FFN's restored output over that of the frozen FFN on the token itself, given the "
