@@ -90,7 +90,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     if model.is_decoder:
         losses = token_losses(model, windows, args.context, args.batch_size)
         figures["tokens"] = suffering(
-            losses, windows, args.context, _merged(config, args.context), lambda ids: tokenizer.decode(ids)
+            losses,
+            windows,
+            args.context,
+            _merged(config, args.context),
+            lambda ids: str(tokenizer.decode(ids)),
         )
         if args.sensitivity_windows:
             figures["sensitivity"] = sensitivity(
