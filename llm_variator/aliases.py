@@ -105,18 +105,6 @@ ALIASES: dict[str, ModelAlias] = {
         eos_token_id=2,
         tie_word_embeddings=False,
     ),
-    # Small enough to be trained from nothing on a CPU: a ReLU T5 with real behaviour, on bytes.
-    "mini-t5": _t5(
-        "mini-t5",
-        num_layers=4,
-        num_heads=4,
-        d_model=128,
-        d_ff=512,
-        d_kv=32,
-        vocab_size=384,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    ),
     "tiny-bert": ModelAlias(
         "tiny-bert",
         dict(
