@@ -9,6 +9,7 @@ BERT = Architecture(
     model_types=("bert",),
     layers="encoder.layer",
     ffn="intermediate",
+    neurons="output.dense",
     ffn_end="output.dense",
     attention="attention.self",
     attention_end="attention.output.dense",

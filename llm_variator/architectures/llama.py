@@ -6,6 +6,7 @@ LLAMA = Architecture(
     model_types=("llama", "mistral", "qwen2", "qwen3", "gemma3_text"),
     layers="model.layers",
     ffn="mlp",
+    neurons="mlp.down_proj",
     attention="self_attn",
     key="k_proj",
     value="v_proj",

@@ -56,6 +56,8 @@ class Architecture:
     output: str = ""
     norm: str = ""
     """From a layer: what its attention reads goes through this first."""
+    neurons: str = ""
+    """From a layer: the projection of its FFN that reads the neurons' activations."""
     ffn_end: str = ""
     """Where the FFN's output appears, if not in `ffn`."""
     attention_end: str = ""
@@ -86,7 +88,7 @@ class Architecture:
         except AttributeError:
             head = " with its language-model head (AutoModelForCausalLM)" if self.decoder else " whole"
             raise VariatorError(f"{kind} has no {self.layers!r}: load it{head}") from None
-        paths = [self.ffn, self.ffn_end, self.attention, self.attention_end]
+        paths = [self.ffn, self.neurons, self.ffn_end, self.attention, self.attention_end]
         inner = filter(None, (self.key, self.value, self.query, self.output))
         paths += [self.norm, *(f"{self.attention}.{projection}" for projection in inner)]
         for path in filter(None, paths):

@@ -10,6 +10,7 @@ T5 = Architecture(
     reader="encoder",
     layers="block",
     ffn="layer.1.DenseReluDense",
+    neurons="layer.1.DenseReluDense.wo",
     attention="layer.0.SelfAttention",
     key="k",
     value="v",

@@ -112,13 +112,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
     model.eval()
     model.decoder_only("sensitivity", "it measures what follows a prompt")
-    settings = {
-        "model": dataclasses.asdict(model.signature),
-        "dtype": str(model.dtype),
-        "device": args.device,
-    }
-    store = Store(args.work, args.work, settings | {"versions": versions(), "source": source_digest()})
-    probe = Probe(model, spread(windows, args.windows), args.context, args.batch_size, store)
+    probe = open_probe(model, spread(windows, args.windows), args.context, args.batch_size, args.work)
 
     template = VariatorConfig(
         r=args.r,
@@ -221,6 +215,17 @@ class Probe:
         targets = self.windows[:, self.context :].to(self.model.device, torch.long)
         pairs = zip(predictions, targets, strict=True)
         return sum(F.nll_loss(row, target).item() for row, target in pairs) / len(self.windows)
+
+
+def open_probe(model: VariatorModel, windows: Tensor, context: int, batch_size: int, work: Path) -> Probe:
+    """A `Probe` whose measurements are kept in the folder `work`, and found again."""
+    settings = {
+        "model": dataclasses.asdict(model.signature),
+        "dtype": str(model.dtype),
+        "device": str(model.device),
+    }
+    store = Store(work, work, settings | {"versions": versions(), "source": source_digest()})
+    return Probe(model, windows, context, batch_size, store)
 
 
 def measure_layers(

@@ -1,0 +1,245 @@
+"""`python -m llm_variator.analyze neurons`: Figure 5 and Table 5 of the paper, for a model and several ratios.
+
+I and U come from the original model, C from the model with its plugin: what a layer reads there has already gone
+through the compressed layers before it. The paper's text reads so ("activated neurons of original FFNs").
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from llm_variator import cli
+from llm_variator.analyze.activations import (
+    TOLERANCE,
+    Definition,
+    define,
+    mean,
+    read,
+    spans,
+    watching,
+    weight_norms,
+)
+from llm_variator.analyze.sets import SetCounts, count_sets
+from llm_variator.analyze.trained import add_training_flags, trained_plugin
+from llm_variator.config import VariatorConfig
+from llm_variator.corpora import read_windows, spread
+from llm_variator.errors import VariatorError
+from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.model import VariatorModel
+from llm_variator.results import write_result
+
+DENSE = "1"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `analyze neurons`."""
+    add = parser.add_argument
+    add("--model", required=True, help="base model: alias, local folder or hub id")
+    add("--ratios", type=cli.positive_int, nargs="+", default=[2, 4, 8, 16, 32], help="of the plugins")
+    add(
+        "--plugin",
+        nargs="+",
+        default=[],
+        metavar="K=PLUGIN",
+        help="trained plugins: shipped name, folder or hub id; other ratios are trained by --train-steps",
+    )
+    add_training_flags(parser)
+    add(
+        "--tolerance",
+        type=cli.positive_float,
+        default=TOLERANCE,
+        help="of models without ReLU, see docs/analysis.md: share of the FFN's output",
+    )
+    add("--data", default="wikitext2/test", metavar="SOURCE", help="text, named as in llm_variator.train")
+    add(
+        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
+    )
+    add("--tokens", type=cli.positive_int, default=256, help="of each stretch of text")
+    add("--windows", type=cli.positive_int, default=16, help="stretches of text, evenly spread over the data")
+    add("--batch-size", type=cli.positive_int, default=4, help="windows in one forward pass")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add("--dtype", default="float32", help="of the base model")
+    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
+    add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
+    add("--seed", type=cli.natural, default=0, help="of random weights and of training")
+    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """Measure, print; returns the figures."""
+    started = time.perf_counter()
+    ratios = sorted(set(args.ratios) - {1})
+    given = _named(args.plugin)
+    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
+    windows = read_windows(args.data, tokenizer, seq_length=args.tokens, data_dir=args.data_dir)
+    if args.windows > len(windows):
+        raise VariatorError(
+            f"--windows {args.windows}: {args.data} holds only {len(windows)} of {args.tokens} tokens"
+        )
+    windows = spread(windows, args.windows)
+    folders = dict(given)
+    if args.train_steps:
+        folders |= {k: trained_plugin(args, k) for k in ratios if k not in given}
+    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
+    model.eval()
+    plugins = {}
+    for k in sorted({*ratios, *given}):
+        if k in folders:
+            model.load_plugin(folders[k], f"k{k}", dtype=torch.float32)
+        else:
+            model.add_plugin(f"k{k}", VariatorConfig(k=k, sites=("ffn",)))
+        plugins[k] = f"k{k}"
+    definition = define(model, windows[: args.batch_size], args.tolerance)
+    figures = {
+        "model": args.model,
+        "data": args.data,
+        "windows": len(windows),
+        "tokens": args.tokens,
+        "definition": dataclasses.asdict(definition),
+        **measure(model, windows, definition, plugins, batch_size=args.batch_size),
+        "plugins": {
+            str(k): {
+                "config": model.plugins[name].to_dict(),
+                "training": _training(args, k, given, trained=k in folders),
+            }
+            for k, name in plugins.items()
+        },
+    }
+    _print(figures)
+    if args.json:
+        command = ["llm_variator.analyze", *argv]
+        write_result(args.json, figures, command=command, seed=args.seed, started=started)
+        print(f"stored in {args.json}")
+    return figures
+
+
+def measure(
+    model: VariatorModel,
+    windows: Tensor,
+    definition: Definition,
+    plugins: Mapping[int, str],
+    *,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Shares of activated neurons and the set relations.
+
+    Args:
+        model: holds the plugins.
+        windows: (rows, tokens).
+        definition: when a neuron is activated.
+        plugins: ratio -> name in the model.
+        batch_size: rows in one forward pass; one batch's activations of all layers are held as booleans.
+
+    Returns:
+        `activated`: ratio (as text; "1" is the original model, over all tokens) -> share of activated neurons per
+        layer, None where the layer merges nothing; `activated_mean` over layers; `sets`: ratio -> `SetCounts.shares`
+        over all layers; `sets_per_layer`: ratio -> name of the share -> per layer.
+    """
+    layers, norms = model.signature.num_layers, weight_norms(model)
+    dense = [0.0] * layers
+    counts = {k: [SetCounts() for _ in range(layers)] for k in plugins}
+    batches = windows.split(batch_size)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("neurons", total=len(batches) * (1 + len(plugins)))
+        for batch in batches:
+            masks: dict[int, Tensor] = {}
+            with (
+                model.disable_plugin(),
+                watching(model, _keep(masks, definition, norms)),
+            ):
+                read(model, batch)
+            for layer in range(layers):
+                dense[layer] += masks[layer].double().mean().item() * len(batch) / len(windows)
+            progress.advance(task)
+            for k, name in plugins.items():
+                with (
+                    model.use_plugin(name),
+                    watching(model, _compare(model, batch, masks, definition, norms, counts[k])),
+                ):
+                    read(model, batch)
+                progress.advance(task)
+    per_layer = {k: [each.shares() for each in found] for k, found in counts.items()}
+    activated = {DENSE: dense} | {str(k): [each["c"] for each in found] for k, found in per_layer.items()}
+    total = {k: sum(found, SetCounts()).shares() for k, found in counts.items()}
+    return {
+        "activated_mean": {
+            k: mean([value for value in values if value is not None]) for k, values in activated.items()
+        },
+        "activated": activated,
+        "sets": {str(k): shares for k, shares in total.items()},
+        "sets_per_layer": {
+            str(k): {name: [each[name] for each in found] for name in total[k]}
+            for k, found in per_layer.items()
+        },
+    }
+
+
+See = Callable[[int, Tensor], None]
+
+
+def _keep(masks: dict[int, Tensor], definition: Definition, norms: Sequence[Tensor]) -> See:
+    def see(layer: int, values: Tensor) -> None:
+        masks[layer] = definition.active(layer, values, norms[layer])
+
+    return see
+
+
+def _compare(
+    model: VariatorModel,
+    batch: Tensor,
+    masks: Mapping[int, Tensor],
+    definition: Definition,
+    norms: Sequence[Tensor],
+    counts: list[SetCounts],
+) -> See:
+    def see(layer: int, values: Tensor) -> None:
+        if (place := spans(model, layer, batch.shape[1])) is None:
+            return
+        head, groups, k = place
+        merged = definition.active(layer, values[:, head : head + groups], norms[layer])
+        original = masks[layer][:, head : head + groups * k].unflatten(1, (groups, k))
+        counts[layer] += count_sets(original.flatten(0, 1), merged.flatten(0, 1))
+
+    return see
+
+
+def _named(texts: Sequence[str]) -> dict[int, str]:
+    """`["2=smollm2-135m/k2"]` -> {2: "smollm2-135m/k2"}."""
+    found = {}
+    for text in texts:
+        k, equals, plugin = text.partition("=")
+        if not equals or not k.isdigit() or int(k) < 2:
+            raise VariatorError(f"--plugin {text}: write K=PLUGIN, as in 2=smollm2-135m/k2")
+        found[int(k)] = plugin
+    return found
+
+
+def _training(args: argparse.Namespace, k: int, given: Mapping[int, str], *, trained: bool) -> str:
+    if k in given:
+        return given[k]
+    if not trained:
+        return "untrained: means"
+    return f"{args.train_steps} steps of {args.train_batch} x {args.train_tokens} tokens of {args.train_data}"
+
+
+def _print(figures: Mapping[str, Any]) -> None:
+    table = Table(title=f"{figures['model']}: activated neurons, {figures['definition']['name']}")
+    for column in ("k", "activated", "|C∩I|/|I|", "by chance", "|C∩U|/|C|", "by chance"):
+        table.add_column(column, justify="right")
+    for k, share in figures["activated_mean"].items():
+        sets = figures["sets"].get(k)
+        names = ("c_and_i_of_i", "chance_i", "c_and_u_of_c", "chance_u")
+        cells = ["" if sets is None or sets[name] is None else f"{sets[name]:.3f}" for name in names]
+        table.add_row(k, f"{share:.4f}", *cells)
+    Console().print(table)

@@ -1,0 +1,168 @@
+"""What a plugin's layers do while a prompt is read: merge weights, and how well the FFN's output is restored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_variator.analyze.activations import read
+from llm_variator.architectures import architecture_of
+from llm_variator.model import VariatorModel
+
+
+class Moments:
+    """Sums over observations of vectors of one length, in double precision."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Rows (observations, length)."""
+        rows = rows.double().cpu()
+        self.count += len(rows)
+        self._sum = self._sum + rows.sum(0)
+        self._squares = self._squares + rows.square().sum(0)
+
+    @property
+    def mean(self) -> list[float]:
+        """Of each place."""
+        assert isinstance(self._sum, Tensor)
+        return list((self._sum / self.count).tolist())
+
+    @property
+    def deviation(self) -> list[float]:
+        """Standard deviation of each place over the observations."""
+        assert isinstance(self._sum, Tensor)
+        assert isinstance(self._squares, Tensor)
+        variance = self._squares / self.count - (self._sum / self.count).square()
+        return list(variance.clamp(min=0).sqrt().tolist())
+
+
+def relative_error(ours: Tensor, true: Tensor) -> Tensor:
+    """Length of the difference over the length of the truth, of each vector (..., d): (...)."""
+    return (ours - true).norm(dim=-1) / true.norm(dim=-1).clamp(min=1e-12)
+
+
+class Observer:
+    """Sums over everything read inside `watching`; the plugin watched is the active one.
+
+    Attributes, by (site, layer):
+        weights: the merge weights by position in the group.
+        wins: how often the last position has the greatest weight; of one number.
+        restored: of site "ffn", the relative error of the restored outputs against the frozen FFN on every token, by
+            position in the group.
+        copied: the same, had the merged vector's output been copied to every token.
+    """
+
+    def __init__(self, model: VariatorModel) -> None:
+        self.model = model
+        self.weights: dict[tuple[str, int], Moments] = {}
+        self.wins: dict[tuple[str, int], Moments] = {}
+        self.restored: dict[int, Moments] = {}
+        self.copied: dict[int, Moments] = {}
+        base: Any = getattr(model.base, "get_base_model", lambda: model.base)()
+        architecture = architecture_of(base)
+        self.blocks = list(architecture.blocks(base))
+        self._ffn = [
+            [block.get_submodule(path) for path in (architecture.ffn, architecture.ffn_end) if path]
+            for block in self.blocks
+        ]
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe what runs inside the block."""
+        handles = []
+        for (site, layer), layers in self.model.plugin().sites.items():
+            handles.append(layers.compressor.register_forward_hook(self._merged(site, layer)))
+            if site == "ffn":
+                handles.append(layers.decompressor.register_forward_hook(self._unmerged(layer)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _merged(self, site: str, layer: int) -> Any:
+        def hook(module: Any, args: tuple[Tensor, Tensor | None], _output: Tensor) -> None:
+            groups, members = args
+            if members is not None and not bool(members.all()):
+                return  # a short last group has other positions
+            weights = module.weights(groups).float().flatten(0, -2)  # (groups, k)
+            self.weights.setdefault((site, layer), Moments()).add(weights)
+            last = weights[:, -1:] > weights[:, :-1].max(-1, keepdim=True).values
+            self.wins.setdefault((site, layer), Moments()).add(last)
+
+        return hook
+
+    def _unmerged(self, layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
+            merged, groups = args  # (..., d), (..., k, d)
+            true = groups
+            for part in self._ffn[layer]:
+                true = part.forward(true)  # past the hooks: the frozen FFN on every token
+            k = groups.shape[-2]
+            for sums, ours in ((self.restored, output), (self.copied, merged.unsqueeze(-2))):
+                error = relative_error(ours.float(), true.float())
+                sums.setdefault(layer, Moments()).add(error.reshape(-1, k))
+
+        return hook
+
+
+@torch.inference_mode()
+def drift(model: VariatorModel, windows: Tensor, batch_size: int) -> dict[str, list[float]]:
+    """How far every layer's output is from the dense model's, as a mean relative error over tokens.
+
+    Errors pile up from layer to layer: this is the state that the next layer reads, not the fault of one layer.
+
+    Args:
+        model: with the plugin to measure active.
+        windows: (rows, tokens), all prompt.
+        batch_size: rows in one forward pass.
+
+    Returns:
+        Per layer, for the tokens inside the first and last dense part (`dense`) and for those in groups (`merged`).
+    """
+    config = model.plugin().config
+    observer = Observer(model)
+    head, tail = config.dense_head or 0, config.dense_tail or 0
+    inner = slice(head, windows.shape[1] - tail)
+    sums: dict[str, list[Moments]] = {
+        name: [Moments() for _ in observer.blocks] for name in ("merged", "dense")
+    }
+    for batch in windows.split(batch_size):
+        with model.disable_plugin():
+            true = _states(model, observer.blocks, batch)
+        ours = _states(model, observer.blocks, batch)
+        for layer, (own, dense) in enumerate(zip(ours, true, strict=True)):
+            error = relative_error(own, dense)
+            sums["merged"][layer].add(error[:, inner].reshape(-1, 1))
+            edges = torch.cat((error[:, :head], error[:, windows.shape[1] - tail :]), dim=1)
+            if edges.numel():
+                sums["dense"][layer].add(edges.reshape(-1, 1))
+    return {
+        name: [each.mean[0] for each in layers]
+        for name, layers in sums.items()
+        if all(e.count for e in layers)
+    }
+
+
+def _states(model: VariatorModel, blocks: list[nn.Module], batch: Tensor) -> list[Tensor]:
+    """Output (rows, tokens, d) of every layer."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output).float())
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        read(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

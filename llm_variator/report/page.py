@@ -1,0 +1,123 @@
+"""The page: sections from results, rendered by a template into one file that needs nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import llm_variator
+from llm_variator.report.blocks import Chart, Missing, Section, Table
+from llm_variator.report.inside_parts import inside_section, rest_section
+from llm_variator.report.made import Made
+from llm_variator.report.paper_parts import figures_section, tables_section
+from llm_variator.report.results import Problem, Result
+from llm_variator.report.user_parts import cards, frontier_section, operations_section, speed_section
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where numbers come from: a file and its circumstances, as far as it tells them."""
+
+    name: str
+    facts: Sequence[tuple[str, str]]
+    command: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A rendered page and its drawings."""
+
+    html: str
+    made: Made
+    sections: Sequence[Section]
+
+
+def build(results: Sequence[Result], problems: Sequence[Problem], *, folder: str) -> Page:
+    """The page of these results; `folder` is the way from the page to their files.
+
+    A section that a strange file breaks is shown as missing, with the reason; the others are not touched.
+    """
+    made = Made()
+    parts: list[tuple[str, Callable[[], Section]]] = [
+        ("Quality against cost", lambda: frontier_section(results, made)),
+        ("Speed against its bound", lambda: speed_section(results, made)),
+        ("Figures of the paper", lambda: figures_section(results, made)),
+        ("Tables of the paper", lambda: tables_section(results)),
+        ("Inside a plugin", lambda: inside_section(results, made)),
+        ("Operations by arithmetic", lambda: operations_section(results)),
+    ]
+    sections = [_guarded(title, make) for title, make in parts]
+    shown = {name for section in sections for block in section.blocks for name in _sources(block)}
+    rest = rest_section(results, shown)
+    if rest is not None:
+        sections.append(rest)
+    html = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            version=llm_variator.__version__,
+            written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+            cards=cards(results),
+            sections=sections,
+            sources=[_source(result) for result in results],
+            problems=problems,
+            folder=folder,
+            anchor=made.slug,
+        )
+    )
+    return Page(html, made, sections)
+
+
+def _guarded(title: str, make: Callable[[], Section]) -> Section:
+    try:
+        return make()
+    except Exception as error:  # one strange file must not take the page with it
+        reason = f"{title} could not be shown ({type(error).__name__}: {error})"
+        return Section(Made.slug(title), title, "", [Missing(reason, "")])
+
+
+def _sources(block: Table | Chart | Missing) -> Sequence[str]:
+    return () if isinstance(block, Missing) else block.sources
+
+
+def _source(result: Result) -> Source:
+    root = result.root
+    versions = ", ".join(f"{name} {node.text}" for name, node in root["versions"].items())
+    machine = root["machine"]
+    parts = [machine["cpu"].text]
+    if machine["cores"].number is not None:
+        parts.append(f"{machine['cores'].number} cores")
+    if machine["memory_gib"].number is not None:
+        parts.append(f"{machine['memory_gib'].number} GiB")
+    parts += [node.text for node in machine["gpu"]]
+    facts = [
+        ("machine", ", ".join(filter(None, parts))),
+        ("versions", versions),
+        ("seed", "" if root["seed"].number is None else f"{root['seed'].number}"),
+        ("date", root["date"].text),
+        ("commit", root["commit"].text[:12] + ("-dirty" if root["commit"].text.endswith("-dirty") else "")),
+        ("wall time", "" if root["wall_seconds"].number is None else f"{root['wall_seconds'].number:,.0f} s"),
+    ]
+    return Source(result.name, [fact for fact in facts if fact[1]], root["command"].text)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["number"] = lambda value: _is(value, "Number")
+    environment.tests["paper"] = lambda value: _is(value, "Paper")
+    environment.tests["pair"] = lambda value: _is(value, "Pair")
+    return environment
+
+
+def _is(value: Any, kind: str) -> bool:
+    return type(value).__name__ == kind
