@@ -10,6 +10,7 @@ import tempfile
 from llm_variator.serve.scratch import PREFIX, scratch_folder
 
 HOLD = """
+import time
 from llm_variator.serve.scratch import scratch_folder
 with scratch_folder() as folder:
     print(folder, flush=True)
