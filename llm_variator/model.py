@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.architectures import architecture_of
-from llm_variator.architectures.site import execution_device
+from llm_variator.architectures.architecture import execution_device
 from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, release, released_on_error
 from llm_variator.cache.paging import KVPool, PagedStore
 from llm_variator.compiled import CompiledStack

@@ -68,7 +68,8 @@ class LoadPolicy:
         Args:
             ratios: served ratios, each at least 2.
             target_seconds: wanted time to first token.
-            release: a smaller ratio is taken again when its predicted time is below this share of the target.
+            release: a smaller ratio is taken again when its predicted time is below this share of the target (where
+                no other request waits: below the target itself)
             hold_seconds: ... and the current ratio has not been needed for so long.
             free_kv: below this free share of the KV cache the largest ratio is taken.
             utilisation: a ratio is too small if reading what arrives would take more than this share of the time.
@@ -125,7 +126,8 @@ class LoadPolicy:
         if needed >= self._level:
             self._level, self._needed_at = needed, now
         elif now - self._needed_at >= self.hold_seconds:
-            self._level = min(self._level, self._needed(load, self.target_seconds * self.release))
+            share = self.release if load.queued else 1.0  # where nobody waits, the request alone counts
+            self._level = min(self._level, self._needed(load, self.target_seconds * share))
         return self.ratio
 
     def _needed(self, load: Load, seconds: float) -> int:

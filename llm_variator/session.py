@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,18 @@ from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Segment
 from llm_variator.plugin import CompressionPlugin
+
+
+class Hooks(Protocol):
+    """Hooks that can be off."""
+
+    def hold(self) -> None:
+        """On, until a `release` for each `hold`."""
+        ...
+
+    def release(self) -> None:
+        """Undo one `hold`."""
+        ...
 
 
 @dataclasses.dataclass
@@ -45,6 +57,14 @@ class Session:
     """Sites that merged groups in the current pass: what proves that compiled code compresses."""
     stash: dict[Any, Any] = dataclasses.field(default_factory=dict)
     """What a layer's first hook leaves for its later ones."""
+    hooks: Hooks | None = None
+    """Those this session needs; on in every `scope` of it."""
+
+    def needs(self, hooks: Hooks) -> None:
+        """Have `hooks` on from now to the end of the `scope` that runs."""
+        if self.hooks is None:
+            hooks.hold()
+            self.hooks = hooks
 
 
 _session: ContextVar[Session | None] = ContextVar("variator_session", default=None)
@@ -77,12 +97,16 @@ def traced(session: Session | None, call: Callable[..., Any], args: Any, kwargs:
 
 @contextlib.contextmanager
 def scope(session: Session | None) -> Iterator[Session | None]:
-    """Make `session` current inside the block, in this thread only."""
+    """Make `session` current inside the block, in this thread only. Blocks of one session do not nest."""
+    if session is not None and session.hooks is not None:  # layers computed once more in a backward pass
+        session.hooks.hold()
     token = _session.set(session)
     try:
         yield session
     finally:
         _session.reset(token)
+        if session is not None and session.hooks is not None:
+            session.hooks.release()
 
 
 def begin_pass(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

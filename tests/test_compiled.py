@@ -193,6 +193,22 @@ def test_somebody_elses_torch_compile_stays_right():
         assert not torch.allclose(dense, expected[0])
 
 
+@pytest.mark.parametrize("part", ["model", "stack", "layer", "ffn"])
+def test_somebody_elses_torch_compile_of_a_dense_pass_does_not_freeze_it(part):
+    model = variator(num_hidden_layers=1)
+    (ids,) = prompts(30)
+    with torch.no_grad():
+        expected = model(ids).logits
+        layer = model.base.model.layers[0]
+        theirs = torch.compile(model, backend="eager") if part == "model" else model
+        if part != "model":
+            {"stack": model.base.model, "layer": layer, "ffn": layer.mlp}[part].compile(backend="eager")
+        for _ in range(2):
+            with model.disable_plugin():
+                assert not torch.allclose(theirs(ids).logits, expected)
+            torch.testing.assert_close(theirs(ids).logits, expected)
+
+
 def test_unload_leaves_nothing_compiled():
     model = variator(num_hidden_layers=1)
     model.compile(backend="eager")

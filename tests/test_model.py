@@ -142,6 +142,67 @@ def test_a_lora_model_can_be_the_base():
     assert {name for name, parameter in tuned.named_parameters() if parameter.requires_grad} == trainable
 
 
+def hooks_in(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.base.modules())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_hooks_are_there_only_while_a_plugin_runs(kind):
+    model = make_variator(kind, VariatorConfig(k=2, sites=("ffn", "kv"), r=5))
+    (ids,) = prompts(30)
+    more = {"decoder_input_ids": ids[:, :3]} if kind == "t5" else {}
+    logits = model(ids, **more)[0]
+    attached = hooks_in(model)
+    with model.disable_plugin():
+        model(ids, **more)
+        starts = hooks_in(model)
+        assert starts == (2 if kind == "t5" else 1)
+        with pytest.raises(RuntimeError, match=r"mat1 and mat2|normalized_shape|size"):
+            model(inputs_embeds=torch.zeros(1, 30, 7), **more)
+    with pytest.raises(RuntimeError), model.use_plugin("default"):
+        model(inputs_embeds=torch.zeros(1, 30, 7), **more)
+    assert torch.equal(model(ids, **more)[0], logits)
+    assert hooks_in(model) == attached
+    with model.disable_plugin():
+        model(ids, **more)
+    assert hooks_in(model) == starts
+    base = model.unload()
+    base(ids, **more)
+    assert hooks_in(VariatorModel(base)) == attached
+
+
+def test_hooks_keep_their_place_among_others():
+    base = make_decoder("llama")
+    ffn, seen = base.model.layers[0].mlp, []
+
+    def watch(label):
+        def see(module, args, output=None):
+            seen.append((label, (args[0] if output is None else output).shape[1]))
+
+        return see
+
+    handles = [ffn.register_forward_pre_hook(watch("before, first"))]
+    handles.append(ffn.register_forward_hook(watch("after, first")))
+    model = VariatorModel(base, VariatorConfig(k=2, sites=("ffn",), dense_head=0, dense_tail=0))
+    handles.append(ffn.register_forward_pre_hook(watch("before, last")))
+    handles.append(ffn.register_forward_hook(watch("after, last")))
+    (ids,) = prompts(30)
+    entries = [("before, first", 30), ("before, last", 15), ("after, first", 15), ("after, last", 30)]
+    for _ in range(3):
+        seen.clear()
+        model(ids)
+        assert seen == entries
+        seen.clear()
+        with model.disable_plugin():
+            model(ids)
+        assert {tokens for _, tokens in seen} == {30}
+    ffn.register_forward_pre_hook(watch("new"), prepend=True)
+    handles[2].remove()
+    seen.clear()
+    model(ids)
+    assert seen == [("new", 30), *entries[:1], *entries[2:]]
+
+
 @pytest.mark.parametrize("sites", [("ffn", "kv"), ("ffn", "attention")])
 def test_gradient_checkpointing_gives_the_same_gradients(sites):
     (ids,) = prompts(40)
@@ -152,6 +213,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(sites):
         model.zero_grad()
         output = model(torch.cat((ids, ids.flip(1))), prompt_length=torch.tensor([30, 22]))
         with model.disable_plugin():  # the plugin of the forward pass counts, not that of the backward pass
+            with torch.no_grad():
+                model(ids)
             output.logits.square().mean().backward()
         return {name: p.grad.clone() for name, p in model.plugin().named_parameters()}
 

@@ -59,9 +59,11 @@ def test_more_at_once_and_less_after_a_calm_while():
     clock.now = 4.9
     assert steady.choose(Load(10)) == 4  # too soon
     clock.now = 5.1
-    assert steady.choose(Load(800)) == 4  # 520 ms at ratio 2 are more than half the target
+    assert steady.choose(Load(400, {2: 400})) == 4  # 520 ms at ratio 2 are more than half the target
     clock.now = 5.2
-    assert steady.choose(Load(700)) == 2
+    assert steady.choose(Load(300, {2: 400})) == 2
+    clock.now = 5.25
+    assert steady.choose(Load(1000)) == 0  # nobody waits
     clock.now = 5.3
     assert steady.choose(Load(10)) == 0  # calm since 0.0
     clock.now = 6.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from llm_variator.architectures.architecture import Architecture
 from llm_variator.architectures.bert import BERT
 from llm_variator.architectures.llama import LLAMA
-from llm_variator.architectures.site import Architecture
 from llm_variator.architectures.t5 import T5
 from llm_variator.errors import VariatorError
 

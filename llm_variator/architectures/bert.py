@@ -3,7 +3,7 @@
 Positions are BERT's own: it counts them from the first column, so give `position_ids` to a left-padded batch.
 """
 
-from llm_variator.architectures.site import Architecture
+from llm_variator.architectures.architecture import Architecture
 
 BERT = Architecture(
     model_types=("bert",),

@@ -1,6 +1,6 @@
 """Decoders built like LLaMA: Llama, Mistral, Qwen2, Qwen3 (with q/k norm), Gemma 3 (text)."""
 
-from llm_variator.architectures.site import Architecture
+from llm_variator.architectures.architecture import Architecture
 
 LLAMA = Architecture(
     model_types=("llama", "mistral", "qwen2", "qwen3", "gemma3_text"),

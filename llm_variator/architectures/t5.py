@@ -3,7 +3,7 @@
 With site "cross" it reads merged encoder states; its modules are untouched then too.
 """
 
-from llm_variator.architectures.site import Architecture
+from llm_variator.architectures.architecture import Architecture
 
 T5 = Architecture(
     model_types=("t5", "mt5"),

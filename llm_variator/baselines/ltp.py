@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llm_variator.architectures import architecture_of
-from llm_variator.architectures.site import OwnAttentionFunction
+from llm_variator.architectures.attention import OwnAttentionFunction
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,11 @@ def _reading(setting: Setting, name: str, ids: Tensor) -> Case:
     if model.is_decoder:
         return Case(lambda _: model(ids, use_cache=True, logits_to_keep=1), inside=setting.using(name))
     reader, plugin = setting.reader(), None if name == DENSE else model.plugin(name)
-    session = None if plugin is None else Session(plugin)
-    return Case(lambda _: reader(input_ids=ids), inside=lambda: scope(session))
+
+    def inside() -> AbstractContextManager[Any]:
+        return scope(None if plugin is None else Session(plugin))  # one that lives on would keep the hooks on
+
+    return Case(lambda _: reader(input_ids=ids), inside=inside)
 
 
 def _operations(setting: Setting, name: str, tokens: int) -> int:

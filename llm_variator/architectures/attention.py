@@ -1,13 +1,9 @@
-"""Where a plugin attaches: hooks on the modules that an `Architecture` names. No forward is copied.
+"""Sites "kv" and "attention": hooks around a layer's self-attention, and the function it attends with.
 
-FFN: a pre-hook merges the groups, the frozen FFN runs on the entries, a hook restores the tokens.
 KV: the key and value projections run on the entries; their outputs are put back at the entries' columns, so
 that the model's own code applies its norms and the position of each group's last token; then only the
 entries' columns go to the cache and to attention.
 Attention: the whole self-attention runs on the entries, then a hook restores the tokens.
-Cross (T5): the decoder gets one merged encoder state per group, so that all of its layers read n/k of them.
-Where a model adds the residual inside the module that ends a site (BERT), the tokens are restored before it.
-Last layer of a decoder: what nobody reads is left out, see `unread`.
 """
 
 from __future__ import annotations
@@ -20,162 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llm_variator.architectures.ageing import age, remember
-from llm_variator.architectures.unread import at_the_end, hook_last_layer
+from llm_variator.architectures.ffn import in_eights
+from llm_variator.architectures.unread import at_the_end
 from llm_variator.attention import group_causal_attention, pooled_bias, visible
 from llm_variator.cache import CompressedLayer
 from llm_variator.config import VariatorConfig
-from llm_variator.errors import VariatorError
 from llm_variator.groups import FILLER, Grouping, Slices
 from llm_variator.plugin import SiteLayers
-from llm_variator.session import Session, begin_answer, begin_encoding, begin_pass, current
+from llm_variator.session import Session, current
 
 ATTENTION_FUNCTION = "variator"  # the name under which transformers finds `attention_forward`
-_WORTH_FILLING = 256  # entries from which rows of zeros behind them cost less than they bring
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A family of models as paths of real modules; a path that does not resolve fails when attaching."""
-
-    model_types: tuple[str, ...]
-    layers: str
-    """From the reader to its list of layers; the rest are paths from one layer."""
-    ffn: str
-    attention: str
-    key: str
-    """From the attention, like `value`."""
-    value: str
-    query: str = ""
-    """From the attention, like `output`. Of decoders, for their last layer."""
-    output: str = ""
-    norm: str = ""
-    """From a layer: what its attention reads goes through this first."""
-    neurons: str = ""
-    """From a layer: the projection of its FFN that reads the neurons' activations."""
-    ffn_end: str = ""
-    """Where the FFN's output appears, if not in `ffn`."""
-    attention_end: str = ""
-    """Where the attention's output appears, if not in `attention`."""
-    reader: str = ""
-    """From the model (an encoder's without its head) to the module that reads the tokens to compress."""
-    answers: str = ""
-    """From an encoder (without its head) to the decoder that reads it, where a model has one."""
-    decoder: bool = True
-
-    def stack(self, base: PreTrainedModel) -> nn.Module:
-        """The module of `base` that reads the tokens to compress."""
-        return (base if self.decoder else base.base_model).get_submodule(self.reader)
-
-    def blocks(self, base: PreTrainedModel) -> nn.ModuleList:
-        """The layers of `base`."""
-        return self.stack(base).get_submodule(self.layers)  # type: ignore[return-value]
-
-    def answering(self, base: PreTrainedModel) -> nn.Module | None:
-        """The decoder of `base` that reads what its encoder read; None where there is none."""
-        return getattr(base.base_model, self.answers, None) if self.answers else None
-
-    def check(self, base: PreTrainedModel) -> None:
-        """Raise naming the module that `base` lacks, or the setting that does not suit."""
-        kind = type(base).__name__
-        try:
-            blocks = self.blocks(base)
-        except AttributeError:
-            head = " with its language-model head (AutoModelForCausalLM)" if self.decoder else " whole"
-            raise VariatorError(f"{kind} has no {self.layers!r}: load it{head}") from None
-        paths = [self.ffn, self.neurons, self.ffn_end, self.attention, self.attention_end]
-        inner = filter(None, (self.key, self.value, self.query, self.output))
-        paths += [self.norm, *(f"{self.attention}.{projection}" for projection in inner)]
-        for path in filter(None, paths):
-            for index, block in enumerate(blocks):
-                try:
-                    block.get_submodule(path)
-                except AttributeError:
-                    raise VariatorError(f"{kind}: layer {index} has no {path!r}") from None
-        if not self.decoder and getattr(base.config, "is_decoder", False):
-            raise VariatorError(f"{kind} with is_decoder=True is not supported: load it as an encoder")
-        if getattr(base.config, "chunk_size_feed_forward", 0):
-            raise VariatorError(
-                "chunk_size_feed_forward cuts the sequence inside the FFN: set it to 0 in the model's config"
-            )
-
-    def slides(self, base: PreTrainedModel, layer: int) -> bool:
-        """Whether `layer` attends through a sliding window: its cache is short already and stays dense."""
-        kinds = getattr(base.config, "layer_types", None)
-        if kinds is not None:
-            return kinds[layer] != "full_attention"
-        return getattr(base.config, "sliding_window", None) is not None
-
-    def attach(self, base: PreTrainedModel) -> list[Any]:
-        """Put the hooks on every layer of `base`; calling `remove()` on each of the handles undoes it."""
-        begin: Any = begin_pass if self.decoder else begin_encoding
-        handles: list[Any] = [self.stack(base).register_forward_pre_hook(begin, with_kwargs=True)]
-        if (reader := self.answering(base)) is not None:
-            handles.append(reader.register_forward_pre_hook(begin_answer, with_kwargs=True))
-        for index, block in enumerate(self.blocks(base)):
-            ffn, attention = block.get_submodule(self.ffn), block.get_submodule(self.attention)
-            handles += _hook_ffn(ffn, block.get_submodule(self.ffn_end or self.ffn), index)
-            if not self.slides(base, index):
-                projections = [attention.get_submodule(path) for path in (self.key, self.value)]
-                end = block.get_submodule(self.attention_end or self.attention)
-                handles += _hook_attention(attention, projections, end, index, causal=self.decoder)
-            last = self.decoder and index == len(self.blocks(base)) - 1
-            if last or not self.slides(base, index):
-                handles.append(OwnAttentionFunction(attention, ATTENTION_FUNCTION, attention_forward))
-            if last:
-                query, output = (attention.get_submodule(path) for path in (self.query, self.output))
-                norm = block.get_submodule(self.norm)
-                handles += hook_last_layer(block, norm, query, output, attention, index)
-        return handles
-
-
-def execution_device(block: nn.Module) -> torch.device:
-    """Where a layer computes: with `device_map` its weights may lie elsewhere between passes."""
-    for module in block.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if (device := getattr(one, "execution_device", None)) is not None:
-                return torch.device(device)
-    return next(block.parameters()).device
-
-
-def _hook_ffn(ffn: nn.Module, end: nn.Module, layer: int) -> list[RemovableHandle]:
-    def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        session = current()
-        if session is None or session.segment is None or session.plugin is None:
-            return None
-        if session.narrow is not None:
-            return None  # the columns read are dense
-        if (site := session.plugin.at("ffn", layer)) is None:
-            return None
-        grouping = session.segment.grouping(site.k)
-        if not grouping.has_groups:
-            return None
-        entries = grouping.compress(args[0], site.compressor)
-        session.stash["ffn", layer] = site, grouping, args[0], entries.shape[1]
-        session.merged += 1
-        return (_in_eights(entries),)
-
-    def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        session = current()
-        if session is None or (kept := session.stash.pop(("ffn", layer), None)) is None:
-            return None
-        site, grouping, x, count = kept
-        return grouping.restore(output[:, :count], x, site.decompressor)
-
-    return [ffn.register_forward_pre_hook(before), end.register_forward_hook(after)]
-
-
-def _in_eights(entries: Tensor) -> Tensor:
-    """(b, m, d) with rows of zeros behind: half-precision products on a CPU are up to 6 % slower for an odd m."""
-    if entries.device.type != "cpu" or entries.dtype.itemsize != 2 or entries.shape[1] < _WORTH_FILLING:
-        return entries
-    return F.pad(entries, (0, 0, 0, -entries.shape[1] % 8))
 
 
 @dataclasses.dataclass
@@ -265,9 +120,11 @@ def _compressed_layer(cache: Any, layer: int) -> CompressedLayer | None:
     return held if isinstance(held, CompressedLayer) else None
 
 
-def _hook_attention(
+def hook_attention(
     attention: Any, projections: list[nn.Module], end: nn.Module, layer: int, *, causal: bool
 ) -> list[RemovableHandle]:
+    """Hooks of one layer with its key and value `projections`; its output appears in `end`."""
+
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         session = current()
         if session is None:
@@ -322,7 +179,7 @@ def _hook_attention(
     def before_projection(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         session = current()
         call = session.stash.get(("attention", layer)) if session else None
-        return None if call is None or call.entries is None else (_in_eights(call.entries),)
+        return None if call is None or call.entries is None else (in_eights(call.entries),)
 
     def after_projection(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         session = current()
