@@ -87,7 +87,8 @@ class _Hook:
 
     def __init__(self, handle: RemovableHandle) -> None:
         self._id = handle.id
-        self._among: Any = handle.hooks_dict_ref()
+        among: Any = handle.hooks_dict_ref()
+        self._among = among
         self._hook = self._among[handle.id]
         self._earlier: frozenset[int] = frozenset()
 
