@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
 
+_SETTINGS = "settings"  # under which a weights file names, by hash, the config it was saved with
+
 
 def weights_digest(embedding: torch.Tensor) -> str:
     """Short hash of the first input embeddings (vocabulary, d), the same in fp32 and bf16; "" if not loaded."""
@@ -140,10 +142,9 @@ class CompressionPlugin(nn.Module):
             for name, value in self.state_dict().items()
         }
         settings = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        metadata = {"format": "pt", _SETTINGS: _text_digest(settings)}
         # the config comes last: a folder that has one is complete
-        write_atomically(
-            folder / WEIGHTS_FILE, lambda file: save_file(weights, file, metadata={"format": "pt"})
-        )
+        write_atomically(folder / WEIGHTS_FILE, lambda file: save_file(weights, file, metadata=metadata))
         write_atomically(folder / CARD_FILE, card or self.card())
         write_atomically(folder / CONFIG_FILE, settings)
 
@@ -163,6 +164,7 @@ class CompressionPlugin(nn.Module):
         try:
             with safe_open(file, framework="pt") as opened:
                 read = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+                settings = (opened.metadata() or {}).get(_SETTINGS)
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise VariatorError(
                 f"{file} is not a whole safetensors file ({error}); save or download the plugin again"
@@ -185,6 +187,13 @@ class CompressionPlugin(nn.Module):
                 raise VariatorError(
                     f"{file}: {name} is {value.dtype}, expected floating point; save it again"
                 )
+        if settings not in (None, _text_digest((folder / CONFIG_FILE).read_text(encoding="utf-8"))):
+            logger.warning(
+                "%s is not the %s that these weights were saved with: it was edited, or a save over another plugin "
+                "was interrupted",
+                folder / CONFIG_FILE,
+                CONFIG_FILE,
+            )
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(read[name])
@@ -221,6 +230,10 @@ def _check_size(config: VariatorConfig, ratios: Ratios, dim: int) -> None:
         raise VariatorError(
             f"the plugin would have {count:,} parameters, more than the free memory holds: choose a smaller k or r"
         )
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _some(names: list[str]) -> str:

@@ -11,7 +11,8 @@ import torch
 from conftest import make_decoder, make_variator, prompts, randomise
 from safetensors.torch import load_file, save_file
 
-from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator import VariatorConfig, VariatorError, VariatorModel, plugin
+from llm_variator.files import write_atomically
 
 CONFIG = VariatorConfig(k=2, sites=("ffn", "kv"), r=5, layers=(0, 2))
 KEYS = {
@@ -161,6 +162,31 @@ def test_other_base_weights_are_worth_a_warning(saved, caplog):
     randomise(other, seed=5)
     VariatorModel.from_pretrained(other, folder)
     assert "other weights" in caplog.text
+
+
+def test_weights_and_settings_of_two_saves_are_worth_a_warning(saved, caplog, monkeypatch):
+    model, folder = saved
+    other = VariatorModel(
+        model.unload(), VariatorConfig(k=2, sites=("ffn", "kv"), r=5, layers=(0, 2), dense_tail=9)
+    )
+    writes = []
+
+    def interrupted(path, write):
+        writes.append(path.name)
+        if len(writes) == 2:
+            raise KeyboardInterrupt
+        write_atomically(path, write)
+
+    monkeypatch.setattr(plugin, "write_atomically", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        other.save_pretrained(folder)
+    monkeypatch.undo()
+    other.load_plugin(folder, "mixed")
+    assert "is not the variator_config.json that these weights were saved with" in caplog.text
+    caplog.clear()
+    other.save_pretrained(folder)
+    other.load_plugin(folder, "whole", decode_block=2)
+    assert not caplog.text
 
 
 def test_an_unwritable_folder_is_named(saved, tmp_path):
