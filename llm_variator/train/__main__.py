@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from llm_variator import cli
@@ -22,8 +23,10 @@ from llm_variator.files import write_atomically
 from llm_variator.loading import load_model
 from llm_variator.loading.quantisation import base_bytes, predicted_bytes
 from llm_variator.results import peak_memory_gib, scrub_paths, write_result
-from llm_variator.train.distributed import is_main_process, world_size
+from llm_variator.train.distributed import is_main_process, wants_fsdp, world_size
 from llm_variator.train.flags import FREE_ON_RESUME, SCHEDULES, build_parser, check_flags, default_name
+from llm_variator.train.least_squares import fit_restoration
+from llm_variator.train.objective import forward_arguments
 from llm_variator.train.stages import Run, prepare
 from llm_variator.train.trainer import VariatorTrainer, checkpoints, last_complete_checkpoint
 
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_trainable(run)
         write_atomically(args.output / RUN_FILE, json.dumps(_settings(args), indent=2) + "\n")
     trainer = _trainer(args, run, resuming=checkpoint is not None)
+    if args.init == "least-squares" and checkpoint is None:
+        _start_by_least_squares(args, run, trainer)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
@@ -155,6 +160,26 @@ def _trainer(args: argparse.Namespace, run: Run, *, resuming: bool) -> VariatorT
         objective=run.objective,
         judge=run.judge,
     )
+
+
+def _start_by_least_squares(args: argparse.Namespace, run: Run, trainer: VariatorTrainer) -> None:
+    """On the first examples of the run."""
+    assert run.plugin is not None
+    if wants_fsdp():
+        raise VariatorError(
+            "--init least-squares reads whole layers: run it without FSDP first, then give --plugin"
+        )
+    stream: Any = trainer.train_dataset
+    batches, tokens, start = [], 0, 0
+    while tokens < args.init_tokens and start < len(stream):
+        examples = [stream[index] for index in range(start, min(start + args.batch_size, len(stream)))]
+        batches.append(forward_arguments(run.plugin, trainer._prepare_inputs(run.collate(examples))))
+        tokens += batches[-1]["input_ids"].numel()
+        start += args.batch_size
+    with tqdm(
+        desc=f"least squares over {tokens:,} tokens", unit=" layers", disable=not is_main_process()
+    ) as bar:
+        fit_restoration(run.plugin, batches, progress=lambda name: bar.update() or None)
 
 
 def _held_out(args: argparse.Namespace, trainer: VariatorTrainer, run: Run) -> dict[str, float]:

@@ -16,6 +16,7 @@ from llm_variator.train.losses import LOSSES
 
 STAGES = ("pretrain", "finetune", "adapt")
 METHODS = ("variator", "distill", "ltp")
+INITS = ("copy", "least-squares")
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 # Flags that a resumed run may change: all but --max-steps leave what is learned as it was.
@@ -129,6 +130,16 @@ def build_parser() -> cli.Parser:
     add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
 
+    add = parser.add_argument_group("start").add_argument
+    add(
+        "--init",
+        choices=INITS,
+        default="copy",
+        help="of a plugin's adapters. copy: every token gets its group's output, as in the paper. least-squares: the "
+        "best linear map in closed form, layer by layer, whatever --plugin holds",
+    )
+    add("--init-tokens", type=cli.positive_int, default=16384, help="tokens that least squares read")
+
     add = parser.add_argument_group("logs and checkpoints").add_argument
     add("--eval-every", type=cli.positive_int, default=100, help="steps between held-out evaluations")
     add(
@@ -168,6 +179,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if not is_plugin and given:
         what = "--stage finetune" if args.stage == "finetune" else f"--method {args.method}"
         raise VariatorError(f"{what} trains no plugin: leave out {', '.join(given)}")
+    if not is_plugin and args.init != "copy":
+        raise VariatorError(f"--init {args.init} is for plugins: leave it out")
     if args.plugin and (given := cli.variator_flags_given(args)):
         raise VariatorError(f"--plugin keeps its own configuration: leave out {', '.join(given)}")
     if args.student and args.method != "distill":

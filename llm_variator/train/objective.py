@@ -48,8 +48,7 @@ class Objective:
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The loss of one batch; `model` is the learner's model, or the wrapper that trains it."""
         bare = self._learner.model
-        if not takes_prompt_length(bare):
-            batch = {name: value for name, value in batch.items() if name != "prompt_length"}
+        batch = forward_arguments(bare, batch)
         if self._loss is None:
             loss: Tensor = model(**batch).loss
             return loss
@@ -85,6 +84,13 @@ class Objective:
         if self._loss.needs_logits:
             logits, mask = _predicting(output.logits, batch.get("labels"), decoder_only=bool(options))
         return Outputs(hidden, logits, mask), getattr(output, "loss", None)
+
+
+def forward_arguments(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What `model` takes of a batch: only plugins on a decoder are told where the prompt ends."""
+    if takes_prompt_length(model):
+        return batch
+    return {name: value for name, value in batch.items() if name != "prompt_length"}
 
 
 def stacks_of(model: Any) -> list[nn.Module]:

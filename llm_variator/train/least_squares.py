@@ -1,0 +1,276 @@
+"""A start by least squares for the layers that restore tokens: W_1 and W_2 in closed form, from some thousand tokens.
+
+Not in the paper, whose plugins learn by gradient steps alone. With the identity as activation a restored token is
+linear in what its layer reads, o = g° + W_2 W_1 (g°, h), so the best map of rank r from (g°, h) to what g° lacks is a
+reduced-rank regression (Izenman 1975). Layers are fitted in order, each on what those before it really give and
+towards the teacher's residual stream behind it: so each also repairs what was lost before. Merge weights stay.
+
+Errors count as they do at the model's end: per token divided by the size of the teacher's last residual stream, as
+the final norm divides, and per channel times that norm's gain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llm_variator.architectures import Architecture, architecture_of
+from llm_variator.errors import VariatorError
+from llm_variator.groups import Grouping
+from llm_variator.layers import HiddenDecompressor
+from llm_variator.model import VariatorModel
+from llm_variator.session import current
+
+RIDGE = 1e-3  # added to the variance of every feature, as a share of it: what few tokens do not determine stays small
+
+Batch = dict[str, Any]
+
+
+def fit_restoration(
+    model: VariatorModel, batches: Sequence[Batch], progress: Callable[[str], None] = lambda name: None
+) -> None:
+    """Set the restoring layers of the active plugin by least squares over the grouped tokens of `batches`.
+
+    One pass of the base over all of them, and for each layer one that ends behind it. Between them the teacher's
+    residual stream behind every layer is kept: (tokens, layers, d) numbers.
+
+    In models that normalise what a layer's FFN gives before they add it (BERT, Gemma 3) there is no such sum to aim
+    at: FFNs are fitted to what they give for each token by itself, and attention keeps its start.
+
+    Args:
+        model: with the plugin active.
+        batches: what its `forward` takes, on its device.
+        progress: called with the name of each fitted layer.
+
+    Raises:
+        VariatorError: the plugin restores nothing, or not linearly.
+    """
+    plugin, skip_unread = model.plugin(), model.skip_unread
+    restored = [
+        (site, layer)
+        for layer in range(model.signature.num_layers)
+        for site in ("attention", "ffn")
+        if (own := plugin.at(site, layer)) is not None and not own.decompressor.copy
+    ]
+    if not restored:
+        raise VariatorError(
+            "least squares set what restores tokens, and this plugin restores none: give it site ffn or attention "
+            "and --decompressor adapter, or start without --init"
+        )
+    if plugin.config.activation != "identity":
+        raise VariatorError("least squares set linear adapters: leave --activation at identity")
+    stack = _Stack(model)
+    model.skip_unread = False
+    try:
+        with torch.no_grad():
+            taught = [stack.taught(batch) for batch in batches]
+            gain = _gain(taught)
+            for site, layer in restored:
+                if site == "attention" and not taught[0].adds_up:
+                    continue
+                moments = _Moments()
+                for batch, teacher in zip(batches, taught, strict=True):
+                    moments.add(*stack.seen(site, layer, batch, teacher))
+                decompressor = plugin.at(site, layer).decompressor  # type: ignore[union-attr]
+                moments.solve(decompressor, gain)
+                progress(f"{site} {layer}")
+    finally:
+        model.skip_unread = skip_unread
+
+
+class _Stop(Exception):  # noqa: N818 (no error)
+    """Ends a pass where nothing more is needed of it."""
+
+
+@dataclasses.dataclass
+class _Taught:
+    """What the teacher computes for one batch; residual streams are (rows, tokens, d)."""
+
+    after: list[Tensor]
+    """Residual stream behind every layer."""
+    between: list[Tensor]
+    """... and behind its attention."""
+    output: Tensor
+    """What the stack gives, behind its final norm."""
+    adds_up: bool
+    """Whether layers add what their sites give to the stream as it is."""
+    mask: Tensor | None
+    """(rows, tokens), 0 for padding."""
+
+
+class _Stack:
+    """Passes over the layers of a model, with what happens inside them."""
+
+    def __init__(self, model: VariatorModel) -> None:
+        self._model = model
+        host: Any = getattr(model.base, "get_base_model", lambda: model.base)()
+        self._family: Architecture = architecture_of(host)
+        self._blocks = self._family.blocks(host)
+        self._whole: nn.Module = host.get_decoder() if self._family.decoder else self._family.stack(host)
+
+    def _end(self, site: str, layer: int) -> nn.Module:
+        path = getattr(self._family, f"{site}_end") or getattr(self._family, site)
+        return self._blocks[layer].get_submodule(path)
+
+    def _ffn(self, layer: int, x: Tensor) -> Tensor:
+        for path in filter(None, (self._family.ffn, self._family.ffn_end)):
+            x = self._blocks[layer].get_submodule(path).forward(x)  # past the hooks
+        return x
+
+    def _pass(self, batch: Batch, hooks: Iterable[RemovableHandle]) -> None:
+        with ExitStack() as stack:
+            for handle in hooks:
+                stack.callback(handle.remove)
+            try:
+                self._model(**batch)
+            except _Stop:
+                return
+        raise AssertionError("the pass did not come to its end")
+
+    def taught(self, batch: Batch) -> _Taught:
+        """The pass without a plugin."""
+        before: list[Tensor] = []
+        sites: dict[str, list[Tensor]] = {"attention": [], "ffn": []}
+        after: list[Tensor] = []
+        output: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any, result: Any) -> None:
+            output.append(result[0])
+            raise _Stop
+
+        def hooks() -> Iterable[RemovableHandle]:
+            for layer, block in enumerate(self._blocks):
+                yield block.register_forward_pre_hook(
+                    lambda module, args, kwargs: before.append(_read(args, kwargs)), with_kwargs=True
+                )
+                for site, kept in sites.items():
+                    yield self._end(site, layer).register_forward_hook(_keep(kept))
+                yield block.register_forward_hook(_keep(after))
+            yield self._whole.register_forward_hook(stop)
+
+        with self._model.disable_plugin():
+            self._pass(batch, hooks())
+        sums = before[0] + sites["attention"][0] + sites["ffn"][0]
+        adds_up = torch.allclose(sums.float(), after[0].float(), rtol=0.05, atol=0.05 * float(after[0].std()))
+        between = [stream - own for stream, own in zip(after, sites["ffn"], strict=True)]
+        return _Taught(after, between, output[0], adds_up, batch.get("attention_mask"))
+
+    def seen(self, site: str, layer: int, batch: Batch, teacher: _Taught) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (g°, h), what g° lacks and the weight of every grouped token: (N, 2d), (N, d), (N, 1)."""
+        own = self._model.plugin().at(site, layer)
+        assert own is not None
+        block = self._blocks[layer]
+        stream: list[Tensor] = []
+        ended: list[Tensor] = []
+        asked: list[Any] = []
+
+        def restoring(module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+            session = current()
+            assert session is not None
+            assert session.segment is not None
+            asked.extend((*args, session.segment.grouping(own.k)))
+
+        def stop(module: nn.Module, args: Any, result: Any) -> None:
+            if site == "ffn":
+                stream[:] = [_states(result) - ended[0]]
+            raise _Stop
+
+        self._pass(
+            batch,
+            (
+                block.register_forward_pre_hook(
+                    lambda module, args, kwargs: stream.append(_read(args, kwargs)), with_kwargs=True
+                ),
+                own.decompressor.register_forward_pre_hook(restoring),
+                self._end(site, layer).register_forward_hook(_keep(ended)),
+                block.register_forward_hook(stop),
+            ),
+        )
+        merged, groups, grouping = asked  # (..., d), (..., k, d)
+        merged = merged.unsqueeze(-2).expand_as(groups)
+        if not teacher.adds_up:
+            wanted = self._ffn(layer, groups)
+        else:
+            goal = (teacher.after if site == "ffn" else teacher.between)[layer]
+            wanted, _ = _grouped(grouping, goal - stream[0])
+        size, members = _grouped(grouping, teacher.after[-1].double().square().mean(-1, keepdim=True))
+        parts = (torch.cat((merged, groups), dim=-1), wanted - merged, 1 / size)
+        if members is not None:
+            members = members.expand(groups.shape[:-1])
+            return tuple(part[members] for part in parts)  # type: ignore[return-value]
+        return tuple(part.flatten(0, -2) for part in parts)  # type: ignore[return-value]
+
+
+def _keep(kept: list[Tensor]) -> Callable[..., None]:
+    return lambda module, args, result: kept.append(_states(result))
+
+
+def _states(result: Any) -> Tensor:
+    states: Tensor = result[0] if isinstance(result, tuple) else result
+    return states
+
+
+def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def _grouped(grouping: Grouping, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The groups of x (rows, tokens, d) as (..., k, d), and which members are there (None: all)."""
+    found: list[Any] = []
+
+    def look(groups: Tensor, members: Tensor | None) -> Tensor:
+        found.extend((groups, members))
+        return groups[..., 0, :]
+
+    grouping.compress(x, look)
+    return found[0], found[1]
+
+
+def _gain(taught: Sequence[_Taught]) -> Tensor:
+    """(d,) what the final norm multiplies channels by, from what it gives for what it gets."""
+    given = got = torch.zeros((), dtype=torch.double)
+    for one in taught:
+        x, y = one.after[-1].double(), one.output.double()
+        if one.mask is not None:
+            x, y = x[one.mask.bool()], y[one.mask.bool()]
+        x = x / x.square().mean(-1, keepdim=True).sqrt()
+        got = got + x.square().flatten(0, -2).sum(0).cpu()
+        given = given + y.square().flatten(0, -2).sum(0).cpu()
+    return (given / got.clamp(min=1e-12)).sqrt().clamp(min=1e-6)
+
+
+class _Moments:
+    """Weighted first and second moments of features and targets, on the CPU in fp64."""
+
+    def __init__(self) -> None:
+        self._sums: list[Any] = [0.0] * 5
+
+    def add(self, features: Tensor, missing: Tensor, weights: Tensor) -> None:
+        f, t, w = (x.double() for x in (features, missing, weights))
+        new = (w.sum(), (f * w).sum(0), (t * w).sum(0), (f * w).T @ f, (f * w).T @ t)
+        self._sums = [total + part.cpu() for total, part in zip(self._sums, new, strict=True)]
+
+    def solve(self, decompressor: HiddenDecompressor, gain: Tensor) -> None:
+        """Weighted ridge regression, then its best approximation of rank r where `gain` weighs the channels."""
+        count, f, t, ff, ft = self._sums
+        f, t = f / count, t / count
+        ff, ft = ff / count - torch.outer(f, f), ft / count - torch.outer(f, t)
+        variance = ff.diag().clamp(min=1e-12)
+        whole = torch.linalg.solve(ff + torch.diag(RIDGE * variance), ft) * gain  # (2d, d)
+        _, directions = torch.linalg.eigh(whole.T @ ff @ whole)
+        rank = min(decompressor.down.out_features, len(directions))
+        directions = directions[:, -rank:]  # (d, rank), those that explain most
+        down, up = whole @ directions, directions.T / gain
+        with torch.no_grad():
+            for weights in decompressor.parameters():
+                weights.zero_()
+            decompressor.down.weight[:rank].copy_(down.T)
+            decompressor.up.weight[:, :rank].copy_(up.T)
+            decompressor.up.bias.copy_(t - f @ down @ up)
