@@ -25,6 +25,7 @@ from llm_variator.errors import VariatorError
 from llm_variator.groups import Grouping
 from llm_variator.layers import HiddenDecompressor
 from llm_variator.model import VariatorModel
+from llm_variator.plugin import CompressionPlugin
 from llm_variator.session import current
 
 RIDGE = 1e-3  # added to the variance of every feature, as a share of it: what few tokens do not determine stays small
@@ -52,26 +53,14 @@ def fit_restoration(
         VariatorError: the plugin restores nothing, or not linearly.
     """
     plugin, skip_unread = model.plugin(), model.skip_unread
-    restored = [
-        (site, layer)
-        for layer in range(model.signature.num_layers)
-        for site in ("attention", "ffn")
-        if (own := plugin.at(site, layer)) is not None and not own.decompressor.copy
-    ]
-    if not restored:
-        raise VariatorError(
-            "least squares set what restores tokens, and this plugin restores none: give it site ffn or attention "
-            "and --decompressor adapter, or start without --init"
-        )
-    if plugin.config.activation != "identity":
-        raise VariatorError("least squares set linear adapters: leave --activation at identity")
+    restoring = restoring_sites(plugin)
     stack = _Stack(model)
     model.skip_unread = False
     try:
         with torch.no_grad():
             taught = [stack.taught(batch) for batch in batches]
             gain = _gain(taught)
-            for site, layer in restored:
+            for site, layer in restoring:
                 if site == "attention" and not taught[0].adds_up:
                     continue
                 moments = _Moments()
@@ -82,6 +71,27 @@ def fit_restoration(
                 progress(f"{site} {layer}")
     finally:
         model.skip_unread = skip_unread
+
+
+def restoring_sites(plugin: CompressionPlugin) -> list[tuple[str, int]]:
+    """(site, layer) of the adapters that least squares set, in the order in which the model runs them.
+
+    Raises:
+        VariatorError: there is none, or they are not linear.
+    """
+    found = [
+        (site, layer)
+        for site, layer in sorted(plugin.sites, key=lambda place: (place[1], place[0]))  # attention, then ffn
+        if site in ("attention", "ffn") and not plugin.sites[site, layer].decompressor.copy
+    ]
+    if not found:
+        raise VariatorError(
+            "least squares set what restores tokens, and this plugin restores none: give it site ffn or attention "
+            "and --decompressor adapter, or start without --init"
+        )
+    if plugin.config.activation != "identity":
+        raise VariatorError("least squares set linear adapters: leave --activation at identity")
+    return found
 
 
 class _Stop(Exception):  # noqa: N818 (no error)

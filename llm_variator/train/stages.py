@@ -28,6 +28,7 @@ from llm_variator.train.distributed import announce
 from llm_variator.train.flags import prompt_range
 from llm_variator.train.judges import ContinuationJudge, Judge, LossJudge, TaskJudge
 from llm_variator.train.learners import Learner, ModelLearner, PluginLearner
+from llm_variator.train.least_squares import restoring_sites
 from llm_variator.train.objective import Objective
 from llm_variator.train.trainer import examples_in
 
@@ -257,6 +258,8 @@ def _plugin_learner(args: argparse.Namespace, base: PreTrainedModel) -> PluginLe
         raise VariatorError(
             "nothing to train in mean and copy: choose --compressor weighted or --decompressor adapter"
         )
+    if args.init == "least-squares":
+        restoring_sites(model.plugin())
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return PluginLearner(model)
