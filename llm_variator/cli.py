@@ -179,6 +179,32 @@ def add_quantize_flag(add: Callable[..., Any]) -> None:
     )
 
 
+def add_text_flags(add: Callable[..., Any], *, data: str, windows: int, batch_size: int) -> None:
+    """What a measurement reads; the defaults are the command's own."""
+    add("--data", default=data, metavar="SOURCE", help="text, named as in llm_variator.train")
+    add(
+        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
+    )
+    add(
+        "--windows", type=positive_int, default=windows, help="stretches of text, evenly spread over the data"
+    )
+    add("--batch-size", type=positive_int, default=batch_size, help="windows in one forward pass")
+
+
+def add_base_flags(add: Callable[..., Any], *, dtype: str | None = None, seeds: str) -> None:
+    """How a measurement holds its base model, what `--seed` seeds, and where the figures go."""
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add(
+        "--dtype",
+        default=dtype,
+        help="of base model and plugins" + ("" if dtype else " (default: as stored)"),
+    )
+    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
+    add("--num-layers", type=positive_int, help="with --random-init: this many layers")
+    add("--seed", type=natural, default=0, help=f"of {seeds}")
+    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+
+
 def variator_config_from(args: argparse.Namespace) -> VariatorConfig:
     """The configuration that the flags of `add_variator_flags` describe.
 

@@ -36,27 +36,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="base model: alias, local folder or hub id")
     add("--plugin", required=True, help="shipped name, folder or hub id")
-    add("--data", default="wikitext2/test", metavar="SOURCE", help="text, named as in llm_variator.train")
-    add(
-        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
-    )
+    cli.add_text_flags(add, data="wikitext2/test", windows=16, batch_size=2)
     add("--context", type=cli.positive_int, default=512, help="prompt tokens")
     add("--continuation", type=cli.positive_int, default=128, help="tokens after the prompt (decoders)")
-    add("--windows", type=cli.positive_int, default=16, help="stretches of text, evenly spread over the data")
     add(
         "--sensitivity-windows",
         type=cli.natural,
         default=2,
         help="of them, for merging every layer alone (decoders); 0: leave that out",
     )
-    add("--batch-size", type=cli.positive_int, default=2, help="windows in one forward pass")
-    add("--device", default="cpu", help="cpu, cuda, ...")
-    add("--dtype", default="float32", help="of base model and plugin")
-    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
-    add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
-    add("--seed", type=cli.natural, default=0, help="of random weights (--random-init)")
     add("--work", type=Path, default=WORK, help="sensitivities are kept here, and not measured again")
-    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+    cli.add_base_flags(add, dtype="float32", seeds="random weights (--random-init)")
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,19 +60,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=TOLERANCE,
         help="of models without ReLU, see docs/analysis.md: share of the FFN's output",
     )
-    add("--data", default="wikitext2/test", metavar="SOURCE", help="text, named as in llm_variator.train")
-    add(
-        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
-    )
+    cli.add_text_flags(add, data="wikitext2/test", windows=16, batch_size=4)
     add("--tokens", type=cli.positive_int, default=256, help="of each stretch of text")
-    add("--windows", type=cli.positive_int, default=16, help="stretches of text, evenly spread over the data")
-    add("--batch-size", type=cli.positive_int, default=4, help="windows in one forward pass")
-    add("--device", default="cpu", help="cpu, cuda, ...")
-    add("--dtype", default="float32", help="of the base model")
-    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
-    add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
-    add("--seed", type=cli.natural, default=0, help="of random weights and of training")
-    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+    cli.add_base_flags(add, dtype="float32", seeds="random weights and of training")
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -56,21 +55,11 @@ def build_parser() -> cli.Parser:
         help="shipped name, folder or hub id; none: no plugin",
     )
     add("--untrained", action="store_true", help="also score each plugin's configuration before any training")
-    add("--data", default=EMBEDDED, metavar="SOURCE", help="text, named as in llm_variator.train")
-    add(
-        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
-    )
+    cli.add_text_flags(add, data=EMBEDDED, windows=16, batch_size=4)
     add("--context", type=cli.positive_int, default=512, help="prompt tokens")
     add("--continuation", type=cli.positive_int, default=128, help="tokens scored after the prompt")
-    add("--windows", type=cli.positive_int, default=16, help="stretches of text, evenly spread over the data")
-    add("--batch-size", type=cli.positive_int, default=4, help="windows in one forward pass")
-    add("--device", default="cpu", help="cpu, cuda, ...")
-    add("--dtype", help="of base model and plugins (default: as stored)")
-    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
-    add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
     cli.add_quantize_flag(add)
-    add("--seed", type=cli.natural, default=0, help="of random weights (--random-init, --untrained)")
-    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+    cli.add_base_flags(add, seeds="random weights (--random-init, --untrained)")
     task.add_flags(
         commands.add_parser(
             "task",

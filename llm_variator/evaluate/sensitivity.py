@@ -77,22 +77,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=64,
         help="least number of last prompt tokens kept uncompressed",
     )
-    add("--data", default="wikitext2/train", metavar="SOURCE", help="text, named as in llm_variator.train")
-    add(
-        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
-    )
+    cli.add_text_flags(add, data="wikitext2/train", windows=4, batch_size=4)
     add("--context", type=cli.positive_int, default=512, help="prompt tokens")
     add("--continuation", type=cli.positive_int, default=128, help="tokens whose predictions are compared")
-    add("--windows", type=cli.positive_int, default=4, help="stretches of text, evenly spread over the data")
-    add("--batch-size", type=cli.positive_int, default=4, help="windows in one forward pass")
-    add("--device", default="cpu", help="cpu, cuda, ...")
-    add("--dtype", help="of the base model (default: as stored)")
-    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
-    add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
     cli.add_quantize_flag(add)
-    add("--seed", type=cli.natural, default=0, help="of random weights (--random-init)")
     add("--work", type=Path, default=WORK, help="what is measured is kept here, and not measured again")
-    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+    cli.add_base_flags(add, seeds="random weights (--random-init)")
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:

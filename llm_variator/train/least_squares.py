@@ -12,8 +12,11 @@ the final norm divides, and per channel times that norm's gain.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +34,8 @@ from llm_variator.session import current
 RIDGE = 1e-3  # added to the variance of every feature, as a share of it: what few tokens do not determine stays small
 
 Batch = dict[str, Any]
+Sample = tuple[Tensor, Tensor, Tensor]
+"""Of N grouped tokens: features (g°, h) (N, 2d), what g° lacks (N, d), weights (N, 1)."""
 
 
 def fit_restoration(
@@ -38,8 +43,8 @@ def fit_restoration(
 ) -> None:
     """Set the restoring layers of the active plugin by least squares over the grouped tokens of `batches`.
 
-    One pass of the base over all of them, and for each layer one that ends behind it. Between them the teacher's
-    residual stream behind every layer is kept: (tokens, layers, d) numbers.
+    Takes about three passes of the base over all of them, and keeps the teacher's residual stream behind every layer:
+    (tokens, layers, d) numbers, twice.
 
     In models that normalise what a layer's FFN gives before they add it (BERT, Gemma 3) there is no such sum to aim
     at: FFNs are fitted to what they give for each token by itself, and attention keeps its start.
@@ -60,15 +65,15 @@ def fit_restoration(
         with torch.no_grad():
             taught = [stack.taught(batch) for batch in batches]
             gain = _gain(taught)
-            for site, layer in restoring:
-                if site == "attention" and not taught[0].adds_up:
-                    continue
-                moments = _Moments()
-                for batch, teacher in zip(batches, taught, strict=True):
-                    moments.add(*stack.seen(site, layer, batch, teacher))
-                decompressor = plugin.at(site, layer).decompressor  # type: ignore[union-attr]
-                moments.solve(decompressor, gain)
-                progress(f"{site} {layer}")
+            with stack.passes(batches, taught, restoring) as passes:
+                for site, layer in restoring:
+                    if site == "attention" and not taught[0].adds_up:
+                        continue
+                    moments = _Moments()
+                    for one in passes:
+                        moments.add(*one.reach(site, layer))
+                    moments.solve(plugin.sites[site, layer].decompressor, gain)
+                    progress(f"{site} {layer}")
     finally:
         model.skip_unread = skip_unread
 
@@ -171,50 +176,136 @@ class _Stack:
         between = [stream - own for stream, own in zip(after, sites["ffn"], strict=True)]
         return _Taught(after, between, output[0], adds_up, batch.get("attention_mask"))
 
-    def seen(self, site: str, layer: int, batch: Batch, teacher: _Taught) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (g°, h), what g° lacks and the weight of every grouped token: (N, 2d), (N, d), (N, 1)."""
-        own = self._model.plugin().at(site, layer)
-        assert own is not None
-        block = self._blocks[layer]
-        stream: list[Tensor] = []
+    @contextmanager
+    def passes(
+        self, batches: Sequence[Batch], taught: Sequence[_Taught], places: Sequence[tuple[str, int]]
+    ) -> Iterator[list[_Pass]]:
+        """A pass with the plugin over each batch, all waiting in front of the first of `places`, (site, layer)."""
+        more = {"use_cache": False} if self._model.is_decoder else {}  # layers run more than once
+        passes = [
+            _Pass(partial(self._model, **batch, **more), teacher)
+            for batch, teacher in zip(batches, taught, strict=True)
+        ]
+        handles = []
+        for layer in {layer for _, layer in places}:
+            sites = [site for site, place in places if place == layer]
+            handles.append(
+                self._blocks[layer].register_forward_pre_hook(self._wait(sites, layer), with_kwargs=True)
+            )
+        try:
+            yield passes
+        finally:
+            for one in passes:
+                one.stop()
+            for handle in handles:
+                handle.remove()
+
+    def _wait(self, sites: Sequence[str], layer: int) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if (one := _running.get()) is not None:
+                for site in sites:
+                    one.offer(site, layer, partial(self._tried, site, layer, args, kwargs, one.teacher))
+
+        return hook
+
+    def _tried(
+        self, site: str, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], teacher: _Taught
+    ) -> Sample:
+        """Run a layer for what one of its sites reads, gives and lacks."""
+        own, block = self._model.plugin().sites[site, layer], self._blocks[layer]
         ended: list[Tensor] = []
         asked: list[Any] = []
 
-        def restoring(module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+        def restoring(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
             session = current()
             assert session is not None
             assert session.segment is not None
-            asked.extend((*args, session.segment.grouping(own.k)))
+            asked.extend((*inputs, session.segment.grouping(own.k)))
 
-        def stop(module: nn.Module, args: Any, result: Any) -> None:
-            if site == "ffn":
-                stream[:] = [_states(result) - ended[0]]
-            raise _Stop
-
-        self._pass(
-            batch,
-            (
-                block.register_forward_pre_hook(
-                    lambda module, args, kwargs: stream.append(_read(args, kwargs)), with_kwargs=True
-                ),
-                own.decompressor.register_forward_pre_hook(restoring),
-                self._end(site, layer).register_forward_hook(_keep(ended)),
-                block.register_forward_hook(stop),
-            ),
-        )
+        handles = [
+            own.decompressor.register_forward_pre_hook(restoring),
+            self._end(site, layer).register_forward_hook(_keep(ended)),
+        ]
+        try:
+            result = _states(block.forward(*args, **kwargs))
+        finally:
+            for handle in handles:
+                handle.remove()
         merged, groups, grouping = asked  # (..., d), (..., k, d)
         merged = merged.unsqueeze(-2).expand_as(groups)
         if not teacher.adds_up:
             wanted = self._ffn(layer, groups)
+        elif site == "ffn":
+            wanted, _ = _grouped(grouping, teacher.after[layer] - (result - ended[0]))
         else:
-            goal = (teacher.after if site == "ffn" else teacher.between)[layer]
-            wanted, _ = _grouped(grouping, goal - stream[0])
+            wanted, _ = _grouped(grouping, teacher.between[layer] - _read(args, kwargs))
         size, members = _grouped(grouping, teacher.after[-1].double().square().mean(-1, keepdim=True))
         parts = (torch.cat((merged, groups), dim=-1), wanted - merged, 1 / size)
         if members is not None:
             members = members.expand(groups.shape[:-1])
             return tuple(part[members] for part in parts)  # type: ignore[return-value]
         return tuple(part.flatten(0, -2) for part in parts)  # type: ignore[return-value]
+
+
+class _Pass:
+    """A forward pass in a thread of its own, which waits in front of a layer until its sites are set.
+
+    Only one thread runs at a time: the model's own code goes on from layer to layer, and nothing is computed again.
+    """
+
+    def __init__(self, run: Callable[[], Any], teacher: _Taught) -> None:
+        self.teacher = teacher
+        self._run = run
+        self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
+        self._place: tuple[str, int] | None = None
+        self._sample: Sample | None = None
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=copy_context().run, args=(self._work,), daemon=True)
+        self._thread.start()
+
+    def reach(self, site: str, layer: int) -> Sample:
+        """Go on to a site, and try it as it is now."""
+        while self._place != (site, layer):
+            self._go.release()
+            self._there.acquire()
+            if self._error is not None:
+                raise self._error
+        assert self._sample is not None
+        return self._sample
+
+    def stop(self) -> None:
+        """End the pass where it is."""
+        self._stopped = True
+        self._go.release()
+        self._thread.join()
+
+    def offer(self, site: str, layer: int, trying: Callable[[], Sample]) -> None:
+        """In the pass: wait here, with what is known of the site."""
+        _running.set(None)  # what is tried does not wait
+        self._place, self._sample = (site, layer), trying()
+        _running.set(self)
+        self._there.release()
+        self._go.acquire()
+        if self._stopped:
+            raise _Stop
+
+    def _work(self) -> None:
+        _running.set(self)
+        self._go.acquire()
+        try:
+            with torch.no_grad():
+                if not self._stopped:
+                    self._run()
+            raise AssertionError("the pass ended before the layer it was to reach")
+        except _Stop:
+            return
+        except BaseException as error:
+            self._error = error
+            self._there.release()
+
+
+_running: ContextVar[_Pass | None] = ContextVar("least_squares_pass", default=None)
 
 
 def _keep(kept: list[Tensor]) -> Callable[..., None]:
