@@ -29,9 +29,11 @@ from llm_variator.groups import Grouping
 from llm_variator.layers import HiddenDecompressor
 from llm_variator.model import VariatorModel
 from llm_variator.plugin import CompressionPlugin
-from llm_variator.session import current
+from llm_variator.session import Session, current, scope
 
-RIDGE = 1e-3  # added to the variance of every feature, as a share of it: what few tokens do not determine stays small
+# Added to the variance of every feature, as a share of it, where there are as many features as tokens; less with more
+# tokens. What few tokens do not determine stays small.
+RIDGE = 0.1
 
 Batch = dict[str, Any]
 Sample = tuple[Tensor, Tensor, Tensor]
@@ -57,25 +59,21 @@ def fit_restoration(
     Raises:
         VariatorError: the plugin restores nothing, or not linearly.
     """
-    plugin, skip_unread = model.plugin(), model.skip_unread
+    plugin = model.plugin()
     restoring = restoring_sites(plugin)
     stack = _Stack(model)
-    model.skip_unread = False
-    try:
-        with torch.no_grad():
-            taught = [stack.taught(batch) for batch in batches]
-            gain = _gain(taught)
-            with stack.passes(batches, taught, restoring) as passes:
-                for site, layer in restoring:
-                    if site == "attention" and not taught[0].adds_up:
-                        continue
-                    moments = _Moments()
-                    for one in passes:
-                        moments.add(*one.reach(site, layer))
-                    moments.solve(plugin.sites[site, layer].decompressor, gain)
-                    progress(f"{site} {layer}")
-    finally:
-        model.skip_unread = skip_unread
+    with torch.no_grad():
+        taught = [stack.taught(batch) for batch in batches]
+        gain = _gain(taught)
+        with stack.passes(batches, taught, restoring) as passes:
+            for site, layer in restoring:
+                if site == "attention" and not taught[0].adds_up:
+                    continue
+                moments = _Moments()
+                for one in passes:
+                    moments.add(*one.reach(site, layer))
+                moments.solve(plugin.sites[site, layer].decompressor, gain)
+                progress(f"{site} {layer}")
 
 
 def restoring_sites(plugin: CompressionPlugin) -> list[tuple[str, int]]:
@@ -181,9 +179,8 @@ class _Stack:
         self, batches: Sequence[Batch], taught: Sequence[_Taught], places: Sequence[tuple[str, int]]
     ) -> Iterator[list[_Pass]]:
         """A pass with the plugin over each batch, all waiting in front of the first of `places`, (site, layer)."""
-        more = {"use_cache": False} if self._model.is_decoder else {}  # layers run more than once
         passes = [
-            _Pass(partial(self._model, **batch, **more), teacher)
+            _Pass(partial(self._compressed, batch), teacher)
             for batch, teacher in zip(batches, taught, strict=True)
         ]
         handles = []
@@ -199,6 +196,15 @@ class _Stack:
                 one.stop()
             for handle in handles:
                 handle.remove()
+
+    def _compressed(self, batch: Batch) -> None:
+        """A decoder's tokens are all grouped, but for the head: prompts with a dense tail would leave few."""
+        plugin, more = self._model.plugin(), {}
+        if self._model.is_decoder:
+            batch = {name: value for name, value in batch.items() if name != "prompt_length"}
+            more = {"use_cache": False}  # layers run more than once
+        with scope(Session(plugin, edges=(plugin.config.dense_head or 0, 0), skip_unread=False)):
+            self._model.base(**batch, **more)
 
     def _wait(self, sites: Sequence[str], layer: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -352,8 +358,10 @@ class _Moments:
 
     def __init__(self) -> None:
         self._sums: list[Any] = [0.0] * 5
+        self._tokens = 0
 
     def add(self, features: Tensor, missing: Tensor, weights: Tensor) -> None:
+        self._tokens += len(features)
         f, t, w = (x.double() for x in (features, missing, weights))
         new = (w.sum(), (f * w).sum(0), (t * w).sum(0), (f * w).T @ f, (f * w).T @ t)
         self._sums = [total + part.cpu() for total, part in zip(self._sums, new, strict=True)]
@@ -364,7 +372,8 @@ class _Moments:
         f, t = f / count, t / count
         ff, ft = ff / count - torch.outer(f, f), ft / count - torch.outer(f, t)
         variance = ff.diag().clamp(min=1e-12)
-        whole = torch.linalg.solve(ff + torch.diag(RIDGE * variance), ft) * gain  # (2d, d)
+        ridge = RIDGE * len(variance) / self._tokens
+        whole = torch.linalg.solve(ff + torch.diag(ridge * variance), ft) * gain  # (2d, d)
         _, directions = torch.linalg.eigh(whole.T @ ff @ whole)
         rank = min(decompressor.down.out_features, len(directions))
         directions = directions[:, -rank:]  # (d, rank), those that explain most

@@ -59,7 +59,7 @@ def test_brings_the_model_nearer_to_the_dense_one(kind, ragged):
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 def test_no_step_from_the_last_layer_s_solution_does_better(ragged, monkeypatch):
     """By autograd: the gradient of the model's own final error vanishes at the unregularised solution."""
-    monkeypatch.setattr(least_squares, "RIDGE", 1e-9)
+    monkeypatch.setattr(least_squares, "RIDGE", 1e-8)
     config = VariatorConfig(k=2, sites=("ffn",), r=6, dense_head=0, dense_tail=0, layers=(0,))
     model = VariatorModel(make_decoder("llama", num_hidden_layers=1).double(), config)
     randomise(model.plugin())
@@ -136,4 +136,3 @@ def test_what_has_no_linear_adapter_is_refused(settings, message):
     model = make_variator("llama", VariatorConfig(k=2, r=5, **settings))
     with pytest.raises(VariatorError, match=message):
         fit_restoration(model, batches("llama", ragged=False))
-    assert model.skip_unread
