@@ -146,6 +146,11 @@ def hooks_in(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.base.modules())
 
 
+def configured(model):
+    """Attention modules that a plugin may give a config of their own."""
+    return [m for m in model.base.modules() if hasattr(m, "config") and hasattr(m, "k_proj")]
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
 def test_hooks_are_there_only_while_a_plugin_runs(kind):
     model = make_variator(kind, VariatorConfig(k=2, sites=("ffn", "kv"), r=5))
@@ -157,6 +162,7 @@ def test_hooks_are_there_only_while_a_plugin_runs(kind):
         model(ids, **more)
         starts = hooks_in(model)
         assert starts == (2 if kind == "t5" else 1)
+        assert not any(getattr(m, "config", None) is not model.base.config for m in configured(model))
         with pytest.raises(RuntimeError, match=r"mat1 and mat2|normalized_shape|size"):
             model(inputs_embeds=torch.zeros(1, 30, 7), **more)
     with pytest.raises(RuntimeError), model.use_plugin("default"):

@@ -126,7 +126,7 @@ class Architecture:
                 norm = block.get_submodule(self.norm)
                 handles += hook_last_layer(block, norm, query, output, attention, index)
 
-        switch = HookSwitch(handles, modules)
+        switch = HookSwitch(handles, own, modules)
         begin = switch.before(begin_pass if self.decoder else begin_encoding)
         starts = [self.stack(base).register_forward_pre_hook(begin, with_kwargs=True)]
         if (reader := self.answering(base)) is not None:

@@ -210,7 +210,12 @@ class OwnAttentionFunction:
         own: Any = copy.copy(self.stock)
         own._attn_implementation_internal = name
         own.variator_stock = self.stock
-        attention.config = own
+        self.own = own
+        self.put()
+
+    def put(self) -> None:
+        """Give the module the config that names the function."""
+        self.attention.config = self.own
 
     def remove(self) -> None:
         """Give the module its own config back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,6 +12,18 @@ from torch.utils.hooks import RemovableHandle
 
 from llm_variator.compiled import CompiledStack
 from llm_variator.session import current
+
+
+class Part(Protocol):
+    """Something on a module that can be off."""
+
+    def put(self) -> None:
+        """Back, as it was."""
+        ...
+
+    def remove(self) -> None:
+        """Off."""
+        ...
 
 
 class HookSwitch:
@@ -22,9 +34,11 @@ class HookSwitch:
     code for somebody else: it does not notice hooks that come later.
     """
 
-    def __init__(self, handles: Iterable[RemovableHandle], modules: Iterable[nn.Module]) -> None:
-        """`handles`: what `modules` gave for their hooks, which are on."""
-        self._hooks = [_Hook(handle) for handle in handles]
+    def __init__(
+        self, handles: Iterable[RemovableHandle], others: Iterable[Part], modules: Iterable[nn.Module]
+    ) -> None:
+        """`handles`: what `modules` gave for their hooks; these, and `others`, are on."""
+        self._parts: list[Part] = [*map(_Hook, handles), *others]
         self._modules = tuple(modules)
         self._holders = 0
         self._lock = threading.Lock()
@@ -77,8 +91,8 @@ class HookSwitch:
 
     def _turn(self, *, on: bool) -> None:
         if self._on != on:
-            for hook in self._hooks if on else reversed(self._hooks):
-                hook.put() if on else hook.take()
+            for part in self._parts if on else reversed(self._parts):
+                part.put() if on else part.remove()
             self._on = on
 
 
@@ -92,7 +106,7 @@ class _Hook:
         self._hook = self._among[handle.id]
         self._earlier: frozenset[int] = frozenset()
 
-    def take(self) -> None:
+    def remove(self) -> None:
         keys = list(self._among)
         self._earlier = frozenset(keys[: keys.index(self._id)])
         del self._among[self._id]
