@@ -10,7 +10,7 @@ import torch
 from conftest import make_decoder, make_variator, pad, prompts, randomise
 
 from llm_variator import VariatorConfig, VariatorModel
-from llm_variator.architectures import site
+from llm_variator.architectures import ffn
 
 CONFIGS = {
     "ffn": VariatorConfig(k=2, sites=("ffn",), r=5),
@@ -86,7 +86,7 @@ def test_logits_equal_the_plain_form(decoder, config, implementation):
 
 
 def test_rows_of_zeros_behind_the_entries_change_nothing(monkeypatch):
-    monkeypatch.setattr(site, "_WORTH_FILLING", 1)
+    monkeypatch.setattr(ffn, "_WORTH_FILLING", 1)
     model = make_variator("llama", VariatorConfig(k=2, sites=("ffn", "kv"), r=5))
     rows = []
     for block in model.base.model.layers:
