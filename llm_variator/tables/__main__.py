@@ -67,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     runner = Runner(table, args.runs, **settings)
     model = args.model or table.model
     file = args.results / f"{table.name}.json"
-    cells = _known_cells(file, table)
+    cells = _known_cells(file, table, model)
     costs = row_costs(table, model)
     for row, task in chosen:
-        cells.setdefault(row.name, {})[task] = runner.cell(row, task)
+        cell = runner.cell(row, task)
+        cells.setdefault(row.name, {})[task] = cell | {"recipe": table.digest(row, task, model)}
         figures = {
             "title": table.title,
             "model": model,
@@ -97,15 +98,20 @@ def _check_selection(what: str, wanted: Sequence[str], known: Sequence[str]) -> 
         raise VariatorError(f"the table has no {what} {surplus[0]!r}; it has {', '.join(known)}")
 
 
-def _known_cells(file: Path, table: TableRecipe) -> dict[str, dict[str, Cell]]:
-    """Cells of an earlier call that are still in the recipe."""
+def _known_cells(file: Path, table: TableRecipe, model: str) -> dict[str, dict[str, Cell]]:
+    """Cells of an earlier call of which the recipe still says the same."""
     try:
         read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"]["cells"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VariatorError(f"{file} is no table that can be continued ({error}): move it away") from None
-    return _in_order(read, table)
+    kept = _in_order(read, table)
+    for row in table.rows:
+        for task, cell in list(kept.get(row.name, {}).items()):
+            if cell.get("recipe") != table.digest(row, task, model):
+                del kept[row.name][task]
+    return kept
 
 
 def _in_order(cells: dict[str, dict[str, Cell]], table: TableRecipe) -> dict[str, dict[str, Cell]]:

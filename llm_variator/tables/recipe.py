@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,16 @@ class TableRecipe:
             of_method = self.methods.get(row.method, {}).get(stage, {})
             flags |= {**of_method, **((row.pretrain if stage == "pretrain" else row.adapt) or {})}
         return flags
+
+    def digest(self, row: Row, task: str, model: str) -> str:
+        """Short hash of all that the recipe says of one cell's runs."""
+        stages = [
+            self.flags("finetune", task=task),
+            self.flags("pretrain", row),
+            self.flags("adapt", row, task),
+        ]
+        text = json.dumps([model, dataclasses.asdict(row), *stages], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read_table(path: str | Path) -> TableRecipe:

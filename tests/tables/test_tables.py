@@ -211,6 +211,23 @@ def test_finished_runs_are_not_repeated(work, data):
     assert stamps == {file: file.stat().st_mtime_ns for file in (work / "runs").rglob("training.json")}
 
 
+def test_cells_of_another_recipe_are_not_kept(tmp_path, data):
+    recipe = {
+        "extends": str(FOLDER / "smoke" / SHARED),
+        "title": "changing",
+        "columns": ["rte", "sst2"],
+        "rows": {"Original": {"method": "original"}, "LTP": {"method": "ltp"}},
+    }
+    file = tmp_path / "changing.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    run(file, tmp_path, data, "--columns", "rte")
+    recipe["methods"] = {"ltp": {"adapt": {"learning_rate": 2e-3}}}
+    file.write_text(yaml.safe_dump(recipe))
+    cells = run(file, tmp_path, data, "--columns", "sst2")["cells"]
+    assert set(cells["Original"]) == {"rte", "sst2"}
+    assert set(cells["LTP"]) == {"sst2"}
+
+
 def test_table_killed_twice_ends_like_the_one_that_was_not(tmp_path, data):
     recipe = {
         "extends": str(FOLDER / "smoke" / SHARED),
