@@ -29,7 +29,7 @@ class Part(Protocol):
 class HookSwitch:
     """Puts the hooks of one base on at the first pass with a session and off at the first pass without.
 
-    Torch takes a slower path through every module that has a hook: 4 % of the time of a token on a small model.
+    Torch takes a slower path through every module that has a hook, which a small model feels at every token.
     They stay on while a session runs, in whatever thread, and for good where torch.compile reads the model's
     code for somebody else: it does not notice hooks that come later.
     """
