@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from llm_variator.architectures import Architecture, architecture_of
 from llm_variator.errors import VariatorError
@@ -45,8 +44,7 @@ def fit_restoration(
 ) -> None:
     """Set the restoring layers of the active plugin by least squares over the grouped tokens of `batches`.
 
-    Takes about three passes of the base over all of them, and keeps the teacher's residual stream behind every layer:
-    (tokens, layers, d) numbers, twice.
+    Takes three passes of the base over all of them, and the memory of a few residual streams, whatever its depth.
 
     In models that normalise what a layer's FFN gives before they add it (BERT, Gemma 3) there is no such sum to aim
     at: FFNs are fitted to what they give for each token by itself, and attention keeps its start.
@@ -63,15 +61,16 @@ def fit_restoration(
     restoring = restoring_sites(plugin)
     stack = _Stack(model)
     with torch.no_grad():
-        taught = [stack.taught(batch) for batch in batches]
-        gain = _gain(taught)
-        with stack.passes(batches, taught, restoring) as passes:
+        ends = [stack.read(batch) for batch in batches]
+        gain, adds_up = _gain(ends), ends[0].adds_up
+        with stack.passes(batches, [end.size for end in ends], adds_up=adds_up) as passes:
+            del ends
             for site, layer in restoring:
-                if site == "attention" and not taught[0].adds_up:
+                if site == "attention" and not adds_up:
                     continue
                 moments = _Moments()
                 for one in passes:
-                    moments.add(*one.reach(site, layer))
+                    moments.add(*one.reach((site, layer)))
                 moments.solve(plugin.sites[site, layer].decompressor, gain)
                 progress(f"{site} {layer}")
 
@@ -102,19 +101,17 @@ class _Stop(Exception):  # noqa: N818 (no error)
 
 
 @dataclasses.dataclass
-class _Taught:
-    """What the teacher computes for one batch; residual streams are (rows, tokens, d)."""
+class _End:
+    """What the first pass finds out about one batch, without a plugin."""
 
-    after: list[Tensor]
-    """Residual stream behind every layer."""
-    between: list[Tensor]
-    """... and behind its attention."""
-    output: Tensor
-    """What the stack gives, behind its final norm."""
+    size: Tensor
+    """(rows, tokens, 1) mean square of the last residual stream."""
+    got: Tensor
+    """(d,) squares of the channels that the final norm gets, each token divided by its size, summed over tokens."""
+    given: Tensor
+    """(d,) and of those it gives."""
     adds_up: bool
     """Whether layers add what their sites give to the stream as it is."""
-    mask: Tensor | None
-    """(rows, tokens), 0 for padding."""
 
 
 class _Stack:
@@ -127,6 +124,64 @@ class _Stack:
         self._blocks = self._family.blocks(host)
         self._whole: nn.Module = host.get_decoder() if self._family.decoder else self._family.stack(host)
 
+    def read(self, batch: Batch) -> _End:
+        """The first pass."""
+        seen: dict[str, Tensor] = {}
+        first, last = self._blocks[0], self._blocks[-1]
+
+        def stop(module: nn.Module, args: Any, result: Any) -> None:
+            seen["output"] = result[0]
+            raise _Stop
+
+        with ExitStack() as stack:
+            for handle in (
+                first.register_forward_pre_hook(_keep_read(lambda: seen, "read"), with_kwargs=True),
+                *(self._end(site, 0).register_forward_hook(_keep(lambda: seen, site)) for site in _SITES),
+                first.register_forward_hook(_keep(lambda: seen, "first")),
+                last.register_forward_hook(_keep(lambda: seen, "last")),
+                self._whole.register_forward_hook(stop),
+            ):
+                stack.callback(handle.remove)
+            with suppress(_Stop):
+                self._dense(batch)
+        x, y = seen["last"].double(), seen["output"].double()
+        size = x.square().mean(-1, keepdim=True)
+        got, given = x.square() / size, y.square()
+        if (mask := batch.get("attention_mask")) is not None:
+            got, given = got[mask.bool()], given[mask.bool()]
+        sums, after = (seen["read"] + seen["attention"] + seen["ffn"]).float(), seen["first"].float()
+        adds_up = torch.allclose(sums, after, rtol=0.05, atol=0.05 * float(after.std()))
+        return _End(size, got.flatten(0, -2).sum(0).cpu(), given.flatten(0, -2).sum(0).cpu(), adds_up)
+
+    @contextmanager
+    def passes(
+        self, batches: Sequence[Batch], sizes: Sequence[Tensor], *, adds_up: bool
+    ) -> Iterator[list[_Compressed]]:
+        """A pass with the plugin over each batch, beside one without it, both waiting at their start."""
+        plugin = self._model.plugin()
+        made: list[_Compressed] = []
+        with ExitStack() as stack:
+            for layer, block in enumerate(self._blocks):
+                stack.callback(
+                    block.register_forward_pre_hook(_keep_read(_seen, "read"), with_kwargs=True).remove
+                )
+                for site in _SITES:
+                    stack.callback(self._end(site, layer).register_forward_hook(_keep(_seen, site)).remove)
+                stack.callback(block.register_forward_hook(self._taught(layer)).remove)
+            for (site, layer), own in plugin.sites.items():
+                if site in _SITES and not own.decompressor.copy:
+                    hook = self._restored(site, layer, own.k, adds_up=adds_up)
+                    stack.callback(own.decompressor.register_forward_pre_hook(hook).remove)
+            try:
+                for batch, size in zip(batches, sizes, strict=True):
+                    teacher = _Pass(partial(self._dense, batch))
+                    made.append(_Compressed(partial(self._compressed, batch), teacher, size))
+                yield made
+            finally:
+                for one in made:
+                    one.stop()
+                    one.teacher.stop()
+
     def _end(self, site: str, layer: int) -> nn.Module:
         path = getattr(self._family, f"{site}_end") or getattr(self._family, site)
         return self._blocks[layer].get_submodule(path)
@@ -136,149 +191,84 @@ class _Stack:
             x = self._blocks[layer].get_submodule(path).forward(x)  # past the hooks
         return x
 
-    def _pass(self, batch: Batch, hooks: Iterable[RemovableHandle]) -> None:
-        with ExitStack() as stack:
-            for handle in hooks:
-                stack.callback(handle.remove)
-            try:
-                self._model(**batch)
-            except _Stop:
-                return
-        raise AssertionError("the pass did not come to its end")
-
-    def taught(self, batch: Batch) -> _Taught:
-        """The pass without a plugin."""
-        before: list[Tensor] = []
-        sites: dict[str, list[Tensor]] = {"attention": [], "ffn": []}
-        after: list[Tensor] = []
-        output: list[Tensor] = []
-
-        def stop(module: nn.Module, args: Any, result: Any) -> None:
-            output.append(result[0])
-            raise _Stop
-
-        def hooks() -> Iterable[RemovableHandle]:
-            for layer, block in enumerate(self._blocks):
-                yield block.register_forward_pre_hook(
-                    lambda module, args, kwargs: before.append(_read(args, kwargs)), with_kwargs=True
-                )
-                for site, kept in sites.items():
-                    yield self._end(site, layer).register_forward_hook(_keep(kept))
-                yield block.register_forward_hook(_keep(after))
-            yield self._whole.register_forward_hook(stop)
-
-        with self._model.disable_plugin():
-            self._pass(batch, hooks())
-        sums = before[0] + sites["attention"][0] + sites["ffn"][0]
-        adds_up = torch.allclose(sums.float(), after[0].float(), rtol=0.05, atol=0.05 * float(after[0].std()))
-        between = [stream - own for stream, own in zip(after, sites["ffn"], strict=True)]
-        return _Taught(after, between, output[0], adds_up, batch.get("attention_mask"))
-
-    @contextmanager
-    def passes(
-        self, batches: Sequence[Batch], taught: Sequence[_Taught], places: Sequence[tuple[str, int]]
-    ) -> Iterator[list[_Pass]]:
-        """A pass with the plugin over each batch, all waiting in front of the first of `places`, (site, layer)."""
-        passes = [
-            _Pass(partial(self._compressed, batch), teacher)
-            for batch, teacher in zip(batches, taught, strict=True)
-        ]
-        handles = []
-        for layer in {layer for _, layer in places}:
-            sites = [site for site, place in places if place == layer]
-            handles.append(
-                self._blocks[layer].register_forward_pre_hook(self._wait(sites, layer), with_kwargs=True)
-            )
-        try:
-            yield passes
-        finally:
-            for one in passes:
-                one.stop()
-            for handle in handles:
-                handle.remove()
+    def _dense(self, batch: Batch) -> None:
+        more = {}
+        if self._model.is_decoder:
+            batch = {name: value for name, value in batch.items() if name != "prompt_length"}
+            more = {"use_cache": False}
+        self._model.base(**batch, **more)
 
     def _compressed(self, batch: Batch) -> None:
         """A decoder's tokens are all grouped, but for the head: prompts with a dense tail would leave few."""
-        plugin, more = self._model.plugin(), {}
-        if self._model.is_decoder:
-            batch = {name: value for name, value in batch.items() if name != "prompt_length"}
-            more = {"use_cache": False}  # layers run more than once
+        plugin = self._model.plugin()
         with scope(Session(plugin, edges=(plugin.config.dense_head or 0, 0), skip_unread=False)):
-            self._model.base(**batch, **more)
+            self._dense(batch)
 
-    def _wait(self, sites: Sequence[str], layer: int) -> Callable[..., None]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if (one := _running.get()) is not None:
-                for site in sites:
-                    one.offer(site, layer, partial(self._tried, site, layer, args, kwargs, one.teacher))
+    def _taught(self, layer: int) -> Callable[..., None]:
+        def hook(block: nn.Module, args: Any, result: Any) -> None:
+            one = _running.get()
+            if one is not None and not isinstance(one, _Compressed):
+                after = _states(result)
+                one.offer(layer, {"ffn": after, "attention": after - one.seen["ffn"]})
 
         return hook
 
-    def _tried(
-        self, site: str, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], teacher: _Taught
-    ) -> Sample:
-        """Run a layer for what one of its sites reads, gives and lacks."""
-        own, block = self._model.plugin().sites[site, layer], self._blocks[layer]
-        ended: list[Tensor] = []
-        asked: list[Any] = []
+    def _restored(self, site: str, layer: int, k: int, *, adds_up: bool) -> Callable[..., None]:
+        """What a site reads, gives and lacks, where its tokens are about to be restored."""
 
-        def restoring(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        def hook(decompressor: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+            if not isinstance(one := _running.get(), _Compressed):
+                return
             session = current()
             assert session is not None
             assert session.segment is not None
-            asked.extend((*inputs, session.segment.grouping(own.k)))
+            grouping = session.segment.grouping(k)
+            merged, groups = inputs  # (..., d), (..., k, d)
+            merged = merged.unsqueeze(-2).expand_as(groups)
+            if adds_up:
+                stream = one.seen["read"]  # what the site's output is added to
+                if site == "ffn":
+                    stream = stream + one.seen["attention"]
+                wanted, _ = _grouped(grouping, one.teacher.reach(layer)[site] - stream)
+            else:
+                wanted = self._ffn(layer, groups)
+            size, members = _grouped(grouping, one.size)
+            parts = (torch.cat((merged, groups), dim=-1), wanted - merged, 1 / size)
+            if members is not None:
+                members = members.expand(groups.shape[:-1])
+                one.offer((site, layer), tuple(part[members] for part in parts))
+            else:
+                one.offer((site, layer), tuple(part.flatten(0, -2) for part in parts))
 
-        handles = [
-            own.decompressor.register_forward_pre_hook(restoring),
-            self._end(site, layer).register_forward_hook(_keep(ended)),
-        ]
-        try:
-            result = _states(block.forward(*args, **kwargs))
-        finally:
-            for handle in handles:
-                handle.remove()
-        merged, groups, grouping = asked  # (..., d), (..., k, d)
-        merged = merged.unsqueeze(-2).expand_as(groups)
-        if not teacher.adds_up:
-            wanted = self._ffn(layer, groups)
-        elif site == "ffn":
-            wanted, _ = _grouped(grouping, teacher.after[layer] - (result - ended[0]))
-        else:
-            wanted, _ = _grouped(grouping, teacher.between[layer] - _read(args, kwargs))
-        size, members = _grouped(grouping, teacher.after[-1].double().square().mean(-1, keepdim=True))
-        parts = (torch.cat((merged, groups), dim=-1), wanted - merged, 1 / size)
-        if members is not None:
-            members = members.expand(groups.shape[:-1])
-            return tuple(part[members] for part in parts)  # type: ignore[return-value]
-        return tuple(part.flatten(0, -2) for part in parts)  # type: ignore[return-value]
+        return hook
 
 
 class _Pass:
-    """A forward pass in a thread of its own, which waits in front of a layer until its sites are set.
+    """A forward pass in a thread of its own, which waits at one place after the other with what is known there.
 
     Only one thread runs at a time: the model's own code goes on from layer to layer, and nothing is computed again.
     """
 
-    def __init__(self, run: Callable[[], Any], teacher: _Taught) -> None:
-        self.teacher = teacher
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.seen: dict[str, Tensor] = {}
+        """What the running layer has read, and given so far."""
         self._run = run
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
-        self._place: tuple[str, int] | None = None
-        self._sample: Sample | None = None
+        self._place: Any = None
+        self._known: Any = None
         self._stopped = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=copy_context().run, args=(self._work,), daemon=True)
         self._thread.start()
 
-    def reach(self, site: str, layer: int) -> Sample:
-        """Go on to a site, and try it as it is now."""
-        while self._place != (site, layer):
+    def reach(self, place: Any) -> Any:
+        """Go on to a place, and say what is known there."""
+        while self._place != place:
             self._go.release()
             self._there.acquire()
             if self._error is not None:
                 raise self._error
-        assert self._sample is not None
-        return self._sample
+        return self._known
 
     def stop(self) -> None:
         """End the pass where it is."""
@@ -286,13 +276,12 @@ class _Pass:
         self._go.release()
         self._thread.join()
 
-    def offer(self, site: str, layer: int, trying: Callable[[], Sample]) -> None:
-        """In the pass: wait here, with what is known of the site."""
-        _running.set(None)  # what is tried does not wait
-        self._place, self._sample = (site, layer), trying()
-        _running.set(self)
+    def offer(self, place: Any, known: Any) -> None:
+        """In the pass: wait here."""
+        self._place, self._known = place, known
         self._there.release()
         self._go.acquire()
+        self._place = self._known = None
         if self._stopped:
             raise _Stop
 
@@ -303,7 +292,7 @@ class _Pass:
             with torch.no_grad():
                 if not self._stopped:
                     self._run()
-            raise AssertionError("the pass ended before the layer it was to reach")
+            raise AssertionError("the pass ended before the place it was to reach")
         except _Stop:
             return
         except BaseException as error:
@@ -311,20 +300,44 @@ class _Pass:
             self._there.release()
 
 
+class _Compressed(_Pass):
+    """A pass with the plugin, beside its teacher's: `reach((site, layer))` is a `Sample`."""
+
+    def __init__(self, run: Callable[[], Any], teacher: _Pass, size: Tensor) -> None:
+        self.teacher = teacher
+        self.size = size
+        super().__init__(run)
+
+
+_SITES = ("attention", "ffn")
 _running: ContextVar[_Pass | None] = ContextVar("least_squares_pass", default=None)
 
 
-def _keep(kept: list[Tensor]) -> Callable[..., None]:
-    return lambda module, args, result: kept.append(_states(result))
+def _seen() -> dict[str, Tensor]:
+    one = _running.get()
+    return {} if one is None else one.seen
+
+
+def _keep(seen: Callable[[], dict[str, Tensor]], name: str) -> Callable[..., None]:
+    """A hook that keeps what a module gives."""
+
+    def hook(module: nn.Module, args: Any, result: Any) -> None:
+        seen()[name] = _states(result)
+
+    return hook
+
+
+def _keep_read(seen: Callable[[], dict[str, Tensor]], name: str) -> Callable[..., None]:
+    """A pre-hook that keeps what a layer reads."""
+
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen()[name] = args[0] if args else kwargs["hidden_states"]
+
+    return hook
 
 
 def _states(result: Any) -> Tensor:
     states: Tensor = result[0] if isinstance(result, tuple) else result
-    return states
-
-
-def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    states: Tensor = args[0] if args else kwargs["hidden_states"]
     return states
 
 
@@ -340,16 +353,9 @@ def _grouped(grouping: Grouping, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return found[0], found[1]
 
 
-def _gain(taught: Sequence[_Taught]) -> Tensor:
+def _gain(ends: Sequence[_End]) -> Tensor:
     """(d,) what the final norm multiplies channels by, from what it gives for what it gets."""
-    given = got = torch.zeros((), dtype=torch.double)
-    for one in taught:
-        x, y = one.after[-1].double(), one.output.double()
-        if one.mask is not None:
-            x, y = x[one.mask.bool()], y[one.mask.bool()]
-        x = x / x.square().mean(-1, keepdim=True).sqrt()
-        got = got + x.square().flatten(0, -2).sum(0).cpu()
-        given = given + y.square().flatten(0, -2).sum(0).cpu()
+    given, got = (torch.stack([getattr(end, name) for end in ends]).sum(0) for name in ("given", "got"))
     return (given / got.clamp(min=1e-12)).sqrt().clamp(min=1e-6)
 
 
