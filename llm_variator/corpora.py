@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor
@@ -34,6 +35,7 @@ SUFFIXES = (".parquet", ".jsonl", ".txt")
 # Line-wise text (WikiText, plain text files) has no document borders: it is cut, where possible at an empty
 # line, into documents of about this many characters, so that whole stretches of text can be held out.
 CHARACTERS_PER_PART = 20_000
+PASSAGE = (16, 48)  # tokens of a repeated passage
 _DOCUMENTS_PER_CALL = 512  # of the tokenizer; bounds the memory its lists of Python numbers take
 
 
@@ -143,6 +145,21 @@ def spread(windows: Tensor, count: int) -> Tensor:
     if len(windows) <= count:
         return windows
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
+
+
+def repeat_passages(window: Tensor, prompt_tokens: int, draw: np.random.Generator) -> Tensor:
+    """A copy of `window` (tokens,) with passages of its prompt in place of what follows it.
+
+    Each passage is 16 to 48 tokens long, where the prompt is. To go on with one a model has to find it again, word
+    for word, which little plain text asks for.
+    """
+    parts, missing = [window[:prompt_tokens]], len(window) - prompt_tokens
+    while missing > 0:
+        length = min(int(draw.integers(*PASSAGE, endpoint=True)), prompt_tokens, missing)
+        start = int(draw.integers(prompt_tokens - length, endpoint=True))
+        parts.append(window[start : start + length])
+        missing -= length
+    return torch.cat(parts)
 
 
 def _embedded() -> list[str]:

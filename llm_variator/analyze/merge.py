@@ -22,7 +22,8 @@ from llm_variator.analyze.suffering import suffering, token_losses
 from llm_variator.config import VariatorConfig
 from llm_variator.corpora import read_windows, spread
 from llm_variator.errors import VariatorError
-from llm_variator.evaluate.sensitivity import WORK, measure_layers, open_probe
+from llm_variator.evaluate.probe import open_probe
+from llm_variator.evaluate.sensitivity import WORK, measure_layers
 from llm_variator.groups import split
 from llm_variator.loading import load_model, load_tokenizer
 from llm_variator.model import VariatorModel

@@ -1,7 +1,8 @@
 """`python -m llm_variator.evaluate sensitivity`: one compression ratio per layer, by measurement, under a budget.
 
-Every layer is merged alone, untrained, at every ratio, and the harm to the dense model's predictions measured.
-Harms are then taken as additive, which they are not quite, and the ratios with the least sum chosen exactly.
+Every layer is merged alone at every ratio, untrained or with its adapter set by least squares, and the harm to the
+dense model's predictions measured. Harms are then taken as additive, which they are not quite, and the ratios with the
+least sum chosen exactly.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -23,27 +24,16 @@ from torch import Tensor
 from llm_variator import cli
 from llm_variator.architectures import architecture_of
 from llm_variator.config import VariatorConfig
-from llm_variator.corpora import read_windows, spread
+from llm_variator.corpora import read_windows, repeat_passages, spread
 from llm_variator.errors import VariatorError
-from llm_variator.evaluate.conditions import Plugin
-from llm_variator.evaluate.store import Store, source_digest
+from llm_variator.evaluate.probe import Probe, open_probe
 from llm_variator.loading import load_model, load_tokenizer
 from llm_variator.model import VariatorModel
 from llm_variator.operations import Stack, prefill
-from llm_variator.results import versions, write_result
+from llm_variator.results import write_result
 
 WORK = Path("runs/sensitivity")
 SITES = ("ffn", "kv")
-
-
-@dataclasses.dataclass(frozen=True)
-class Harm:
-    """What merging does to the predictions of the text after a prompt, per token."""
-
-    divergence: float
-    """Kullback-Leibler divergence of the predictions from the dense model's, in nats."""
-    cross_entropy: float
-    """Of the true text, in nats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +59,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="what may be left of the dense model's: ffn, operations of FFNs with their plugins; kv, KV entries",
     )
     add("--ratios", type=cli.positive_int, nargs="+", default=[2, 4, 8, 16], help="tried in every layer")
-    add("--r", type=cli.positive_int, default=64, help="bottleneck width whose operations are counted")
+    add(
+        "--fitted",
+        type=cli.natural,
+        default=0,
+        metavar="TOKENS",
+        help="set the adapters of FFNs by least squares over so many tokens of other windows (default: untrained)",
+    )
+    add(
+        "--recall",
+        action="store_true",
+        help="compare predictions of passages repeated from the prompt, not of what follows it",
+    )
+    add("--r", type=cli.positive_int, default=64, help="bottleneck width")
     add("--dense-head", type=cli.natural, default=4, help="first prompt tokens kept uncompressed")
     add(
         "--dense-tail",
@@ -102,14 +104,23 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
     model.eval()
     model.decoder_only("sensitivity", "it measures what follows a prompt")
-    probe = open_probe(model, spread(windows, args.windows), args.context, args.batch_size, args.work)
+    measured, rest = _apart(windows, args.windows)
+    if args.recall:
+        draw = np.random.default_rng(args.seed)
+        measured = torch.stack([repeat_passages(window, args.context, draw) for window in measured])
+    fitting = rest[: -(-args.fitted // length)]
+    if len(fitting) * length < args.fitted:
+        raise VariatorError(
+            f"--fitted {args.fitted}: {args.data} holds only {len(rest) * length} tokens more"
+        )
+    probe = open_probe(model, measured, args.context, args.batch_size, args.work, fitting)
 
     template = VariatorConfig(
         r=args.r,
         dense_head=args.dense_head,
         dense_tail=args.dense_tail,
         compressor="mean",
-        decompressor="copy",
+        decompressor="adapter" if args.fitted else "copy",
     )
     stack = Stack.of(model.config)
     harms: dict[str, list[dict[int, float]]] = {}
@@ -127,10 +138,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     dense = probe.dense_cross_entropy
     _print(harms, chosen, ratios)
     trained = dataclasses.replace(config, compressor="weighted", decompressor="adapter")
+    how = f"least squares over {args.fitted} tokens" if args.fitted else "untrained"
     operations = prefill(stack, args.context, trained).total / prefill(stack, args.context).total
     shares = ", ".join(f"{_RESOURCE[site]} {share:.3f}" for site, share in left.items())
     Console().print(
-        f"left of dense: {shares}, all operations {operations:.3f}; untrained: {together.divergence:.4f} nats from the "
+        f"left of dense: {shares}, all operations {operations:.3f}; {how}: {together.divergence:.4f} nats from the "
         f"dense predictions, cross-entropy {together.cross_entropy:.4f}, dense {dense:.4f}",
         highlight=False,
         soft_wrap=True,
@@ -146,7 +158,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         "divergence": harms,
         "k_per_layer": chosen,
         "left": left | {"operations": operations},
-        "untrained": dataclasses.asdict(together) | {"dense_cross_entropy": dense},
+        "recall": args.recall,
+        "fitted_tokens": args.fitted,
+        "together": dataclasses.asdict(together) | {"dense_cross_entropy": dense},
     }
     if args.json:
         command = ["llm_variator.evaluate", *argv]
@@ -155,67 +169,6 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
 
 _RESOURCE = {"ffn": "FFN operations", "kv": "KV entries"}
-
-
-class Probe:
-    """Measures plugins that need no training against the dense model's predictions.
-
-    Keeps the dense log-probabilities of all windows: windows x continuation x vocabulary numbers.
-    """
-
-    def __init__(
-        self, model: VariatorModel, windows: Tensor, context: int, batch_size: int, store: Store
-    ) -> None:
-        """`windows` (rows, tokens): `context` prompt tokens, then the text whose predictions are compared."""
-        self.model, self.windows, self.context, self._store = model, windows, context, store
-        self._batch_size = batch_size
-        with model.disable_plugin():
-            self._dense = list(self._predictions())
-        self.dense_cross_entropy = self._cross_entropy(self._dense)
-
-    def harm(self, config: VariatorConfig) -> Harm:
-        """Of an untrained plugin with this configuration."""
-        self.model.add_plugin("probe", config)
-        try:
-            about = {"windows": self.windows.tolist(), "context": self.context}
-            condition = Plugin("", "probe", self.model.plugins["probe"])
-            return self._store.get(condition, about, self._measure, Harm)
-        finally:
-            self.model.delete_plugin("probe")
-
-    def _measure(self) -> Harm:
-        with self.model.use_plugin("probe"):
-            ours = list(self._predictions())
-        pairs = zip(ours, self._dense, strict=True)
-        nats = [F.kl_div(own, dense, log_target=True, reduction="sum").double() for own, dense in pairs]
-        tokens = len(self.windows) * (self.windows.shape[1] - self.context)
-        return Harm((sum(nats) / tokens).item(), self._cross_entropy(ours))  # type: ignore[union-attr]
-
-    @torch.inference_mode()
-    def _predictions(self) -> Any:
-        """Log-probabilities (t, vocabulary) of what follows, window by window."""
-        for start in range(0, len(self.windows), self._batch_size):
-            batch = self.windows[start : start + self._batch_size].to(self.model.device, torch.long)
-            after = batch.shape[1] - self.context
-            output = self.model(batch, prompt_length=self.context, logits_to_keep=after + 1, use_cache=False)
-            for row in output.logits:
-                yield row[:-1].float().log_softmax(-1)
-
-    def _cross_entropy(self, predictions: Sequence[Tensor]) -> float:
-        targets = self.windows[:, self.context :].to(self.model.device, torch.long)
-        pairs = zip(predictions, targets, strict=True)
-        return sum(F.nll_loss(row, target).item() for row, target in pairs) / len(self.windows)
-
-
-def open_probe(model: VariatorModel, windows: Tensor, context: int, batch_size: int, work: Path) -> Probe:
-    """A `Probe` whose measurements are kept in the folder `work`, and found again."""
-    settings = {
-        "model": dataclasses.asdict(model.signature),
-        "dtype": str(model.dtype),
-        "device": str(model.device),
-    }
-    store = Store(work, work, settings | {"versions": versions(), "source": source_digest()})
-    return Probe(model, windows, context, batch_size, store)
 
 
 def measure_layers(
@@ -293,6 +246,14 @@ def choose(layers: Sequence[Sequence[Option]], budget: int) -> list[Option]:
                 best[total] = grown[total]
                 lowest = grown[total][0]
     return list(min(best.values(), key=lambda found: found[0])[1])
+
+
+def _apart(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`count` windows, evenly spread, and the others."""
+    chosen = spread(torch.arange(len(windows)), count)
+    others = torch.ones(len(windows), dtype=torch.bool)
+    others[chosen] = False
+    return windows[chosen], windows[others]
 
 
 def _budgets(texts: Sequence[str]) -> dict[str, float]:

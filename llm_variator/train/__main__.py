@@ -20,12 +20,12 @@ from transformers import TrainingArguments
 from llm_variator import cli
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
+from llm_variator.least_squares import LeastSquares
 from llm_variator.loading import load_model
 from llm_variator.loading.quantisation import base_bytes, predicted_bytes
 from llm_variator.results import peak_memory_gib, scrub_paths, write_result
 from llm_variator.train.distributed import is_main_process, wants_fsdp, world_size
 from llm_variator.train.flags import FREE_ON_RESUME, SCHEDULES, build_parser, check_flags, default_name
-from llm_variator.train.least_squares import fit_restoration
 from llm_variator.train.objective import forward_arguments
 from llm_variator.train.stages import Run, prepare
 from llm_variator.train.trainer import VariatorTrainer, checkpoints, last_complete_checkpoint
@@ -179,7 +179,7 @@ def _start_by_least_squares(args: argparse.Namespace, run: Run, trainer: Variato
     with tqdm(
         desc=f"least squares over {tokens:,} tokens", unit=" layers", disable=not is_main_process()
     ) as bar:
-        fit_restoration(run.plugin, batches, progress=lambda name: bar.update() or None)
+        LeastSquares(run.plugin, batches).fit(progress=lambda name: bar.update() or None)
 
 
 def _held_out(args: argparse.Namespace, trainer: VariatorTrainer, run: Run) -> dict[str, float]:

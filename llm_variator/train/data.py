@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_variator.corpora import Source, cut_windows, read_documents, read_windows, spread, tokenize
+from llm_variator.corpora import (
+    Source,
+    cut_windows,
+    read_documents,
+    read_windows,
+    repeat_passages,
+    spread,
+    tokenize,
+)
 from llm_variator.errors import VariatorError
 from llm_variator.tasks.examples import Example
 
@@ -112,15 +120,26 @@ class TrainingStream(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, corpus: Corpus, *, length: int, batch_size: int, prompt_tokens: tuple[int, int], seed: int
+        self,
+        corpus: Corpus,
+        *,
+        length: int,
+        batch_size: int,
+        prompt_tokens: tuple[int, int],
+        seed: int,
+        recall: float = 0.0,
     ) -> None:
-        """`length` examples in micro-batches of `batch_size`, with (least, most) `prompt_tokens`."""
+        """`length` examples in micro-batches of `batch_size`, with (least, most) `prompt_tokens`.
+
+        A share `recall` of them goes on with passages of its prompt (`repeat_passages`).
+        """
         self._windows = torch.cat(corpus.train)
         self._parts = [(len(part), weight) for part, weight in zip(corpus.train, corpus.weights, strict=True)]
         self._length = length
         self._batch_size = batch_size
         self._prompt_tokens = prompt_tokens
         self._seed = seed
+        self._recall = recall
         self._pass_length = sum(_drawn(*part) for part in self._parts)
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
@@ -132,10 +151,12 @@ class TrainingStream(Dataset[dict[str, Any]]):
         number, place = divmod(index, self._pass_length)
         least, most = self._prompt_tokens
         draw = np.random.default_rng((self._seed, 1, index // self._batch_size))
-        return {
-            "input_ids": self._windows[self._order(number)[place]].long(),
-            "prompt_length": int(draw.integers(least, most, endpoint=True)),
-        }
+        prompt = int(draw.integers(least, most, endpoint=True))
+        window = self._windows[self._order(number)[place]].long()
+        draw = np.random.default_rng((self._seed, 4, index))
+        if draw.random() < self._recall:
+            window = repeat_passages(window, prompt, draw)
+        return {"input_ids": window, "prompt_length": prompt}
 
     def _draw_order(self, number: int) -> np.ndarray:
         draw = np.random.default_rng((self._seed, 0, number))

@@ -102,6 +102,12 @@ def build_parser() -> cli.Parser:
         metavar=("MIN", "MAX"),
         help="prompt length, drawn for each micro-batch (default: half to all of what --continuation leaves)",
     )
+    add(
+        "--recall",
+        type=cli.natural_float,
+        default=0.0,
+        help="share of a decoder's windows that go on with passages of their prompt: practice in finding them",
+    )
     add("--eval-windows", type=cli.positive_int, default=16, help="held-out windows to score")
 
     add = parser.add_argument_group("task (finetune, adapt)").add_argument
@@ -164,10 +170,14 @@ def check_flags(args: argparse.Namespace) -> None:
         raise VariatorError("--stage pretrain knows no task: leave --task out, or give --stage adapt")
     if args.stage == "pretrain" and args.method == "ltp":
         raise VariatorError("token pruning has nothing to pre-train: give --stage adapt and a --task")
+    if args.stage != "pretrain" and args.recall:
+        raise VariatorError("--recall belongs to --stage pretrain")
     if args.stage != "adapt" and args.task_weight:
         raise VariatorError("--task-weight belongs to --stage adapt")
     if args.stage != "finetune" and args.lora:
         raise VariatorError("--lora belongs to --stage finetune")
+    if args.recall > 1:
+        raise VariatorError(f"--recall is a share of the windows, at most 1; got {args.recall:g}")
     if args.keep > 1:
         raise VariatorError(f"--keep is a share of the tokens, at most 1; got {args.keep:g}")
     is_plugin = args.stage != "finetune" and args.method == "variator"

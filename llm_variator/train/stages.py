@@ -16,6 +16,7 @@ from llm_variator.baselines import TokenPruning, make_student
 from llm_variator.corpora import parse_sources
 from llm_variator.errors import VariatorError
 from llm_variator.groups import split
+from llm_variator.least_squares import restoring_sites
 from llm_variator.loading import load_config, load_model, load_tokenizer
 from llm_variator.model import VariatorModel
 from llm_variator.plugin import SiteLayers
@@ -28,7 +29,6 @@ from llm_variator.train.distributed import announce
 from llm_variator.train.flags import prompt_range
 from llm_variator.train.judges import ContinuationJudge, Judge, LossJudge, TaskJudge
 from llm_variator.train.learners import Learner, ModelLearner, PluginLearner
-from llm_variator.train.least_squares import restoring_sites
 from llm_variator.train.objective import Objective
 from llm_variator.train.trainer import examples_in
 
@@ -94,6 +94,7 @@ def _pretrain_decoder(args: argparse.Namespace) -> Run:
             batch_size=arguments.train_batch_size,
             prompt_tokens=prompt_tokens,
             seed=args.seed,
+            recall=args.recall,
         )
 
     announce(
@@ -105,6 +106,8 @@ def _pretrain_decoder(args: argparse.Namespace) -> Run:
 
 
 def _pretrain_encoder(args: argparse.Namespace) -> Run:
+    if args.recall:
+        raise VariatorError("--recall is for decoders: nothing follows what an encoder reads")
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     base = _base(args)
     if args.method == "variator":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -14,8 +15,10 @@ from tiny import model_folder
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.corpora import EMBEDDED, read_documents
 from llm_variator.evaluate.__main__ import main
-from llm_variator.evaluate.sensitivity import Harm, Option, Probe, choose, layer_options, measure_layers
+from llm_variator.evaluate.probe import Harm, Probe
+from llm_variator.evaluate.sensitivity import Option, choose, layer_options, measure_layers
 from llm_variator.evaluate.store import Store
+from llm_variator.least_squares import LeastSquares
 from llm_variator.operations import Stack, prefill
 
 CONTEXT, LENGTH = 24, 30
@@ -161,15 +164,45 @@ def test_command(tmp_path, capsys):
         dense_head=1,
         dense_tail=3,
     )
-    assert set(figures["untrained"]) == {*Harm.__dataclass_fields__, "dense_cross_entropy"}
+    assert set(figures["together"]) == {*Harm.__dataclass_fields__, "dense_cross_entropy"}
     assert figures["left"]["kv"] == pytest.approx(
         prefill(Stack.of(make_decoder("llama").config), CONTEXT, config).cache_entries / (3 * CONTEXT)
     )
 
 
+@torch.no_grad()
+def test_adapters_are_fitted_before_they_are_measured(tmp_path):
+    windows = torch.randint(3, VOCAB, (20, LENGTH), generator=torch.Generator().manual_seed(2))
+    config = dataclasses.replace(TEMPLATE, k=2, layers=(0,), decompressor="adapter")
+    probe = Probe(
+        VariatorModel(strong("llama")), windows[:3], CONTEXT, 2, Store(tmp_path, tmp_path, {}), windows[3:]
+    )
+    model = VariatorModel(strong("llama"), config)
+    LeastSquares(model, [{"input_ids": windows[3:]}]).fit()
+    targets = probe.windows[:, CONTEXT:, None]
+    ours = model(probe.windows, prompt_length=CONTEXT).logits[:, CONTEXT - 1 : -1].log_softmax(-1)
+    harm = probe.harm(config)
+    assert harm.cross_entropy == pytest.approx(-ours.gather(-1, targets).mean().item(), abs=1e-5)
+    assert harm.cross_entropy != pytest.approx(
+        Probe(probe.model, windows[:3], CONTEXT, 2, Store(tmp_path, tmp_path, {})).harm(config).cross_entropy,
+        abs=1e-5,
+    )
+    assert probe.harm(dataclasses.replace(config, sites=("kv",))).divergence > 0, "nothing to fit there"
+
+
+def test_recall_compares_passages_of_the_prompt(tmp_path):
+    main(words(tmp_path, "--recall", "--fitted", 60, "--json", tmp_path / "s.json"))
+    figures = json.loads((tmp_path / "s.json").read_text())["figures"]
+    assert figures["recall"]
+    main(words(tmp_path, "--json", tmp_path / "t.json"))
+    plain = json.loads((tmp_path / "t.json").read_text())["figures"]
+    assert figures["together"]["dense_cross_entropy"] != plain["together"]["dense_cross_entropy"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--fitted", "99999"], "tokens more"),
         (["--budget", "cross=0.5"], "write ffn=SHARE"),
         (["--budget", "ffn"], "write ffn=SHARE"),
         (["--budget", "kv=1.5"], "below 1"),

@@ -40,6 +40,7 @@ from llm_variator.train.__main__ import build_parser, main
         (dict(sites="kv", init="least-squares"), "this plugin restores none"),
         (dict(activation="tanh", init="least-squares"), "leave --activation at identity"),
         (dict(init="zeros"), "--init"),
+        (dict(recall=1.5), "--recall is a share of the windows, at most 1; got 1.5"),
         (dict(keep=1.5), "--keep is a share of the tokens, at most 1; got 1.5"),
         (dict(seq_length=8), "leaves no prompt before --continuation 8"),
         (dict(prompt_tokens=(12, 8)), "--prompt-tokens 12 8 must rise, to 16 at most"),

@@ -18,6 +18,7 @@ from llm_variator.corpora import (
     parse_sources,
     read_documents,
     read_windows,
+    repeat_passages,
     tokenize,
 )
 from llm_variator.loading import byte_tokenizer
@@ -250,13 +251,15 @@ def test_reading_windows_of_a_short_text(tmp_path, tokenizer):
 # --- the stream ------------------------------------------------------------------------------------------
 
 
-def stream(weights=(1.0, 1.0), sizes=(6, 4), seed=0, length=60, batch_size=2) -> TrainingStream:
+def stream(weights=(1.0, 1.0), sizes=(6, 4), seed=0, length=60, batch_size=2, **more) -> TrainingStream:
     parts = tuple(
         (100 * i + torch.arange(size, dtype=torch.int32))[:, None].expand(size, 8)
         for i, size in enumerate(sizes)
     )
     corpus = Corpus(parts, weights, torch.zeros(1, 8, dtype=torch.int32))
-    return TrainingStream(corpus, length=length, batch_size=batch_size, prompt_tokens=(2, 6), seed=seed)
+    return TrainingStream(
+        corpus, length=length, batch_size=batch_size, prompt_tokens=(2, 6), seed=seed, **more
+    )
 
 
 def numbers(examples: TrainingStream, start=0, stop=None) -> list[int]:
@@ -294,6 +297,34 @@ def test_weights_are_draws_per_pass(weights, expected):
     assert ((first < 100).sum(), (first >= 100).sum()) == expected
     counts = np.unique(first[first < 100], return_counts=True)[1]
     assert counts.max() - counts.min() <= 1, "no window is drawn twice before all were drawn once"
+
+
+def test_recall_repeats_passages_of_the_prompt():
+    corpus = Corpus((torch.arange(400, dtype=torch.int32).view(4, 100),), (1.0,), torch.zeros(1, 100))
+    settings = {"length": 60, "batch_size": 2, "prompt_tokens": (60, 70), "seed": 0}
+    plain, some = TrainingStream(corpus, **settings), TrainingStream(corpus, **settings, recall=0.5)
+    changed = 0
+    for before, after in zip(
+        map(plain.__getitem__, range(60)), map(some.__getitem__, range(60)), strict=True
+    ):
+        length, ids = before["prompt_length"], after["input_ids"]
+        assert after["prompt_length"] == length
+        assert torch.equal(ids[:length], before["input_ids"][:length])
+        if not torch.equal(ids, before["input_ids"]):
+            changed += 1
+            rest = ids[length:]
+            assert len(ids) == 100
+            assert set(rest.tolist()) <= set(ids[:length].tolist())
+            runs = (rest.diff() != 1).sum() + 1
+            assert len(rest) / 48 <= runs <= len(rest) / 16 + 1, "passages of 16 to 48 tokens"
+    assert 20 <= changed <= 40
+    assert torch.equal(some[7]["input_ids"], TrainingStream(corpus, **settings, recall=0.5)[7]["input_ids"])
+
+
+def test_passages_of_a_short_prompt_are_as_short_as_it():
+    window = torch.arange(40)
+    assert repeat_passages(window, 1, np.random.default_rng(0)).tolist() == [0] * 40
+    assert set(repeat_passages(window, 5, np.random.default_rng(0)).tolist()) == {0, 1, 2, 3, 4}
 
 
 def test_collate():

@@ -39,39 +39,42 @@ Sample = tuple[Tensor, Tensor, Tensor]
 """Of N grouped tokens: features (g°, h) (N, 2d), what g° lacks (N, d), weights (N, 1)."""
 
 
-def fit_restoration(
-    model: VariatorModel, batches: Sequence[Batch], progress: Callable[[str], None] = lambda name: None
-) -> None:
-    """Set the restoring layers of the active plugin by least squares over the grouped tokens of `batches`.
+class LeastSquares:
+    """Least squares over some batches, for one plugin of `model` after the other.
 
-    Takes three passes of the base over all of them, and the memory of a few residual streams, whatever its depth.
-
-    In models that normalise what a layer's FFN gives before they add it (BERT, Gemma 3) there is no such sum to aim
-    at: FFNs are fitted to what they give for each token by itself, and attention keeps its start.
-
-    Args:
-        model: with the plugin active.
-        batches: what its `forward` takes, on its device.
-        progress: called with the name of each fitted layer.
-
-    Raises:
-        VariatorError: the plugin restores nothing, or not linearly.
+    In models that normalise what a layer's FFN gives before they add it (BERT, Gemma 3) there is no sum to aim at:
+    FFNs are fitted to what they give for each token by itself, and attention keeps its start.
     """
-    plugin = model.plugin()
-    restoring = restoring_sites(plugin)
-    stack = _Stack(model)
-    with torch.no_grad():
-        ends = [stack.read(batch) for batch in batches]
-        gain, adds_up = _gain(ends), ends[0].adds_up
-        with stack.passes(batches, [end.size for end in ends], adds_up=adds_up) as passes:
-            del ends
+
+    def __init__(self, model: VariatorModel, batches: Sequence[Batch]) -> None:
+        """`batches`: what the model's `forward` takes, on its device. One pass of the base over all of them."""
+        self._model, self._batches = model, batches
+        self._stack = _Stack(model)
+        with torch.no_grad():
+            ends = [self._stack.read(batch) for batch in batches]
+        self._sizes = [end.size for end in ends]
+        self._gain, self._adds_up = _gain(ends), ends[0].adds_up
+
+    @torch.no_grad()
+    def fit(self, progress: Callable[[str], None] = lambda name: None) -> None:
+        """Set the restoring layers of the active plugin, over the grouped tokens of the batches.
+
+        Takes two passes over them, and the memory of a few residual streams, whatever the model's depth.
+        `progress` is called with the name of each fitted layer.
+
+        Raises:
+            VariatorError: the plugin restores nothing, or not linearly.
+        """
+        plugin = self._model.plugin()
+        restoring = restoring_sites(plugin)
+        with self._stack.passes(self._batches, self._sizes, adds_up=self._adds_up) as passes:
             for site, layer in restoring:
-                if site == "attention" and not adds_up:
+                if site == "attention" and not self._adds_up:
                     continue
                 moments = _Moments()
                 for one in passes:
                     moments.add(*one.reach((site, layer)))
-                moments.solve(plugin.sites[site, layer].decompressor, gain)
+                moments.solve(plugin.sites[site, layer].decompressor, self._gain)
                 progress(f"{site} {layer}")
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import make_decoder, make_variator, pad, prompts, randomise
 
-from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.train import least_squares
-from llm_variator.train.least_squares import fit_restoration
+from llm_variator import VariatorConfig, VariatorError, VariatorModel, least_squares
+from llm_variator.least_squares import LeastSquares
 
 KINDS = ["llama", "t5", "bert", "gemma3"]
 LENGTHS = (30, 41, 37, 24)
@@ -52,7 +51,7 @@ def test_brings_the_model_nearer_to_the_dense_one(kind, ragged):
     made = batches(kind, ragged=ragged)
     with torch.no_grad():
         before = float(error(model, made))
-        fit_restoration(model, made)
+        LeastSquares(model, made).fit()
         assert float(error(model, made)) < 0.8 * before
 
 
@@ -92,7 +91,7 @@ def test_no_step_from_the_last_layer_s_solution_does_better(ragged, monkeypatch)
         return torch.cat([parameter.grad.flatten() for parameter in decompressor.parameters()]).norm()
 
     before = gradient()
-    fit_restoration(model, made)
+    LeastSquares(model, made).fit()
     assert gradient() < 1e-5 * before
 
 
@@ -108,7 +107,7 @@ def test_the_adapter_repairs_what_merged_keys_lose():
     alone.load_state_dict({name: model.plugin().state_dict()[name] for name in alone.state_dict()})
     made = batches("llama", ragged=False)
     with torch.no_grad():
-        fit_restoration(model, made)
+        LeastSquares(model, made).fit()
         repaired = float(error(model, made))
         with model.use_plugin("kv"):
             assert repaired < 0.9 * float(error(model, made))
@@ -120,7 +119,7 @@ def test_attention_is_restored_too():
     made = batches("llama", ragged=False)
     with torch.no_grad():
         before = float(error(model, made))
-        fit_restoration(model, made)
+        LeastSquares(model, made).fit()
         assert float(error(model, made)) < 0.8 * before
 
 
@@ -135,4 +134,4 @@ def test_attention_is_restored_too():
 def test_what_has_no_linear_adapter_is_refused(settings, message):
     model = make_variator("llama", VariatorConfig(k=2, r=5, **settings))
     with pytest.raises(VariatorError, match=message):
-        fit_restoration(model, batches("llama", ragged=False))
+        LeastSquares(model, batches("llama", ragged=False)).fit()
