@@ -98,6 +98,8 @@ def _check_same_settings(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise VariatorError(f"cannot resume: {record} is not readable ({error}); start anew") from None
     now = _settings(args)
+    for key in now.keys() - before.keys():  # a flag that is younger than the run: it ran as the default does
+        before[key] = build_parser().get_default(key)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed == ["grad_accum"]:
         raise VariatorError(

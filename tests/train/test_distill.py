@@ -258,6 +258,17 @@ def test_resume_refuses_other_settings(half_way):
     assert [path.name for path in half.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_flags_younger_than_a_run_count_as_their_defaults(half_way):
+    _, half, settings = half_way
+    record = half / "run.json"
+    before = json.loads(record.read_text())
+    del before["recall"]
+    record.write_text(json.dumps(before))
+    with pytest.raises(VariatorError, match=r"other settings: recall was 0\.0, is 0\.5$"):
+        train(half, "--resume", **settings | dict(recall=0.5))
+    train(half, "--resume", **settings)
+
+
 def test_resume_of_a_finished_run_can_go_further(half_way):
     whole, _, settings = half_way
     figures = train(whole, "--resume", **settings | dict(max_steps=8))
