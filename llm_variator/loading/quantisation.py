@@ -19,6 +19,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from llm_variator.config import QUANTISATIONS
 from llm_variator.errors import VariatorError
 
+# Said whenever peft imports bitsandbytes: to install a package that fetches native code and is not needed here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of a weight: its code, an 8-bit scale per 64 weights, an fp32 scale per 256 of those scales."""
 
