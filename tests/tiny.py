@@ -11,7 +11,6 @@ import torch
 from conftest import make_decoder
 
 from llm_variator.loading import byte_tokenizer
-from llm_variator.train.__main__ import main
 
 SHORT = {
     "--seq-length": 24,
@@ -57,5 +56,7 @@ def words(output: Path | None, *flags: str, **changes) -> list[str]:
 
 def train(output: Path, *flags: str, **changes) -> dict:
     """Run the command in this process; the figures of its training.json."""
+    from llm_variator.train.__main__ import main  # not in the environment of the vLLM tests
+
     main(words(output, *flags, **changes))
     return json.loads((output / "training.json").read_text(encoding="utf-8"))["figures"]

@@ -7,16 +7,16 @@ import re
 from pathlib import Path
 
 import huggingface_hub.constants
-import pyarrow
 import pytest
-from pyarrow import parquet
 from tiny import model_folder
 
 pytest.importorskip("lm_eval")
 import datasets.config
 import lm_eval.evaluator
 import lm_eval.tasks
+import pyarrow
 from lm_eval.tasks import TaskManager
+from pyarrow import parquet
 
 from llm_variator import VariatorError
 from llm_variator.evaluate.harness import TASKS
