@@ -52,10 +52,27 @@ class Answer(NamedTuple):
 
 def measure_load(args: argparse.Namespace, plugins: dict[str, str]) -> dict[str, Any]:
     """Send the same rising arrivals for each of `args.choices`, to `args.url` or to a server of our own."""
-    earlier = [_read(path) for path in args.earlier]
+    earlier, settings = [_read(path) for path in args.earlier], _settings(args)
+    for figures in earlier:
+        if differs := [name for name, value in settings.items() if figures["settings"].get(name) != value]:
+            raise VariatorError(f"--earlier was measured with other settings: {', '.join(differs)}")
     prompts = text_prompts(args)
     with contextlib.nullcontext(args.url) if args.url else served(args, plugins) as url:
-        return asyncio.run(_load(args, url, prompts, earlier))
+        return {"settings": settings, **asyncio.run(_load(args, url, prompts, earlier))}
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What runs must share to be compared."""
+    return {
+        "model": args.model,
+        "data": args.data,
+        "requests": args.requests,
+        "prompt_tokens": list(args.tokens),
+        "answer_tokens": args.max_tokens,
+        "dtype": args.dtype,
+        "peak": args.peak,
+        "server_flags": args.server_flags,
+    }
 
 
 def text_prompts(args: argparse.Namespace) -> list[list[int]]:
@@ -140,12 +157,6 @@ def _session(url: str) -> Any:
 async def _load(
     args: argparse.Namespace, url: str, prompts: list[list[int]], earlier: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    settings: dict[str, Any] = {"model": args.model, "data": args.data, "requests": args.requests}
-    settings |= {"prompt_tokens": list(args.tokens), "answer_tokens": args.max_tokens, "dtype": args.dtype}
-    settings |= {"peak": args.peak, "server_flags": args.server_flags}
-    for figures in earlier:
-        if differs := [name for name, value in settings.items() if figures["settings"].get(name) != value]:
-            raise VariatorError(f"--earlier was measured with other settings: {', '.join(differs)}")
     known = {choice: row for figures in earlier for choice, row in figures["choices"].items()}
     async with _session(url) as session:
         sustained = next((figures["sustained_dense_requests_per_second"] for figures in earlier), None)
@@ -157,7 +168,6 @@ async def _load(
             found[str(choice)] = await _run(session, args, prompts, offsets, choice)
             found[str(choice)] |= _compared(choice, found[str(choice)], known | found)
     return {
-        "settings": settings,
         "policy": args.policy or {},
         "sustained_dense_requests_per_second": sustained,
         "arriving_seconds": offsets[-1],

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import pytest
 from tiny import model_folder
 
 from llm_variator import VariatorError
-from llm_variator.serve.load import Answer, _compared, _summary, arrivals, quantile, text_prompts
+from llm_variator.serve.load import (
+    Answer,
+    _compared,
+    _summary,
+    arrivals,
+    measure_load,
+    quantile,
+    text_prompts,
+)
 
 
 def test_arrivals_rise_to_the_peak():
@@ -20,6 +29,17 @@ def test_arrivals_rise_to_the_peak():
     rates = [sum(a <= t < b for t in times) / (b - a) for a, b in ((0, end / 10), (end * 0.9, end))]
     assert rates == pytest.approx([0.5 + 0.95 / 2, 10 - 0.95 / 2], rel=0.1)
     assert arrivals(5, 0.5, 10.0) == arrivals(5, 0.5, 10.0)
+
+
+def test_earlier_runs_with_other_settings_are_refused_before_a_server_starts(tmp_path):
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"figures": {"settings": {"model": "m", "peak": 2.0}, "choices": {}}}))
+    args = argparse.Namespace(
+        model="m", data="d", requests=3, tokens=[4], max_tokens=5, dtype="float32", peak=3.0,
+        server_flags=[], earlier=[earlier], url=None,
+    )  # fmt: skip
+    with pytest.raises(VariatorError, match=r"other settings: data, requests, .*peak, server_flags"):
+        measure_load(args, {})
 
 
 def test_quantile():
