@@ -16,8 +16,10 @@ Around a `VariatorModel` with plugins "k2" and "k4":
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -77,7 +79,7 @@ class LoadPolicy:
             costs: time to read a prompt at each ratio relative to dense; default 0.3 + 0.7 / k, an FFN and
                 KV plugin on a model whose FFN and projections take seven tenths of the time. Serving counts the
                 operations of its plugins instead.
-            tokens_per_second: dense reading speed at the start; None: learn it, choosing dense until then.
+            tokens_per_second: dense reading speed until three steps are seen; None: dense is chosen until then.
             clock: seconds, increasing.
 
         Raises:
@@ -97,7 +99,7 @@ class LoadPolicy:
         self.costs = {0: 1.0} | {k: 0.3 + 0.7 / k for k in self.ratios[1:]} | dict(costs or {})
         self.utilisation, self.window_seconds = utilisation, window_seconds
         self._arriving, self._arrived_at = 0.0, clock()
-        self._seen = (0.0, 0.0)
+        self._steps: deque[tuple[float, float]] = deque(maxlen=15)
         self._level = 0
         self._needed_at = -float("inf")
 
@@ -148,13 +150,18 @@ class LoadPolicy:
         return before * self.costs[k] <= self.utilisation * self.speed
 
     def observe(self, tokens: Mapping[int, int], seconds: float) -> None:
-        """Learn the reading speed, as a moving average over the last few thousand tokens."""
+        """Learn the reading speed: the median over the last steps, weighted by their work.
+
+        A median, since a server's first pass can be several times slower than all that follow.
+        """
         work = self.work(tokens)
         if work <= 0 or seconds <= 0:
             return
-        if self.speed is None:  # not from the first few steps alone: they warm up
-            self._seen = (self._seen[0] + work, self._seen[1] + seconds)
-            if self._seen[0] >= 1024:
-                self.speed = self._seen[0] / self._seen[1]
-            return
-        self.speed += min(1.0, work / 4096) * (work / seconds - self.speed)
+        self._steps.append((work / seconds, work))
+        total = sum(work for _, work in self._steps)
+        if len(self._steps) >= 3 and total >= 1024:
+            ordered = sorted(self._steps)
+            reached = itertools.accumulate(work for _, work in ordered)
+            self.speed = next(
+                speed for (speed, _), below in zip(ordered, reached, strict=True) if below >= total / 2
+            )

@@ -91,15 +91,35 @@ def test_keeps_up_with_what_arrives():
 
 def test_speed_is_learned():
     fresh = policy(tokens_per_second=None)
-    assert fresh.choose(Load(10**6)) == 0  # nothing known yet
-    fresh.observe({0: 500}, 1.5)
-    assert fresh.speed is None
-    fresh.observe({0: 1500}, 0.5)
-    assert fresh.speed == 1000
-    fresh.observe({2: 2048}, 0.5)  # 1,331.2 dense tokens at 2,662.4 a second, 0.325 of the average
-    assert fresh.speed == pytest.approx(1000 + 0.325 * 1662.4)
+    for tokens in (500, 100):
+        assert fresh.choose(Load(10**6)) == 0  # nothing known yet
+        fresh.observe({0: tokens}, tokens / 1000)
+    fresh.observe({0: 100}, 0.05)
+    assert fresh.speed is None  # three steps, but of 700 tokens
+    fresh.observe({2: 1000}, 0.5)  # 650 dense tokens
+    assert fresh.speed == 1300  # 600 of 1,350 tokens were read at 1,000 a second, the next 650 at 1,300
     fresh.observe({}, 1.0)
-    assert fresh.speed == pytest.approx(1000 + 0.325 * 1662.4)
+    fresh.observe({0: 100}, 0.0)
+    assert fresh.speed == 1300
+    for _ in range(8):
+        fresh.observe({0: 500}, 1.0)
+    assert fresh.speed == 500
+    for _ in range(15):
+        fresh.observe({0: 1}, 1.0)
+    assert fresh.speed == 500  # the last 15 steps hold too little to judge by
+
+
+def test_a_slow_first_pass_does_not_count():
+    # a server on two CPU cores from its start: requests of some 580 tokens, whose first took 5.3 s
+    clock = Clock()
+    cold = policy(clock, tokens_per_second=None, target_seconds=2.0)
+    for tokens, seconds in ((581, 5.334), (599, 1.262), (581, 1.201)):
+        clock.now += 10.0
+        assert cold.choose(Load(tokens)) == 0
+        cold.observe({0: tokens}, seconds)
+    assert cold.speed == pytest.approx(599 / 1.262)
+    clock.now += 10.0
+    assert cold.choose(Load(599)) == 0
 
 
 @pytest.mark.parametrize(
