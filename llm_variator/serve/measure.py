@@ -24,6 +24,7 @@ import torch
 from llm_variator.cli import Parser, json_mapping, names, parse, positive_float, positive_int, run
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.corpora import EMBEDDED
+from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.arguments import engine_arguments
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
 from llm_variator.loading import load_config, load_model, plugin_folder
@@ -233,6 +234,10 @@ def measure_blocks(args: argparse.Namespace, plugins: dict[str, str]) -> dict[st
             enforce_eager=True,
         )
         cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+        if len(cache.coordinator.single_type_managers) > 1:
+            raise VariatorError(
+                "blocks are counted of one block table: leave out plugins that keep the KV cache of some layers dense"
+            )
         for k in (0, *args.k):
             free = cache.block_pool.get_num_free_blocks()
             blocks, requests = _peaks(llm, cache, prompts, k)

@@ -45,7 +45,7 @@ def watch(engine, monkeypatch):
     """Peak blocks and requests that hold some, and pre-emptions, of all that follows."""
     seen = dict(blocks=0, requests=0, preempted=0)
     scheduler = engine.scheduler
-    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
     allocate, preempt = manager.allocate_new_blocks, scheduler._preempt_request
 
     def allocate_and_count(*args, **kwargs):
@@ -145,6 +145,36 @@ def test_kv(model, both, monkeypatch):
         assert engine.tokens(prompts, ks, 60) == wanted
         assert engine.free_blocks == free
         assert seen["preempted"] > 0
+
+
+@pytest.mark.parametrize("ratios", [[1, 2, 2], [2, 1, 2], [1, 1, 2]])
+def test_kv_of_some_layers(model, tmp_path, ratios):
+    """The others keep theirs dense, in block tables of their own, which hold more."""
+    at = {k: {"kv": [k if ratio > 1 else 1 for ratio in ratios], "ffn": [1, 8, k]} for k in (2, 4)}
+    both = {f"k{k}": make_plugin(model, tmp_path / f"k{k}", k, **BOTH | {"k_per_layer": at[k]}) for k in at}
+    prompts, ks = random_prompts(*LENGTHS), [2, 4, 0, 2, 4, 0, 4, 2]
+    wanted = expected(reference_model(model, both), prompts, ks, 24)
+    with Engine(model, both, num_gpu_blocks_override=600) as engine:
+        free, managers = (
+            engine.free_blocks,
+            engine.scheduler.kv_cache_manager.coordinator.single_type_managers,
+        )
+        assert engine.tokens(prompts, ks, 24) == wanted
+        assert engine.free_blocks == free
+        held = {True: 0, False: 0}
+        for manager in managers:
+            allocate = manager.allocate_new_blocks
+
+            def count(request, *args, of=manager, allocate=allocate):
+                found = allocate(request, *args)
+                kind = hasattr(of, "entries_of")
+                held[kind] = max(held[kind], len(of.req_to_blocks[request]))
+                return found
+
+            manager.allocate_new_blocks = count
+        engine.tokens(random_prompts(900), [4], 2)
+        assert held[False] == 29  # 902 tokens in blocks of 32
+        assert held[True] == 8  # 4 + 222 + 8 entries of the prompt, and one of the answer
 
 
 def test_kv_blocks(model, both, monkeypatch):

@@ -46,7 +46,15 @@ def test_what_is_served(plugins):
     assert found.shapes == {2: Shape(4, 1, (2,)), 4: Shape(4, 7, (2, 4))}
     assert [plugin.kv_ratio for plugin in found.plugins.values()] == [None, 4]
     assert found.compresses_kv
+    assert found.kv_layers == {0, 1, 2}
     assert isinstance(found.make_policy(), LoadPolicy)
+
+
+def test_layers_of_other_ratios(plugins):
+    some = plugins(2, sites=("ffn", "kv"), k_per_layer={"ffn": [1, 8, 2], "kv": [2, 1, 2]})
+    found = read({"k2": some, "k4": plugins(4)})  # named after k, whatever single layers do
+    assert found.kv_layers == {0, 2}
+    assert found.shapes[2].ratios == (2, 8)
 
 
 def test_the_plugin_of_the_file(plugins):
@@ -66,8 +74,11 @@ def test_refused_plugins(plugins, tmp_path):
         read({"k2": plugins(4)})
     with pytest.raises(VariatorError, match='site "attention" is not served'):
         read({"k2": plugins(2, sites=("attention",))})
-    with pytest.raises(VariatorError, match="one ratio for all layers"):
-        read({"k2": plugins(2, sites=("kv",), k_per_layer={"kv": [2, 1, 2]})})
+    with pytest.raises(VariatorError, match="one ratio in all layers that have one"):
+        read({"k2": plugins(2, sites=("kv",), k_per_layer={"kv": [2, 1, 4]})})
+    some = plugins(2, sites=("kv",), k_per_layer={"kv": [2, 1, 2]})
+    with pytest.raises(VariatorError, match="the KV cache of the same layers"):
+        read({"k2": some, "k4": plugins(4, sites=("kv",))})
     with pytest.raises(VariatorError, match="decode_block"):
         read({"k2": plugins(2, sites=("kv",), decode_block=8)})
     with pytest.raises(VariatorError, match="not found"):
@@ -103,16 +114,23 @@ def parallel(**changes):
     return SimpleNamespace(**(values | changes))
 
 
+def scheduler(**changes):
+    values = dict(max_num_batched_tokens=64, long_prefill_token_threshold=0)
+    return SimpleNamespace(**(values | dict(disable_hybrid_kv_cache_manager=False) | changes))
+
+
 def engine(**changes):
     mode = SimpleNamespace(name=changes.pop("mode", "FULL_AND_PIECEWISE"))
     values = dict(
         speculative_config=None,
         kv_transfer_config=None,
-        model_config=SimpleNamespace(enable_prompt_embeds=False),
+        model_config=SimpleNamespace(
+            enable_prompt_embeds=False, hf_config=SimpleNamespace(num_hidden_layers=3)
+        ),
         parallel_config=parallel(),
         compilation_config=SimpleNamespace(cudagraph_mode=mode),
         cache_config=SimpleNamespace(enable_prefix_caching=True),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, long_prefill_token_threshold=0),
+        scheduler_config=scheduler(),
     )
     return SimpleNamespace(**(values | changes))
 
@@ -123,23 +141,26 @@ def test_refused_engines(plugins):
     cases = {
         "speculative decoding": dict(speculative_config=1),
         "KV connector": dict(kv_transfer_config=1),
-        "prompt embeddings": dict(model_config=SimpleNamespace(enable_prompt_embeds=True)),
+        "prompt embeddings": dict(model_config=SimpleNamespace(enable_prompt_embeds=True, hf_config=None)),
         "context parallelism": dict(parallel_config=parallel(decode_context_parallel_size=2)),
         "micro-batches": dict(parallel_config=parallel(use_ubatching=True)),
         "cudagraph_mode FULL": dict(mode="FULL"),
-        "at least 6 tokens": dict(
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=5, long_prefill_token_threshold=0)
-        ),
-        "threshold, now 64 and 5": dict(
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, long_prefill_token_threshold=5)
-        ),
+        "at least 6 tokens": dict(scheduler_config=scheduler(max_num_batched_tokens=5)),
+        "threshold, now 64 and 5": dict(scheduler_config=scheduler(long_prefill_token_threshold=5)),
     }
     for message, changes in cases.items():
         with pytest.raises(VariatorError, match=message):
             ffn.check_engine(engine(**changes))
     with pytest.raises(VariatorError, match="prefix caching"):
         kv.check_engine(engine())
-    kv.check_engine(engine(cache_config=SimpleNamespace(enable_prefix_caching=False)))
+    uncached = dict(cache_config=SimpleNamespace(enable_prefix_caching=False))
+    kv.check_engine(engine(**uncached))
+    some = read({"k2": plugins(2, sites=("kv",), k_per_layer={"kv": [2, 1, 2]})})
+    some.check_engine(engine(**uncached))
+    with pytest.raises(VariatorError, match="disable_hybrid_kv_cache_manager"):
+        some.check_engine(
+            engine(**uncached, scheduler_config=scheduler(disable_hybrid_kv_cache_manager=True))
+        )
 
 
 def test_choices():

@@ -31,7 +31,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from llm_variator.errors import VariatorError
-from llm_variator.integrations.vllm.blocks import CompressedPromptSpec
+from llm_variator.integrations.vllm.blocks import CompressedPromptSpec, WholePromptSpec
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape, held, parts
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.settings import settings_of
@@ -257,11 +257,19 @@ class CompressedBackend(CPUAttentionBackend):
 class EntryAttention(Attention):
     """vLLM's attention layer with our cache specification."""
 
-    def get_kv_cache_spec(self, vllm_config: Any) -> CompressedPromptSpec:
+    variator_spec: type[FullAttentionSpec] = CompressedPromptSpec
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
         """The stock specification under our type."""
         stock = super().get_kv_cache_spec(vllm_config)
         assert type(stock) is FullAttentionSpec
-        return CompressedPromptSpec(**{f.name: getattr(stock, f.name) for f in dataclasses.fields(stock)})
+        return self.variator_spec(**{f.name: getattr(stock, f.name) for f in dataclasses.fields(stock)})
+
+
+class TokenAttention(EntryAttention):
+    """A layer whose cache stays dense while others hold entries."""
+
+    variator_spec = WholePromptSpec
 
 
 class CompressedAttention(nn.Module):
@@ -364,6 +372,11 @@ def attach_attention(
     attention.variator_name, attention.variator_layer = name, layer
     attention.variator_plugins = plugins
     return attention
+
+
+def leave_dense(attention: Any) -> None:
+    """Give a self-attention whose cache is not compressed a block table of its own kind."""
+    attention.attn.__class__ = TokenAttention
 
 
 def _variator_attention(positions: Tensor, hidden_states: Tensor, name: str) -> Tensor:

@@ -38,7 +38,23 @@ class CompressedPromptManager(FullAttentionManager):
         """Prefix caching is off: a block holds no fixed range of tokens."""
 
 
-@register_kv_cache_spec(manager_class=CompressedPromptManager, uniform_type_base_spec=FullAttentionSpec)
+class _Apart(FullAttentionSpec):
+    """Layers that hold entries and layers that hold tokens need block tables of their own: vLLM may not join them."""
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        """Of one kind only; vLLM takes the AssertionError for "not uniform"."""
+        assert all(type(spec) is cls for spec in specs), "compressed and dense KV caches differ"
+        return super().merge(specs)
+
+
+@register_kv_cache_spec(manager_class=CompressedPromptManager)
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompressedPromptSpec(FullAttentionSpec):
+class CompressedPromptSpec(_Apart):
     """Full attention whose prompt entries may stand for several tokens."""
+
+
+@register_kv_cache_spec(manager_class=FullAttentionManager)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholePromptSpec(_Apart):
+    """Full attention over tokens, in a model where other layers hold entries."""

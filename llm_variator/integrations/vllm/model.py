@@ -130,10 +130,13 @@ class VariatorMixin:
             mlp.variator_plugins = self._plugins
             context[mlp.variator_name] = mlp
         if self.variator.compresses_kv:
-            from llm_variator.integrations.vllm.attkv import attach_attention
+            from llm_variator.integrations.vllm.attkv import attach_attention, leave_dense
 
-            attention = attach_attention(layer.self_attn, self._plugins, index, f"{name}.attention")
-            context[attention.variator_name] = attention
+            if index in self.variator.kv_layers:
+                attention = attach_attention(layer.self_attn, self._plugins, index, f"{name}.attention")
+                context[attention.variator_name] = attention
+            else:
+                leave_dense(layer.self_attn)
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -155,7 +158,7 @@ class VariatorMixin:
         if self.variator.compresses_kv:
             from llm_variator.integrations.vllm.attkv import keep_projection
 
-            for index in self._layers():
+            for index in self.variator.kv_layers.intersection(self._layers()):
                 keep_projection(model.model.layers[index].self_attn)
         return loaded
 

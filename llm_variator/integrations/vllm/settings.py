@@ -44,7 +44,7 @@ class Served:
 
     @property
     def kv_ratio(self) -> int | None:
-        """Ratio of the KV cache, the same in every layer; None where the plugin leaves it dense."""
+        """Ratio of the KV cache, the same in every layer that has one; None where the plugin leaves it dense."""
         return next(iter(self.ratios["kv"].values()), None) if "kv" in self.ratios else None
 
     def build(self, dim: int) -> CompressionPlugin:
@@ -85,6 +85,10 @@ class Settings:
         stack = Stack.of(hf_config)
         dense = prefill(stack, TYPICAL_PROMPT).total
         costs = {k: prefill(stack, TYPICAL_PROMPT, one.config).total / dense for k, one in plugins.items()}
+        if len({frozenset(one.ratios["kv"]) for one in plugins.values() if one.kv_ratio}) > 1:
+            raise VariatorError(
+                "plugins served together must compress the KV cache of the same layers: serve them apart"
+            )
         settings = cls(plugins, default, values.get("policy", {}), costs)
         if plugins:
             settings.make_policy()
@@ -101,9 +105,14 @@ class Settings:
         return {k: plugin.shape for k, plugin in self.plugins.items()}
 
     @property
+    def kv_layers(self) -> frozenset[int]:
+        """Layers whose KV cache is compressed, the same for every plugin that compresses it."""
+        return frozenset().union(*(plugin.ratios.get("kv", {}) for plugin in self.plugins.values()))
+
+    @property
     def compresses_kv(self) -> bool:
         """Whether some plugin compresses the KV cache."""
-        return any(plugin.kv_ratio for plugin in self.plugins.values())
+        return bool(self.kv_layers)
 
     def make_policy(self) -> Policy:
         """A new policy for `"auto"`.
@@ -146,6 +155,11 @@ class Settings:
             "cudagraph_mode FULL (use FULL_AND_PIECEWISE)": vllm_config.compilation_config.cudagraph_mode
             is not None
             and vllm_config.compilation_config.cudagraph_mode.name == "FULL",
+            "disable_hybrid_kv_cache_manager with a plugin that leaves the KV cache of some layers dense": (
+                self.compresses_kv
+                and len(self.kv_layers) < vllm_config.model_config.hf_config.num_hidden_layers
+                and scheduler.disable_hybrid_kv_cache_manager
+            ),
             "prefix caching with a plugin that compresses the KV cache (--no-enable-prefix-caching)": (
                 self.compresses_kv and vllm_config.cache_config.enable_prefix_caching
             ),
@@ -189,15 +203,14 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
         raise VariatorError(
             f"{folder}: generated tokens stay dense in vLLM, and this plugin merges them (decode_block)"
         )
-    kv = set(ratios.get("kv", {}).values())
-    if kv and (len(kv) > 1 or len(ratios["kv"]) != hf_config.num_hidden_layers):
+    if len(set(ratios.get("kv", {}).values())) > 1:
         raise VariatorError(
-            f'{folder}: in vLLM the site "kv" needs one ratio for all layers (one block table serves them)'
+            f'{folder}: in vLLM the site "kv" needs one ratio in all layers that have one (they share a block table)'
         )
-    largest = max(served.shape.ratios, default=1)
-    if largest != int(name[1:]):
-        raise VariatorError(f"{folder} compresses by {largest}: serve it as k{largest}, not as {name}")
-    return largest, served
+    ratio = config.k if isinstance(config.k, int) else max(config.k.values())
+    if ratio != int(name[1:]):
+        raise VariatorError(f"{folder} compresses by {ratio}: serve it as k{ratio}, not as {name}")
+    return ratio, served
 
 
 def slides(hf_config: Any, layer: int) -> bool:
