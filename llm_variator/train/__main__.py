@@ -165,7 +165,7 @@ def _trainer(args: argparse.Namespace, run: Run, *, resuming: bool) -> VariatorT
 
 
 def _start_by_least_squares(args: argparse.Namespace, run: Run, trainer: VariatorTrainer) -> None:
-    """On the first examples of the run."""
+    """On the first examples of the run, and those a longer run would read next."""
     assert run.plugin is not None
     if wants_fsdp():
         raise VariatorError(
@@ -173,8 +173,8 @@ def _start_by_least_squares(args: argparse.Namespace, run: Run, trainer: Variato
         )
     stream: Any = trainer.train_dataset
     batches, tokens, start = [], 0, 0
-    while tokens < args.init_tokens and start < len(stream):
-        examples = [stream[index] for index in range(start, min(start + args.batch_size, len(stream)))]
+    while tokens < args.init_tokens:
+        examples = [stream[index] for index in range(start, start + args.batch_size)]
         batches.append(forward_arguments(run.plugin, trainer._prepare_inputs(run.collate(examples))))
         tokens += batches[-1]["input_ids"].numel()
         start += args.batch_size

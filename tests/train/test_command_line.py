@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -97,6 +98,12 @@ def test_default_output_is_named_after_the_plugin(tmp_path, monkeypatch):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-k2-3-ffn-kv")
     assert (folder / "variator.safetensors").is_file()
+
+
+def test_least_squares_reads_more_than_a_short_run(tmp_path, capsys):
+    train(tmp_path / "run", max_steps=1, init="least-squares", init_tokens=1000)
+    wanted = re.search(r"least squares over ([\d,]+) tokens", capsys.readouterr().err)
+    assert 1000 <= int(wanted[1].replace(",", "")) < 1100
 
 
 def test_process_prints_one_line_and_exits_with_2(tmp_path):
