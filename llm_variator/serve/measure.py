@@ -236,7 +236,7 @@ def measure_blocks(args: argparse.Namespace, plugins: dict[str, str]) -> dict[st
         cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
         if len(cache.coordinator.single_type_managers) > 1:
             raise VariatorError(
-                "blocks are counted of one block table: leave out plugins that keep the KV cache of some layers dense"
+                "blocks are counted of one block table: give plugins whose KV cache has one ratio in all layers"
             )
         for k in (0, *args.k):
             free = cache.block_pool.get_num_free_blocks()

@@ -147,34 +147,41 @@ def test_kv(model, both, monkeypatch):
         assert seen["preempted"] > 0
 
 
-@pytest.mark.parametrize("ratios", [[1, 2, 2], [2, 1, 2], [1, 1, 2]])
-def test_kv_of_some_layers(model, tmp_path, ratios):
-    """The others keep theirs dense, in block tables of their own, which hold more."""
-    at = {k: {"kv": [k if ratio > 1 else 1 for ratio in ratios], "ffn": [1, 8, k]} for k in (2, 4)}
-    both = {f"k{k}": make_plugin(model, tmp_path / f"k{k}", k, **BOTH | {"k_per_layer": at[k]}) for k in at}
+@pytest.mark.parametrize(
+    ("kv", "tables"),
+    [
+        ({2: [1, 2, 2], 4: [1, 4, 4]}, {(): 29, ((2, 2), (4, 4)): 8}),
+        ({2: [2, 1, 2], 4: [2, 8, 1]}, {((2, 2), (4, 2)): 15, ((4, 8),): 4, ((2, 2),): 29}),
+    ],
+)
+def test_kv_ratios_by_layer(model, tmp_path, kv, tables):
+    """Layers of the same ratios share a block table, and each holds its own number of entries."""
+    folders = {}
+    for k, ratios in kv.items():
+        layers = {"kv": ratios, "ffn": [1, 8, k]}
+        folders[f"k{k}"] = make_plugin(model, tmp_path / f"k{k}", k, **BOTH | {"k_per_layer": layers})
     prompts, ks = random_prompts(*LENGTHS), [2, 4, 0, 2, 4, 0, 4, 2]
-    wanted = expected(reference_model(model, both), prompts, ks, 24)
-    with Engine(model, both, num_gpu_blocks_override=600) as engine:
+    wanted = expected(reference_model(model, folders), prompts, ks, 24)
+    with Engine(model, folders, num_gpu_blocks_override=600) as engine:
         free, managers = (
             engine.free_blocks,
             engine.scheduler.kv_cache_manager.coordinator.single_type_managers,
         )
         assert engine.tokens(prompts, ks, 24) == wanted
         assert engine.free_blocks == free
-        held = {True: 0, False: 0}
+        held = {}
         for manager in managers:
             allocate = manager.allocate_new_blocks
 
             def count(request, *args, of=manager, allocate=allocate):
                 found = allocate(request, *args)
-                kind = hasattr(of, "entries_of")
-                held[kind] = max(held[kind], len(of.req_to_blocks[request]))
+                held[of.kv_cache_spec.ratios] = len(of.req_to_blocks[request])
                 return found
 
             manager.allocate_new_blocks = count
         engine.tokens(random_prompts(900), [4], 2)
-        assert held[False] == 29  # 902 tokens in blocks of 32
-        assert held[True] == 8  # 4 + 222 + 8 entries of the prompt, and one of the answer
+        # 901 tokens, or 4 + 445 + 7 entries at ratio 2, 4 + 222 + 9 at 4, 4 + 111 + 9 at 8, in blocks of 32
+        assert held == tables
 
 
 def test_kv_blocks(model, both, monkeypatch):

@@ -44,16 +44,14 @@ def test_what_is_served(plugins):
     found = read({"k2": plugins(2), "k4": plugins({"ffn": 2, "kv": 4}, **both)}, default="auto")
     assert found.served == (2, 4)
     assert found.shapes == {2: Shape(4, 1, (2,)), 4: Shape(4, 7, (2, 4))}
-    assert [plugin.kv_ratio for plugin in found.plugins.values()] == [None, 4]
     assert found.compresses_kv
-    assert found.kv_layers == {0, 1, 2}
     assert isinstance(found.make_policy(), LoadPolicy)
 
 
 def test_layers_of_other_ratios(plugins):
     some = plugins(2, sites=("ffn", "kv"), k_per_layer={"ffn": [1, 8, 2], "kv": [2, 1, 2]})
     found = read({"k2": some, "k4": plugins(4)})  # named after k, whatever single layers do
-    assert found.kv_layers == {0, 2}
+    assert found.served == (2, 4)
     assert found.shapes[2].ratios == (2, 8)
 
 
@@ -74,11 +72,6 @@ def test_refused_plugins(plugins, tmp_path):
         read({"k2": plugins(4)})
     with pytest.raises(VariatorError, match='site "attention" is not served'):
         read({"k2": plugins(2, sites=("attention",))})
-    with pytest.raises(VariatorError, match="one ratio in all layers that have one"):
-        read({"k2": plugins(2, sites=("kv",), k_per_layer={"kv": [2, 1, 4]})})
-    some = plugins(2, sites=("kv",), k_per_layer={"kv": [2, 1, 2]})
-    with pytest.raises(VariatorError, match="the KV cache of the same layers"):
-        read({"k2": some, "k4": plugins(4, sites=("kv",))})
     with pytest.raises(VariatorError, match="decode_block"):
         read({"k2": plugins(2, sites=("kv",), decode_block=8)})
     with pytest.raises(VariatorError, match="not found"):

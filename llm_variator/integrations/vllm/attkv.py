@@ -31,7 +31,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from llm_variator.errors import VariatorError
-from llm_variator.integrations.vllm.blocks import CompressedPromptSpec, WholePromptSpec
+from llm_variator.integrations.vllm.blocks import CompressedPromptSpec
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape, held, parts
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.settings import settings_of
@@ -91,7 +91,7 @@ class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = settings_of(self.vllm_config)
-        self.ratios = {k: plugin.kv_ratio for k, plugin in settings.plugins.items()}
+        self.ratios: Mapping[int, int] = dict(self.kv_cache_spec.ratios)
         self.shapes: Mapping[int, Shape] = settings.shapes
         self.table = row_table(self.vllm_config)
 
@@ -257,19 +257,14 @@ class CompressedBackend(CPUAttentionBackend):
 class EntryAttention(Attention):
     """vLLM's attention layer with our cache specification."""
 
-    variator_spec: type[FullAttentionSpec] = CompressedPromptSpec
+    variator_ratios: tuple[tuple[int, int], ...]
 
-    def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
+    def get_kv_cache_spec(self, vllm_config: Any) -> CompressedPromptSpec:
         """The stock specification under our type."""
         stock = super().get_kv_cache_spec(vllm_config)
         assert type(stock) is FullAttentionSpec
-        return self.variator_spec(**{f.name: getattr(stock, f.name) for f in dataclasses.fields(stock)})
-
-
-class TokenAttention(EntryAttention):
-    """A layer whose cache stays dense while others hold entries."""
-
-    variator_spec = WholePromptSpec
+        fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
+        return CompressedPromptSpec(**fields, ratios=self.variator_ratios)
 
 
 class CompressedAttention(nn.Module):
@@ -348,8 +343,10 @@ def _metadata(layer_name: str) -> Any:
 
 def attach_attention(
     attention: Any, plugins: Mapping[int, CompressionPlugin], layer: int, name: str
-) -> CompressedAttention:
+) -> CompressedAttention | None:
     """Subclass one self-attention in place.
+
+    Where no plugin compresses its keys and values it only gets a block table of its own kind.
 
     Raises:
         VariatorError: the platform's attention, or this model's, is not one that can hold entries.
@@ -365,18 +362,18 @@ def attach_attention(
         raise VariatorError("a compressed KV cache needs plain attention: no window, ALiBi or sinks")
     if impl.logits_soft_cap or getattr(attention, "do_llama_4_scaling", False):
         raise VariatorError("a compressed KV cache needs plain attention: no soft cap or query scaling")
-    inner.__class__, inner.attn_backend, impl.__class__ = EntryAttention, CompressedBackend, CompressedImpl
+    sites = {k: plugin.at("kv", layer) for k, plugin in plugins.items()}
+    inner.__class__ = EntryAttention
+    inner.variator_ratios = tuple((k, site.k) for k, site in sites.items() if site)
+    if not inner.variator_ratios:
+        return None
+    inner.attn_backend, impl.__class__ = CompressedBackend, CompressedImpl
     attention.__class__ = type(
         f"Compressed{type(attention).__name__}", (CompressedAttention, type(attention)), {}
     )
     attention.variator_name, attention.variator_layer = name, layer
     attention.variator_plugins = plugins
     return attention
-
-
-def leave_dense(attention: Any) -> None:
-    """Give a self-attention whose cache is not compressed a block table of its own kind."""
-    attention.attn.__class__ = TokenAttention
 
 
 def _variator_attention(positions: Tensor, hidden_states: Tensor, name: str) -> Tensor:

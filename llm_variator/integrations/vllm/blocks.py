@@ -6,7 +6,7 @@ The scheduler's side of `attkv`: a cache specification whose manager counts entr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -17,11 +17,13 @@ from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 class CompressedPromptManager(FullAttentionManager):
     """Gives each request the blocks of its entries instead of its tokens."""
 
-    entries_of: Callable[[str, int], int] | None = None
-    """(request id, tokens) -> entries; set by the scheduler."""
+    entries_of: Callable[[str, int, Mapping[int, int]], int] | None = None
+    """(request id, tokens, `CompressedPromptSpec.ratios`) -> entries; set by the scheduler."""
 
     def _entries(self, request_id: str, tokens: int) -> int:
-        return tokens if self.entries_of is None else self.entries_of(request_id, tokens)
+        if self.entries_of is None:
+            return tokens
+        return self.entries_of(request_id, tokens, dict(self.kv_cache_spec.ratios))
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks that `num_tokens` tokens still need."""
@@ -38,23 +40,24 @@ class CompressedPromptManager(FullAttentionManager):
         """Prefix caching is off: a block holds no fixed range of tokens."""
 
 
-class _Apart(FullAttentionSpec):
-    """Layers that hold entries and layers that hold tokens need block tables of their own: vLLM may not join them."""
+@register_kv_cache_spec(manager_class=CompressedPromptManager)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressedPromptSpec(FullAttentionSpec):
+    """Full attention whose prompt entries may stand for several tokens.
+
+    Layers of the same `ratios` share a block table, as vLLM's hybrid models have one for each kind of layer.
+    """
+
+    ratios: tuple[tuple[int, int], ...] = ()
+    """(ratio a plugin is served under, tokens of an entry in these layers), where it compresses them."""
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
-        """Of one kind only; vLLM takes the AssertionError for "not uniform"."""
-        assert all(type(spec) is cls for spec in specs), "compressed and dense KV caches differ"
-        return super().merge(specs)
+        """Of equal layers only; vLLM takes the AssertionError for "not uniform"."""
+        assert len({spec.ratios for spec in specs}) == 1, "these layers hold different numbers of entries"
+        return dataclasses.replace(super().merge(specs), ratios=specs[0].ratios)
 
-
-@register_kv_cache_spec(manager_class=CompressedPromptManager)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompressedPromptSpec(_Apart):
-    """Full attention whose prompt entries may stand for several tokens."""
-
-
-@register_kv_cache_spec(manager_class=FullAttentionManager)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WholePromptSpec(_Apart):
-    """Full attention over tokens, in a model where other layers hold entries."""
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
+        """Whether all of them need the same number of slots."""
+        same = all(spec.ratios == self.ratios for spec in kv_cache_specs.values())
+        return same and super().is_uniform_with_collection(kv_cache_specs)

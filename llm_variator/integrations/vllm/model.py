@@ -130,13 +130,11 @@ class VariatorMixin:
             mlp.variator_plugins = self._plugins
             context[mlp.variator_name] = mlp
         if self.variator.compresses_kv:
-            from llm_variator.integrations.vllm.attkv import attach_attention, leave_dense
+            from llm_variator.integrations.vllm.attkv import attach_attention
 
-            if index in self.variator.kv_layers:
-                attention = attach_attention(layer.self_attn, self._plugins, index, f"{name}.attention")
+            attention = attach_attention(layer.self_attn, self._plugins, index, f"{name}.attention")
+            if attention is not None:
                 context[attention.variator_name] = attention
-            else:
-                leave_dense(layer.self_attn)
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -158,8 +156,9 @@ class VariatorMixin:
         if self.variator.compresses_kv:
             from llm_variator.integrations.vllm.attkv import keep_projection
 
-            for index in self.variator.kv_layers.intersection(self._layers()):
-                keep_projection(model.model.layers[index].self_attn)
+            for index in self._layers():
+                if any(self._ratios("kv", index).values()):
+                    keep_projection(model.model.layers[index].self_attn)
         return loaded
 
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -106,14 +107,13 @@ class VariatorScheduler(Scheduler):
 
     # --- caches
 
-    def _entries(self, request_id: str, tokens: int) -> int:
-        """KV entries of a request's first `tokens` tokens."""
+    def _entries(self, request_id: str, tokens: int, ratios: Mapping[int, int]) -> int:
+        """KV entries of a request's first `tokens` tokens in layers of these ratios."""
         k = self._ratios.get(request_id, 0)
-        ratio = self._settings.plugins[k].kv_ratio if k else None
-        if ratio is None:
+        if k not in ratios:
             return tokens
         shape = self._shapes[k]
-        return held(tokens, self.requests[request_id].num_prompt_tokens, ratio, shape.head, shape.tail)
+        return held(tokens, self.requests[request_id].num_prompt_tokens, ratios[k], shape.head, shape.tail)
 
     def _salt(self, request: Any, k: int, shape: Shape) -> None:
         """Blocks are shared only between requests that compute the same keys and values in them.

@@ -42,11 +42,6 @@ class Served:
         every = {k for layers in self.ratios.values() for k in layers.values() if k > 1}
         return Shape(self.config.dense_head, self.config.dense_tail, tuple(sorted(every)))
 
-    @property
-    def kv_ratio(self) -> int | None:
-        """Ratio of the KV cache, the same in every layer that has one; None where the plugin leaves it dense."""
-        return next(iter(self.ratios["kv"].values()), None) if "kv" in self.ratios else None
-
     def build(self, dim: int) -> CompressionPlugin:
         """The plugin's layers with the weights of its file, on the CPU in fp32."""
         plugin = CompressionPlugin(self.config, self.ratios, dim)
@@ -85,10 +80,6 @@ class Settings:
         stack = Stack.of(hf_config)
         dense = prefill(stack, TYPICAL_PROMPT).total
         costs = {k: prefill(stack, TYPICAL_PROMPT, one.config).total / dense for k, one in plugins.items()}
-        if len({frozenset(one.ratios["kv"]) for one in plugins.values() if one.kv_ratio}) > 1:
-            raise VariatorError(
-                "plugins served together must compress the KV cache of the same layers: serve them apart"
-            )
         settings = cls(plugins, default, values.get("policy", {}), costs)
         if plugins:
             settings.make_policy()
@@ -105,14 +96,14 @@ class Settings:
         return {k: plugin.shape for k, plugin in self.plugins.items()}
 
     @property
-    def kv_layers(self) -> frozenset[int]:
-        """Layers whose KV cache is compressed, the same for every plugin that compresses it."""
-        return frozenset().union(*(plugin.ratios.get("kv", {}) for plugin in self.plugins.values()))
-
-    @property
     def compresses_kv(self) -> bool:
         """Whether some plugin compresses the KV cache."""
-        return bool(self.kv_layers)
+        return any("kv" in plugin.ratios for plugin in self.plugins.values())
+
+    def _block_tables(self, layers: int) -> int:
+        """Kinds of layers whose caches hold the same entries."""
+        kv = [plugin.ratios.get("kv", {}) for plugin in self.plugins.values()]
+        return len({tuple(ratios.get(layer) for ratios in kv) for layer in range(layers)})
 
     def make_policy(self) -> Policy:
         """A new policy for `"auto"`.
@@ -155,10 +146,9 @@ class Settings:
             "cudagraph_mode FULL (use FULL_AND_PIECEWISE)": vllm_config.compilation_config.cudagraph_mode
             is not None
             and vllm_config.compilation_config.cudagraph_mode.name == "FULL",
-            "disable_hybrid_kv_cache_manager with a plugin that leaves the KV cache of some layers dense": (
-                self.compresses_kv
-                and len(self.kv_layers) < vllm_config.model_config.hf_config.num_hidden_layers
-                and scheduler.disable_hybrid_kv_cache_manager
+            "disable_hybrid_kv_cache_manager with plugins that compress the KV cache of some layers only": (
+                scheduler.disable_hybrid_kv_cache_manager
+                and self._block_tables(vllm_config.model_config.hf_config.num_hidden_layers) > 1
             ),
             "prefix caching with a plugin that compresses the KV cache (--no-enable-prefix-caching)": (
                 self.compresses_kv and vllm_config.cache_config.enable_prefix_caching
@@ -202,10 +192,6 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
     if config.decode_block is not None:
         raise VariatorError(
             f"{folder}: generated tokens stay dense in vLLM, and this plugin merges them (decode_block)"
-        )
-    if len(set(ratios.get("kv", {}).values())) > 1:
-        raise VariatorError(
-            f'{folder}: in vLLM the site "kv" needs one ratio in all layers that have one (they share a block table)'
         )
     ratio = config.k if isinstance(config.k, int) else max(config.k.values())
     if ratio != int(name[1:]):
