@@ -61,6 +61,12 @@ def test_ffn_and_kv(both, prompts):
     check(both, prompts, [range(8), ORDER], max_model_len=1800, num_gpu_blocks_override=60)
 
 
+def test_shipped_plugins(prompts):
+    """All that compress the KV cache, side by side."""
+    shipped = {k: f"smollm2-135m/{k}" for k in ("k2", "k4", "k8")}
+    check(shipped, prompts, [ORDER], max_model_len=1800, num_gpu_blocks_override=60)
+
+
 def test_dense_requests_equal_stock_vllm(ffn, prompts):
     options = dict(max_num_batched_tokens=256, max_model_len=1800, num_gpu_blocks_override=140)
     found = []
