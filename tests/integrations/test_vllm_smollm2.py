@@ -61,10 +61,12 @@ def test_ffn_and_kv(both, prompts):
     check(both, prompts, [range(8), ORDER], max_model_len=1800, num_gpu_blocks_override=60)
 
 
-def test_shipped_plugins(prompts):
-    """All that compress the KV cache, side by side."""
-    shipped = {k: f"smollm2-135m/{k}" for k in ("k2", "k4", "k8")}
-    check(shipped, prompts, [ORDER], max_model_len=1800, num_gpu_blocks_override=60)
+def test_ratios_by_layer(prompts, tmp_path):
+    """A shipped plugin with FFNs at 1 and 16, and a random one that compresses every other KV cache."""
+    layers = {"ffn": [1, 2, 8] * 10, "kv": [1, 4] * 15}
+    k4 = make_plugin("smollm2-135m", tmp_path / "k4", 4, **BOTH | {"k_per_layer": layers})
+    plugins = {"k2": "smollm2-135m/k2-ffn", "k4": k4}
+    check(plugins, prompts, [ORDER], max_model_len=1800, num_gpu_blocks_override=160)
 
 
 def test_dense_requests_equal_stock_vllm(ffn, prompts):
