@@ -99,7 +99,7 @@ class LoadPolicy:
         self.costs = {0: 1.0} | {k: 0.3 + 0.7 / k for k in self.ratios[1:]} | dict(costs or {})
         self.utilisation, self.window_seconds = utilisation, window_seconds
         self._arriving, self._arrived_at = 0.0, clock()
-        self._steps: deque[tuple[float, float]] = deque(maxlen=15)
+        self._steps: deque[tuple[float, float]] = deque()
         self._level = 0
         self._needed_at = -float("inf")
 
@@ -150,7 +150,7 @@ class LoadPolicy:
         return before * self.costs[k] <= self.utilisation * self.speed
 
     def observe(self, tokens: Mapping[int, int], seconds: float) -> None:
-        """Learn the reading speed: the median over the last steps, weighted by their work.
+        """Learn the reading speed: the median over the last few thousand tokens, and at least three steps.
 
         A median, since a server's first pass can be several times slower than all that follow.
         """
@@ -159,9 +159,12 @@ class LoadPolicy:
             return
         self._steps.append((work / seconds, work))
         total = sum(work for _, work in self._steps)
-        if len(self._steps) >= 3 and total >= 1024:
-            ordered = sorted(self._steps)
-            reached = itertools.accumulate(work for _, work in ordered)
-            self.speed = next(
-                speed for (speed, _), below in zip(ordered, reached, strict=True) if below >= total / 2
-            )
+        while len(self._steps) > 3 and total - self._steps[0][1] >= 4096:
+            total -= self._steps.popleft()[1]
+        if len(self._steps) < 3 or total < 1024:
+            return
+        ordered = sorted(self._steps)
+        reached = itertools.accumulate(work for _, work in ordered)
+        self.speed = next(
+            speed for (speed, _), below in zip(ordered, reached, strict=True) if below >= total / 2
+        )

@@ -104,9 +104,12 @@ def test_speed_is_learned():
     for _ in range(8):
         fresh.observe({0: 500}, 1.0)
     assert fresh.speed == 500
-    for _ in range(15):
-        fresh.observe({0: 1}, 1.0)
-    assert fresh.speed == 500  # the last 15 steps hold too little to judge by
+    for _ in range(20):
+        fresh.observe({0: 30}, 0.3)
+    assert fresh.speed == 500  # little work says little
+    for _ in range(80):
+        fresh.observe({0: 30}, 0.3)
+    assert fresh.speed == pytest.approx(100)
 
 
 def test_a_slow_first_pass_does_not_count():
