@@ -7,6 +7,7 @@ whether the run was interrupted or not.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,11 +29,13 @@ from llm_variator.corpora import (
     tokenize,
 )
 from llm_variator.errors import VariatorError
-from llm_variator.tasks.examples import Example
+from llm_variator.tasks.examples import Example, load_examples
 
 # Which documents are held out does not depend on the run's seed, so that figures of different seeds compare.
 _SPLIT_SEED = 20231208
 _HELD_OUT_SHARE = 0.1
+_TASK = "task:"
+_SHOTS = 8  # examples of a task in one document, as in a prompt with examples
 _BATCHES_IN_A_POOL = 32  # within which examples are sorted by length
 
 
@@ -68,7 +71,7 @@ def build_corpus(
     train, held_out = [], []
     share = -(-eval_windows // len(eval_sources or sources))
     for source in sources:
-        documents = tokenize(read_documents(source.name, data_dir), tokenizer)
+        documents = tokenize(_read(source.name, data_dir), tokenizer)
         rest = documents
         if not eval_sources:
             rest, held = hold_out(documents, share * seq_length)
@@ -90,6 +93,16 @@ def build_corpus(
             f"out): give more text, --eval-data, or a smaller --seq-length"
         )
     return Corpus(tuple(train), tuple(source.weight for source in sources), validation)
+
+
+def _read(source: str, data_dir: Path | None) -> list[str]:
+    """The documents of a source, or of `task:NAME`: a task's training examples, each with its answer."""
+    if not source.startswith(_TASK):
+        return read_documents(source, data_dir)
+    examples = load_examples(source.removeprefix(_TASK), "train", data_dir=data_dir)
+    texts = [example.decoder_prompt + example.continuation for example in examples]
+    random.Random(_SPLIT_SEED).shuffle(texts)  # neighbours often share their passage
+    return ["\n\n".join(texts[start : start + _SHOTS]) for start in range(0, len(texts), _SHOTS)]
 
 
 def hold_out(documents: Sequence[Tensor], tokens: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -79,7 +79,8 @@ def build_parser() -> cli.Parser:
         default=[EMBEDDED],
         metavar="SOURCE",
         help="text to train on: NAME[/SPLIT] in --data-dir, a .parquet, .jsonl or .txt file, a folder of "
-        "them, or a hub dataset name[:config][:split][:column]; several are joined, SOURCE=2 counts twice",
+        "them, a hub dataset name[:config][:split][:column], or task:TASK, a task's training examples as prompts "
+        "with answers; several are joined, SOURCE=2 counts twice",
     )
     add(
         "--eval-data",
