@@ -161,7 +161,6 @@ def _trainer(args: argparse.Namespace, run: Run, *, resuming: bool) -> VariatorT
         run.collate,
         objective=run.objective,
         judge=run.judge,
-        merge_learning_rate=args.merge_learning_rate,
     )
 
 

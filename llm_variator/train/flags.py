@@ -130,11 +130,6 @@ def build_parser() -> cli.Parser:
     )
     add("--kl-weight", type=cli.natural_float, default=1.0, help="with --loss mse+kl")
     add("--learning-rate", type=cli.positive_float, default=1e-3, help="at its highest")
-    add(
-        "--merge-learning-rate",
-        type=cli.positive_float,
-        help="of a plugin's merge weights, where it is to be another (default: --learning-rate)",
-    )
     add("--schedule", choices=sorted(SCHEDULES), default="linear", help="of the rate after the warm-up")
     add("--warmup-steps", type=cli.natural, default=10, help="in which the learning rate rises from 0")
     add("--weight-decay", type=cli.natural_float, default=0.0, help="of AdamW")
@@ -197,8 +192,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise VariatorError(f"{what} trains no plugin: leave out {', '.join(given)}")
     if not is_plugin and args.init != "copy":
         raise VariatorError(f"--init {args.init} is for plugins: leave it out")
-    if not is_plugin and args.merge_learning_rate:
-        raise VariatorError("--merge-learning-rate is for plugins: leave it out")
     if args.plugin and (given := cli.variator_flags_given(args)):
         raise VariatorError(f"--plugin keeps its own configuration: leave out {', '.join(given)}")
     if args.student and args.method != "distill":

@@ -52,7 +52,6 @@ class VariatorTrainer(Trainer):
         *,
         objective: Objective,
         judge: Judge,
-        merge_learning_rate: float | None = None,
     ) -> None:
         """Set up the run.
 
@@ -63,12 +62,10 @@ class VariatorTrainer(Trainer):
             collate: a micro-batch from its examples.
             objective: the loss.
             judge: the figures of an evaluation.
-            merge_learning_rate: of a plugin's merge weights, at its highest; None: as all others.
         """
         assert args.max_steps > 0, "the stream of examples needs its length"
         assert args.train_sampling_strategy == "sequential", "the stream is shuffled already"
         self._learner = learner  # asked for while the Trainer sets itself up
-        self._merge_learning_rate = merge_learning_rate
         # The Trainer wants a dataset to evaluate on; the judge brings its own.
         clock = _Clock()
         super().__init__(learner.model, args, collate, stream, eval_dataset=[None], callbacks=[clock])
@@ -88,21 +85,6 @@ class VariatorTrainer(Trainer):
                 )
             shard_only(self.accelerator, self._learner.model.base, self._learner.model.plugin())
             self.is_fsdp_enabled = True
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, with a group of their own for merge weights where they have their own learning rate."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self._merge_learning_rate is None:
-            return optimizer
-        assert isinstance(self._learner, PluginLearner), "only plugins merge"
-        sites = self._learner.model.plugin().sites.values()
-        merging = {id(weight) for site in sites for weight in site.compressor.parameters()}
-        for group in list(optimizer.param_groups):
-            own = [weight for weight in group["params"] if id(weight) in merging]
-            if own:
-                group["params"] = [weight for weight in group["params"] if id(weight) not in merging]
-                optimizer.add_param_group({**group, "params": own, "lr": self._merge_learning_rate})
-        return optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -31,10 +31,6 @@ from llm_variator.train.__main__ import build_parser, main
         (dict(stage="adapt"), "--stage adapt needs a --task: one of mnli"),
         (dict(stage="finetune", task="sst2"), "--stage finetune trains no plugin: leave out --k"),
         (dict(stage="adapt", task="sst2", method="ltp"), "--method ltp trains no plugin: leave out --k"),
-        (
-            dict(stage="finetune", task="sst2", k=None, r=None, dense_head=None, merge_learning_rate=0.1),
-            "--merge-learning-rate is for plugins",
-        ),
         (dict(stage="adapt", task="sst3"), "--task"),
         (dict(task="sst2"), "--stage pretrain knows no task"),
         (dict(method="ltp"), "token pruning has nothing to pre-train"),

@@ -39,13 +39,7 @@ def losses(figures: dict) -> list[float]:
     return [loss for _, loss in figures["loss_history"]]
 
 
-def make_trainer(
-    model: VariatorModel,
-    folder: Path,
-    loss: str = "mse",
-    merge_learning_rate: float | None = None,
-    **settings,
-) -> VariatorTrainer:
+def make_trainer(model: VariatorModel, folder: Path, loss: str = "mse", **settings) -> VariatorTrainer:
     windows = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0)).int()
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -66,7 +60,6 @@ def make_trainer(
         collate,
         objective=Objective(learner, loss, kl_weight=0.5, continuation=6),
         judge=ContinuationJudge(corpus.held_out, continuation=6, batch_size=2),
-        merge_learning_rate=merge_learning_rate,
     )
 
 
@@ -95,26 +88,6 @@ def test_loss_equals_two_separate_passes(tmp_path, loss):
         kl = theirs.exp() * (theirs - student.logits[:, -6:].log_softmax(-1))
         expected = expected + 0.5 * kl.sum(-1).mean()
     torch.testing.assert_close(ours, expected)
-
-
-def test_merge_weights_may_have_their_own_learning_rate(tmp_path):
-    model = make_model()
-    before = {name: weight.clone() for name, weight in model.plugin().named_parameters()}
-    rate, merge_rate = 1e-2, 1e-5
-    make_trainer(
-        model, tmp_path, learning_rate=rate, merge_learning_rate=merge_rate, lr_scheduler_type="constant"
-    ).train()
-    moved = {
-        name: float((weight.detach() - before[name]).abs().max())
-        for name, weight in model.plugin().named_parameters()
-    }
-    merging = {name: size for name, size in moved.items() if ".compressor." in name}
-    assert len(merging) == 2 * len(model.plugin().sites)
-    for name, size in merging.items():
-        assert 0 < size < 5 * merge_rate, (
-            f"{name}: Adam moves a weight by at most about its rate in each of 4 steps"
-        )
-    assert all(size > 0.1 * rate for name, size in moved.items() if name not in merging)
 
 
 def test_only_the_plugin_gets_gradients(tmp_path):
