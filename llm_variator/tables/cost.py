@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ from llm_variator.config import VariatorConfig
 from llm_variator.loading import load_model
 from llm_variator.model import VariatorModel
 from llm_variator.operations import EncoderShape, Stack, encoding, parameters, prefill
-from llm_variator.tables.recipe import Row, TableRecipe
+from llm_variator.tables.recipe import Row, TableRecipe, as_argv
 
 TOKENS = 512  # of the input, as the paper counts
 
@@ -55,6 +55,6 @@ def _cost(base: PreTrainedModel, row: Row, table: TableRecipe) -> dict[str, floa
 
 
 def _plugin_config(row: Row) -> VariatorConfig:
-    flags: dict[str, Any] = dict(row.plugin)
-    preset = flags.pop("preset", None)
-    return cli.PRESETS[preset](**flags) if preset else VariatorConfig(**flags)
+    parser = argparse.ArgumentParser()
+    cli.add_variator_flags(parser)
+    return cli.variator_config_from(cli.parse(parser, as_argv(row.plugin)))

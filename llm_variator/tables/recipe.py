@@ -146,6 +146,24 @@ def read_table(path: str | Path) -> TableRecipe:
     )
 
 
+def as_argv(flags: Flags) -> list[str]:
+    """The command line that says the same as a recipe's flags."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            argv.append(flag)
+        elif isinstance(value, dict):
+            argv.append(f"{flag}={json.dumps(value)}")
+        elif isinstance(value, list) and name in ("data", "eval_data", "prompt_tokens"):
+            argv += [flag, *map(str, value)]
+        elif isinstance(value, list):
+            argv.append(f"{flag}={','.join(map(str, value))}")
+        elif value is not None and value is not False:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The recipe with what it extends; settings below a key are merged, other values replaced."""
     content = read_recipe(path)

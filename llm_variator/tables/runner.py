@@ -19,7 +19,7 @@ from llm_variator.cli import parse
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.__main__ import main as evaluate
 from llm_variator.results import scrub_paths
-from llm_variator.tables.recipe import Flags, Row, TableRecipe
+from llm_variator.tables.recipe import Flags, Row, TableRecipe, as_argv
 from llm_variator.train.__main__ import RESULT_FILE
 from llm_variator.train.__main__ import main as train
 from llm_variator.train.flags import FREE_ON_RESUME, build_parser, check_flags
@@ -104,7 +104,7 @@ class Runner:
         self._say(f"{folder.name}: {_words(flags)}")
         if self._dry:
             self._checked.add(folder)
-            check_flags(parse(build_parser(), _as_argv(flags)))
+            check_flags(parse(build_parser(), as_argv(flags)))
             return folder
         resume = False
         if checkpoints(folder):
@@ -113,7 +113,7 @@ class Runner:
                 resume = True
             except VariatorError:  # killed before its first checkpoint was whole
                 shutil.rmtree(folder)
-        argv = _as_argv({**flags, **self._circumstances, "output": folder, "drop_checkpoints": True})
+        argv = as_argv({**flags, **self._circumstances, "output": folder, "drop_checkpoints": True})
         train(argv + (["--resume"] if resume else []))
         gc.collect()
         return folder
@@ -136,7 +136,7 @@ class Runner:
             self._say(f"{folder.name}: {_words(flags)}")
         if not self._dry and not (folder / RESULT_FILE).is_file():
             place = {name: value for name, value in self._circumstances.items() if name == "data_dir"}
-            evaluate(["task", *_as_argv({**flags, **place, "json": folder / RESULT_FILE})])
+            evaluate(["task", *as_argv({**flags, **place, "json": folder / RESULT_FILE})])
             gc.collect()
         return folder
 
@@ -150,25 +150,8 @@ def _run_name(flags: Flags) -> str:
     return "-".join([*(part for part in parts if part), mark])
 
 
-def _as_argv(flags: Flags) -> list[str]:
-    argv: list[str] = []
-    for name, value in flags.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            argv.append(flag)
-        elif isinstance(value, dict):
-            argv.append(f"{flag}={json.dumps(value)}")
-        elif isinstance(value, list) and name in ("data", "eval_data", "prompt_tokens"):
-            argv += [flag, *map(str, value)]
-        elif isinstance(value, list):
-            argv.append(f"{flag}={','.join(map(str, value))}")
-        elif value is not None and value is not False:
-            argv.append(f"{flag}={value}")
-    return argv
-
-
 def _words(flags: Flags) -> str:
-    return scrub_paths(" ".join(_as_argv(flags)))
+    return scrub_paths(" ".join(as_argv(flags)))
 
 
 def _best_score(folder: Path) -> float:

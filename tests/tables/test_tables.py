@@ -94,6 +94,14 @@ def test_parameters_are_those_of_the_papers_table_1(name, parameters):
     assert costs["LTP"]["operations"] < costs["Variator"]["operations"] < 60
 
 
+def test_plugin_flags_of_a_recipe_mean_what_they_mean_on_the_command_line():
+    table = read_table(FOLDER / "small/figure3-causes.yaml")
+    costs = row_costs(table, table.model)
+    whole, part = costs["k=4"], costs["k=4, first layer dense"]  # layers: 1-7 of 8
+    assert part["parameters"] == pytest.approx(7 / 8 * whole["parameters"])
+    assert part["operations"] > whole["operations"]
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_tables_build_on_the_meta_device(name):
     table = read_table(FOLDER / name)
