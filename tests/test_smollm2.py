@@ -7,6 +7,7 @@ import torch
 from conftest import pad, randomise
 
 from llm_variator import CompressedContext, KVPool, VariatorConfig, VariatorModel
+from llm_variator.corpora import EMBEDDED, read_windows, spread
 from llm_variator.loading import shipped_plugins
 
 TEXTS = [
@@ -127,16 +128,19 @@ def test_chat_template_and_turns(model, smollm2):
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_plugins() if name.startswith("smollm2-135m/")])
-def test_shipped_plugins_load_and_beat_their_untrained_selves(model, rows, name):
+def test_shipped_plugins_load_and_beat_their_untrained_selves(model, smollm2, name):
+    """On text of a kind that none was trained on."""
     plugin = model.load_plugin(name, "shipped")
     try:
         model.add_plugin("untrained", plugin.config)
-        text = torch.cat(rows, dim=1).repeat(1, 2)[:, :320]
+        windows = spread(read_windows(EMBEDDED, smollm2[1], seq_length=320), 8).long()
         losses = {}
         for which in ("shipped", "untrained"):
             with model.use_plugin(which), torch.no_grad():
-                logits = model(text, prompt_length=256).logits[0, 255:-1]
-            losses[which] = torch.nn.functional.cross_entropy(logits, text[0, 256:])
+                logits = model(windows, prompt_length=256).logits[:, 255:-1]
+            losses[which] = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), windows[:, 256:].flatten()
+            )
         assert losses["shipped"] < losses["untrained"]
     finally:
         for which in ("shipped", "untrained"):
