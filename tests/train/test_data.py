@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_tasks import write_tasks
 
 from llm_variator import VariatorError, corpora
 from llm_variator.corpora import (
@@ -22,6 +23,7 @@ from llm_variator.corpora import (
     tokenize,
 )
 from llm_variator.loading import byte_tokenizer
+from llm_variator.tasks import load_examples
 from llm_variator.train.data import Corpus, TrainingStream, build_corpus, collate, hold_out
 
 EOS = 2
@@ -226,6 +228,20 @@ def test_own_validation_text_leaves_all_of_the_rest_to_train_on(tmp_path, tokeni
     assert [len(part) for part in corpus.train] == [10]
     assert corpus.held_out.shape == (4, 30)
     assert set(tokenizer.decode(corpus.held_out.flatten()).replace("</s>", "")) == {"b"}
+
+
+def test_examples_of_a_task_as_text(tmp_path, tokenizer):
+    data = write_tasks(tmp_path, "squad", train=20)
+    arguments = dict(seq_length=40, eval_windows=2, eval_sources=[Source(EMBEDDED, 1.0)], data_dir=data)
+    windows = build_corpus([Source("task:squad", 1.0)], tokenizer, **arguments).train[0]
+    text = tokenizer.decode(windows.flatten())
+    examples = load_examples("squad", "train", data_dir=data)
+    shown = [f"{one.decoder_prompt} {one.answer}" in text for one in examples]
+    assert sum(shown) >= 19, "all but one that the ragged end may cut"
+    places = [text.find(one.decoder_prompt) for one in examples]
+    assert places != sorted(places), "neighbours often share their passage"
+    with pytest.raises(VariatorError, match="unknown task 'squat'; did you mean 'squad'"):
+        build_corpus([Source("task:squat", 1.0)], tokenizer, **arguments)
 
 
 @pytest.mark.parametrize(
