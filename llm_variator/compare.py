@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from llm_variator.cache import KVCacheReport
+from llm_variator.cache.naming import cache_of
 from llm_variator.metrics import continuation_cross_entropy
 from llm_variator.model import VariatorModel
 
@@ -130,7 +131,7 @@ def generate(
         text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
         first_token_seconds=arrivals[0] - started,
         tokens_per_second=(len(arrivals) - 1) / decoding if decoding > 0 else None,
-        cache=model.kv_cache_report(output.past_key_values),
+        cache=model.kv_cache_report(cache_of(output)),
     )
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from llm_variator.cache import CompressedLayer
-from llm_variator.errors import VariatorError
+from llm_variator.cache.naming import NAMES
 from llm_variator.groups import Slices
 from llm_variator.session import Session, current, traced
 
@@ -35,12 +35,15 @@ class CompiledStack:
         """`options` of torch.compile; by default a graph break is an error."""
         self.stack = stack
         self.options = {"fullgraph": True, **options}
-        self.last_layer = len(stack.layers) - 1  # type: ignore[arg-type]
+        self._said: set[str] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Compile everything anew: the stack has other modules."""
         # plugin, or the stack itself where there is none -> kind of pass -> compiled code
         self._calls: weakref.WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = (
             weakref.WeakKeyDictionary()
         )
-        self._said: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One pass, compiled where that is possible, else as it was before and with one warning that says why."""
@@ -50,7 +53,7 @@ class CompiledStack:
         if (reason := _obstacle(session, kwargs)) is not None:
             return self._uncompiled(reason, args, kwargs)
         _prepare(session)
-        kind = DECODE if session is None or session.segment is None else PREFILL
+        kind = DECODE if session is None or session.now is None or session.now.segment is None else PREFILL
         if session is None and _width(kwargs) > 1:
             kind = PREFILL
         try:
@@ -61,10 +64,8 @@ class CompiledStack:
                 args,
                 kwargs,
             )
-        if session is not None and session.plugin is not None:
-            self._check(session)
         if kind == PREFILL:
-            _lay_out(kwargs.get("past_key_values"))
+            _lay_out(_cache(kwargs))
         return output
 
     def _call(self, session: Session | None, kind: str) -> Callable[..., Any]:
@@ -83,20 +84,9 @@ class CompiledStack:
             logger.warning("not compiled, the same computation runs uncompiled: %s", reason)
         return self.stack._call_impl(*args, **kwargs)
 
-    def _check(self, session: Session) -> None:
-        """Raise unless every site that has groups in this pass merged them."""
-        assert session.plugin is not None
-        segment, sites = session.segment, session.plugin.sites
-        wanted = 0
-        if segment is not None:
-            wanted = sum(segment.grouping(own.k).has_groups for (site, _), own in sites.items())
-        # the last layer's FFN may run on the columns alone that are read, which are dense
-        skipped = int(bool(wanted) and session.reads is not None and ("ffn", self.last_layer) in sites)
-        if not wanted - skipped <= session.merged <= wanted:
-            raise VariatorError(
-                f"compiled code merged groups at {session.merged} of {wanted} sites: its results are wrong. Please "
-                "report this; VariatorModel.uncompile() goes on without torch.compile"
-            )
+
+def _cache(kwargs: Mapping[str, Any]) -> Any:
+    return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
 
 
 def _width(kwargs: Mapping[str, Any]) -> int:
@@ -107,10 +97,10 @@ def _width(kwargs: Mapping[str, Any]) -> int:
 
 def _prepare(session: Session | None) -> None:
     """Split the prompt at all ratios now: torch cannot trace how that is done."""
-    if session is None or session.segment is None:
+    if session is None or session.now is None or (segment := session.now.segment) is None:
         return
     for k in {1} | ({site.k for site in session.plugin.sites.values()} if session.plugin else set()):
-        grouping = session.segment.grouping(k)
+        grouping = segment.grouping(k)
         if isinstance(grouping, Slices):
             _ = grouping.columns, grouping.reach, grouping.members  # made on first use, under a lock
 
@@ -130,7 +120,7 @@ def _obstacle(session: Session | None, kwargs: Mapping[str, Any]) -> str | None:
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name):
             return f"{name} is asked for"
-    cache = kwargs.get("past_key_values")
+    cache = _cache(kwargs)
     for layer in cache.layers if isinstance(cache, Cache) else ():
         held = layer.store if isinstance(layer, CompressedLayer) else layer
         if type(held) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from llm_variator.cache.naming import cache_argument
 from llm_variator.contexts.inputs import pad_left, pads_first
 from llm_variator.contexts.prefill import read, slides
 from llm_variator.errors import VariatorError
@@ -40,6 +41,11 @@ def check_generation(
                 f"{what} ({name}) does not work with a compressed prompt; leave it out or disable the plugin"
             )
     implementation = setting(host, kwargs, "cache_implementation")
+    if implementation == "paged":
+        raise VariatorError(
+            'cache_implementation="paged" generates past the plugin, in a thread of its own: leave it out, or disable '
+            "the plugin"
+        )
     if plugin is not None and plugin.cache_layers and implementation not in _GROWING:
         raise VariatorError(
             f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"
@@ -87,13 +93,14 @@ def read_ahead(
         kwargs["generation_config"] = config
     ids: Any = kwargs.get("input_ids")
     mask: Any = kwargs.get("attention_mask")
-    cache: Any = kwargs.get("past_key_values")
+    name = cache_argument(host)
+    cache: Any = kwargs.get(name)
     past = cache.get_seq_length() if cache is not None else 0
     repeats = max(setting(host, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
     if chunk is not None or (forked and slides(cache) and not bool(mask[:, past:].all())):
         _refuse(ids, mask, past, repeats if past and not forked else 1, setting(host, kwargs, "use_cache"))
         if cache is None:
-            cache = kwargs["past_key_values"] = DynamicCache(config=host.config)
+            cache = kwargs[name] = DynamicCache(config=host.config)
         mask = torch.ones_like(ids) if mask is None else mask
         if read(base, plugin, cache, ids[:, past:], mask, chunk=chunk, unread=1):
             ids, mask = pads_first(ids, mask)
@@ -110,6 +117,6 @@ def _refuse(ids: Tensor | None, mask: Tensor | None, past: int, repeats: int, us
         raise VariatorError("prefill_chunk_size needs a cache: leave out use_cache=False")
     if repeats > 1 or ids.shape[1] <= past or (mask is not None and mask.shape != ids.shape):
         raise VariatorError(
-            "prefill_chunk_size after past_key_values needs the whole sequence as input_ids, an attention_mask of "
+            "prefill_chunk_size after a cache needs the whole sequence as input_ids, an attention_mask of "
             "its shape, and one beam"
         )

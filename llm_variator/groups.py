@@ -72,6 +72,10 @@ class Grouping(Protocol):
         """Whether some row has fewer entries than another."""
 
     @property
+    def entries(self) -> int:
+        """Entries of every row, m; fillers of shorter rows included."""
+
+    @property
     def trailing(self) -> int:
         """Columns at the end that are dense tokens in every row."""
 
@@ -101,6 +105,10 @@ class Slices:
     @property
     def has_groups(self) -> bool:
         return self.split.groups > 0
+
+    @property
+    def entries(self) -> int:
+        return self.split.entries
 
     @property
     def trailing(self) -> int:
@@ -222,6 +230,10 @@ class Indices:
         self._member_slots = slots[self._members[:, -1]]
         self._dense_slots = slots[self._dense]
         self.has_groups = len(self._members) > 0
+
+    @property
+    def entries(self) -> int:
+        return self.shape[1]
 
     def to(self, device: torch.device) -> Indices:
         """Move every index tensor to `device`, in place."""

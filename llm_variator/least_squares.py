@@ -28,7 +28,7 @@ from llm_variator.groups import Grouping
 from llm_variator.layers import HiddenDecompressor
 from llm_variator.model import VariatorModel
 from llm_variator.plugin import CompressionPlugin
-from llm_variator.session import Session, current, scope
+from llm_variator.session import Session, current_pass, scope
 
 # Added to the variance of every feature, as a share of it, where there are as many features as tokens; less with more
 # tokens. What few tokens do not determine stays small.
@@ -222,10 +222,10 @@ class _Stack:
         def hook(decompressor: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
             if not isinstance(one := _running.get(), _Compressed):
                 return
-            session = current()
-            assert session is not None
-            assert session.segment is not None
-            grouping = session.segment.grouping(k)
+            now = current_pass()
+            assert now is not None
+            assert now.segment is not None
+            grouping = now.segment.grouping(k)
             merged, groups = inputs  # (..., d), (..., k, d)
             merged = merged.unsqueeze(-2).expand_as(groups)
             if adds_up:

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.architectures import architecture_of
 from llm_variator.architectures.architecture import execution_device
+from llm_variator.architectures.hook import ATTACHED, refuse_attached
+from llm_variator.architectures.selfcheck import check_attachment
 from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, release, released_on_error
+from llm_variator.cache.naming import cache_argument, take_cache
 from llm_variator.cache.paging import KVPool, PagedStore
 from llm_variator.compiled import CompiledStack
 from llm_variator.config import CONFIG_FILE, VariatorConfig
@@ -32,12 +35,29 @@ from llm_variator.generation import check_generation, check_prompt, pad_prompt, 
 from llm_variator.loading import load_model, plugin_folder
 from llm_variator.loading.hub import upload
 from llm_variator.plugin import CompressionPlugin, attachment, base_signature, warn_if_other_weights
-from llm_variator.session import Session, current, scope
+from llm_variator.session import Session, broken, current, scope
 
 # Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
 _scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
     "variator_scoped_plugins", default=MappingProxyType({})
 )
+
+
+# Methods of a base that run its layers, or give what does, past `VariatorModel.forward` and `generate`.
+_SAFE = {
+    "adjust_generation_fn",
+    "compute_transition_scores",
+    "load_custom_generate",
+    "output_modalities",
+    "prepare_inputs_for_generation",
+}
+_RUNNING = {"_sample", "_beam_search", "_assisted_decoding", "_prefill"}
+_RUNNING |= {"get_base_model", "get_decoder", "get_encoder"}
+_RUNNING |= {name for name in dir(GenerationMixin) if not name.startswith("_")} - _SAFE
+
+
+class BypassError(VariatorError, AttributeError):
+    """Something of the base's that does not go through the plugin; to `hasattr` it is not there."""
 
 
 class VariatorModel(nn.Module):
@@ -59,10 +79,7 @@ class VariatorModel(nn.Module):
             raise VariatorError(f"the base must be a loaded Hugging Face model, got {type(base).__name__}")
         self._architecture = architecture_of(self._host)
         blocks = self._architecture.blocks(self._host)
-        if getattr(self._host, "_variator_attached", False):
-            raise VariatorError(
-                "this base already has a VariatorModel or token pruning: use it, or unload() or remove() it first"
-            )
+        refuse_attached(self._host)
         self.signature = base_signature(self._host, len(blocks))
         self.base: Any = base
         self._plugins: dict[str, CompressionPlugin] = {}
@@ -78,9 +95,42 @@ class VariatorModel(nn.Module):
         self._was_training = base.training
         base.requires_grad_(False)
         base.eval()
-        self._host._variator_attached = True  # type: ignore[assignment]
-        self._handles = self._architecture.attach(self._host)
+        try:
+            self._attach()
+        except BaseException:
+            self._restore()
+            raise
+        self.train(self._was_training)
         self._default = "default" if config is not None else None
+
+    def _attach(self) -> None:
+        refuse_attached(self._host)
+        self._handles: list[Any] = self._architecture.attach(self._host)
+        try:
+            check_attachment(self._host, self._architecture, self.signature)
+        except BaseException:
+            self._detach()
+            raise
+
+    def _restore(self) -> None:
+        """Give the base its trainable parameters and its mode back."""
+        for parameter in self._unfrozen:
+            parameter.requires_grad_(True)
+        self.base.train(self._was_training)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        delattr(self._host, ATTACHED)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # for copy.deepcopy and pickle: hooks belong to their modules, the copy gets its own
+        return {**self.__dict__, "_handles": [], "_compiled_call_impl": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._attach()
 
     # --- plugins
 
@@ -229,19 +279,19 @@ class VariatorModel(nn.Module):
                 forcing); an int, or one per row (rows,), padding not counted. None: all tokens are prompt; a
                 single token after a cache is always dense. Not for encoders (T5, BERT), which compress all
                 of their tokens.
-            **kwargs: the base's further arguments (`past_key_values`, `labels`, ...).
+            **kwargs: the base's further arguments (a cache, `labels`, ...).
         """
         if prompt_length is not None:
             self.decoder_only("prompt_length", "all tokens of an encoder are compressed, leave it out")
-        plugin = self._active()
-        if plugin is None and not is_compressed(kwargs.get("past_key_values")):
+        plugin, cache = self._active(), self._give_cache(kwargs)
+        if plugin is None and not is_compressed(cache):
             return self.base(input_ids, attention_mask, **kwargs)
-        if self.training:
+        if self.training and cache is None:
             kwargs.setdefault("use_cache", False)
         session = Session(plugin, prompt_lengths(prompt_length), skip_unread=self.skip_unread)
         with scope(session):
             output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        self._remember(session)
+        self._finish(session, kwargs)
         return output
 
     @torch.no_grad()
@@ -277,7 +327,7 @@ class VariatorModel(nn.Module):
             return self._generate_after(context, return_context, kwargs)
         if return_context:
             raise VariatorError("return_context needs a context to go on from: see VariatorModel.compress")
-        plugin, cache = self._active(), kwargs.get("past_key_values")
+        plugin, cache = self._active(), self._give_cache(kwargs)
         if plugin is None and not is_compressed(cache):
             return self.base.generate(**kwargs)
         if self._architecture.decoder:
@@ -293,9 +343,9 @@ class VariatorModel(nn.Module):
         # generate compiles by itself with a static cache on a GPU, and would stop at every hook: see `compile`
         with scope(session):
             output = self.base.generate(**{"disable_compile": True, **kwargs})
+        self._finish(session, kwargs)
         if session.cache is not None:
             session.cache.ends_before_last_token = True  # type: ignore[attr-defined]
-        self._remember(session)
         return output
 
     def _generate_after(
@@ -311,13 +361,13 @@ class VariatorModel(nn.Module):
             raise VariatorError(
                 "the context belongs to another VariatorModel: save it and load it for this one"
             )
-        if kwargs.get("past_key_values") is not None:
-            raise VariatorError("give either context or past_key_values, not both")
+        if take_cache(kwargs) is not None:
+            raise VariatorError("give either a context or a cache, not both")
         after, question = context.behind(kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None))
         kwargs |= {
             "input_ids": after.input_ids,
             "attention_mask": after.attention_mask,
-            "past_key_values": after.cache,
+            cache_argument(self._host): after.cache,
         }
         with released_on_error(after.cache):
             check_prompt(self._host, {"input_ids": question})
@@ -404,7 +454,19 @@ class VariatorModel(nn.Module):
         if not self._architecture.decoder:
             raise VariatorError(f"{what} is for decoders, {type(self._host).__name__} is none: {reason}")
 
-    def _remember(self, session: Session) -> None:
+    def _give_cache(self, kwargs: dict[str, Any]) -> Any:
+        """The cache among a caller's arguments, which the base gets under the name that it knows."""
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[cache_argument(self._host)] = cache
+        return cache
+
+    def _finish(self, session: Session, kwargs: Mapping[str, Any]) -> None:
+        """After a call: raise if its passes bypassed the hooks, else remember what its cache holds."""
+        if kwargs.get("encoder_outputs") is None:
+            session.finish()
+        if session.plugin is not None and "cross" in session.plugin.config.sites and session.cross is None:
+            raise broken("the decoder did not read merged states")
         if session.cache is not None:
             self._report = KVCacheReport.of(session.cache)
 
@@ -508,21 +570,30 @@ class VariatorModel(nn.Module):
         """Detach every hook and give the base model back as it was; this object is of no use afterwards."""
         if self.is_decoder:
             self.uncompile()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._detach()
         if self._checkpointing:
             self._switch_checkpointing("disable")
-        del self._host._variator_attached
-        for parameter in self._unfrozen:
-            parameter.requires_grad_(True)
-        self.base.train(self._was_training)
+        self._restore()
         return self.base
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base", "_host", "_plugins"):  # not set yet: the base could not be loaded
+            if name in ("base", "_host", "_plugins", "_architecture"):  # not set yet: no base could be loaded
                 raise
-            return getattr(self.base, name)
+            found = getattr(self.base, name)
+            self._refuse_bypass(name, found)
+            return found
+
+    def _refuse_bypass(self, name: str, found: Any) -> None:
+        """Raise where something of the base's would run its layers without the plugin."""
+        runs = name in _RUNNING
+        if isinstance(found, nn.Module):
+            layers = self._architecture.blocks(self._host)
+            runs = any(module is layers for module in found.modules()) or any(found is one for one in layers)
+        if runs:
+            raise BypassError(
+                f"{name!r} would run the base's layers without the plugin: call the VariatorModel or its generate, "
+                f"or write .base.{name} for the base as it is"
+            )

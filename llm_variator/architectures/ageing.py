@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_variator.cache import CompressedLayer
+from llm_variator.cache.naming import cache_argument
 from llm_variator.cache.recent import Recent
 from llm_variator.config import VariatorConfig
 from llm_variator.groups import Grouping
@@ -72,7 +73,7 @@ def _entries(attention: Any, site: SiteLayers, old: Recent) -> tuple[Tensor, Ten
             hidden_states=merged,
             position_embeddings=old.ends(site.k),
             attention_mask=None,
-            past_key_values=catch,
+            **{cache_argument(attention): catch},
         )
     return catch.entries
 

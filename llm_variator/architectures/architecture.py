@@ -13,6 +13,8 @@ Last layer of a decoder: what nobody reads is left out, see `unread`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +28,12 @@ from llm_variator.architectures.attention import (
     hook_attention,
 )
 from llm_variator.architectures.ffn import hook_ffn
-from llm_variator.architectures.switch import HookSwitch
+from llm_variator.architectures.hook import ATTACHED, Hook, Mark, strip
+from llm_variator.architectures.passes import begin_answer, begin_encoding, begin_pass, end_pass
+from llm_variator.architectures.switch import HookSwitch, Hung
 from llm_variator.architectures.unread import hook_last_layer
+from llm_variator.cache.naming import cache_argument
 from llm_variator.errors import VariatorError
-from llm_variator.session import begin_answer, begin_encoding, begin_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,9 @@ class Architecture:
                     block.get_submodule(path)
                 except AttributeError:
                     raise VariatorError(f"{kind}: layer {index} has no {path!r}") from None
+            cache_argument(block.get_submodule(self.attention))
+        if self.decoder:
+            cache_argument(base)
         if not self.decoder and getattr(base.config, "is_decoder", False):
             raise VariatorError(f"{kind} with is_decoder=True is not supported: load it as an encoder")
         if getattr(base.config, "chunk_size_feed_forward", 0):
@@ -106,32 +113,63 @@ class Architecture:
 
     def attach(self, base: PreTrainedModel) -> list[Any]:
         """Put the hooks on every layer of `base`; calling `remove()` on each of the handles undoes it."""
-        handles: list[Any] = []
-        own: list[OwnAttentionFunction] = []
-        modules: list[nn.Module] = [base.base_model]
-        blocks = self.blocks(base)
+        strip(base)
+        count = len(self.blocks(base))
+        switch = HookSwitch(lambda: self._hang(base, count))
+        stack = self.stack(base)
+        begin = partial(begin_pass, cache_name=cache_argument(base)) if self.decoder else begin_encoding
+        starts = [stack.register_forward_pre_hook(Hook(switch.before(begin)), with_kwargs=True)]
+        if (reader := self.answering(base)) is not None:
+            answer = partial(begin_answer, cache_name=cache_argument(reader))
+            starts.append(reader.register_forward_pre_hook(Hook(answer), with_kwargs=True))
+        setattr(base, ATTACHED, Mark())
+        return [*starts, switch]
+
+    def _hang(self, base: PreTrainedModel, count: int) -> Hung:
+        """Hooks on the `count` layers that `base` has now.
+
+        Raises:
+            VariatorError: it has other modules than when the plugins were made.
+        """
+        self.check(base)
+        stack, blocks = self.stack(base), self.blocks(base)
+        if len(blocks) != count:
+            raise VariatorError(
+                f"the base has {len(blocks)} layers now and had {count} when it was wrapped: wrap it anew"
+            )
+        hung = Hung([stack.register_forward_hook(Hook(end_pass))], [], [])
+        links = dict.fromkeys(_links(base if self.decoder else base.base_model, self.reader))
+        links |= dict.fromkeys(_links(stack, self.layers))
         for index, block in enumerate(blocks):
+            links[blocks, str(index), block] = None
+            inner = (self.key, self.value, self.query, self.output)
+            paths = [self.ffn, self.ffn_end, self.attention, self.attention_end, self.norm]
+            for path in [*paths, *(f"{self.attention}.{own}" for own in inner if own)]:
+                links |= dict.fromkeys(_links(block, path))
             ffn, attention = block.get_submodule(self.ffn), block.get_submodule(self.attention)
-            modules += [block, ffn, attention]
-            handles += hook_ffn(ffn, block.get_submodule(self.ffn_end or self.ffn), index)
-            if not self.slides(base, index):
+            hung.handles.extend(hook_ffn(ffn, block.get_submodule(self.ffn_end or self.ffn), index))
+            slides, last = self.slides(base, index), self.decoder and index == count - 1
+            if not slides:
                 projections = [attention.get_submodule(path) for path in (self.key, self.value)]
                 end = block.get_submodule(self.attention_end or self.attention)
-                handles += hook_attention(attention, projections, end, index, causal=self.decoder)
-            last = self.decoder and index == len(blocks) - 1
-            if last or not self.slides(base, index):
-                own.append(OwnAttentionFunction(attention, ATTENTION_FUNCTION, attention_forward))
+                hung.handles.extend(hook_attention(attention, projections, end, index, causal=self.decoder))
+            if last or not slides:
+                hung.others.append(OwnAttentionFunction(attention, ATTENTION_FUNCTION, attention_forward))
             if last:
                 query, output = (attention.get_submodule(path) for path in (self.query, self.output))
                 norm = block.get_submodule(self.norm)
-                handles += hook_last_layer(block, norm, query, output, attention, index)
+                hung.handles.extend(hook_last_layer(block, norm, query, output, attention, index))
+        hung.links.extend(links)
+        return hung
 
-        switch = HookSwitch(handles, own, modules)
-        begin = switch.before(begin_pass if self.decoder else begin_encoding)
-        starts = [self.stack(base).register_forward_pre_hook(begin, with_kwargs=True)]
-        if (reader := self.answering(base)) is not None:
-            starts.append(reader.register_forward_pre_hook(begin_answer, with_kwargs=True))
-        return [*starts, *handles, *own]
+
+def _links(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, module) of every step from `module` along `path`."""
+    for name in filter(None, path.split(".")):
+        child = module.get_submodule(name)
+        if name in module._modules:  # a wrapper (FSDP) passes on what is inside
+            yield module, name, child
+        module = child
 
 
 def execution_device(block: nn.Module) -> torch.device:

@@ -22,13 +22,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llm_variator.architectures.ageing import age, remember
 from llm_variator.architectures.ffn import in_eights
+from llm_variator.architectures.hook import Hook
 from llm_variator.architectures.unread import at_the_end
 from llm_variator.attention import group_causal_attention, pooled_bias, visible
 from llm_variator.cache import CompressedLayer
+from llm_variator.cache.naming import cache_argument
 from llm_variator.config import VariatorConfig
 from llm_variator.groups import FILLER, Grouping, Slices
 from llm_variator.plugin import SiteLayers
-from llm_variator.session import Session, current
+from llm_variator.session import Pass, broken, current_pass
 
 ATTENTION_FUNCTION = "variator"  # the name under which transformers finds `attention_forward`
 
@@ -54,6 +56,12 @@ class _AttentionCall:
     hidden: Tensor | None = None
     entries: Tensor | None = None
     """Site "kv": input of the key and value projections."""
+    projected: int = 0
+    """Projections that began with `entries`, and those that ended with them."""
+    updated: bool = False
+    """Whether keys and values passed `update`."""
+    attended: bool = False
+    """Whether attention ran with them."""
     read: tuple[VariatorConfig, Tensor, tuple[Tensor, ...]] | None = None
     """What is kept of the pass where decoding compresses: the plugin's settings, inputs, positions of tokens."""
 
@@ -66,6 +74,7 @@ class _AttentionCall:
     def update(
         self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self.updated = True
         if self.grouping is None:
             out = self.cache.update(key, value, layer)
             self._remember()
@@ -106,13 +115,22 @@ class _AttentionCall:
         reach = reach if rows is None else reach[:, -rows:]
         return visible(torch.where(reach == FILLER, FILLER, reach + self.past), kept.columns)
 
-    def bias(self, full: Tensor, stash: dict[Any, Any]) -> Tensor:
+    def bias(self, full: Tensor, pooled: dict[Any, Tensor]) -> Tensor:
         """The position bias between queries and entries from the one between tokens, which all layers share."""
         assert self.grouping is not None
-        key = "bias", self.grouping, self.whole
-        if key not in stash:
-            stash[key] = pooled_bias(full, self.grouping, queries=self.whole)
-        return stash[key]
+        key = self.grouping, self.whole
+        if key not in pooled:
+            pooled[key] = pooled_bias(full, self.grouping, queries=self.whole)
+        return pooled[key]
+
+    def prove(self, layer: int, projections: int) -> None:
+        """When the layer's attention has ended: raise unless the model's code used what this stands for."""
+        if self.entries is not None and self.projected != 2 * projections:
+            raise broken(f"the key and value projections of layer {layer} did not run on merged vectors")
+        if not self.updated:
+            raise broken(f"the attention of layer {layer} did not hand its keys and values to its cache")
+        if not self.attended:
+            raise broken(f"layer {layer} attended without the library's attention function")
 
 
 def _compressed_layer(cache: Any, layer: int) -> CompressedLayer | None:
@@ -124,24 +142,25 @@ def hook_attention(
     attention: Any, projections: list[nn.Module], end: nn.Module, layer: int, *, causal: bool
 ) -> list[RemovableHandle]:
     """Hooks of one layer with its key and value `projections`; its output appears in `end`."""
+    name = cache_argument(attention)
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        session = current()
-        if session is None:
+        now = current_pass()
+        if now is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(name)
         held = _compressed_layer(cache, layer)
-        plugin = session.plugin
+        plugin, segment = now.plugin, now.segment
         whole = plugin.at("attention", layer) if plugin else None
         site = whole or (plugin.at("kv", layer) if plugin else None)
         if site is None and held is None:
             return None
-        if session.segment is None and held is None:
+        if segment is None and held is None:
             return None  # one token without a cache: plainly dense
         if "hidden_states" not in kwargs:
             args, kwargs = args[1:], {**kwargs, "hidden_states": args[0]}
         hidden = kwargs["hidden_states"]
-        grouping = session.segment.grouping(site.k if site else 1) if session.segment else None
+        grouping = segment.grouping(site.k if site else 1) if segment else None
         width = hidden.shape[1]
         if held is not None:
             age(module, held, site, plugin.config if plugin else None, grouping)
@@ -153,7 +172,6 @@ def hook_attention(
             call.read = plugin.config, hidden, kwargs["position_embeddings"]
         if site is not None and grouping is not None and grouping.has_groups:
             entries = grouping.compress(hidden, site.compressor)
-            session.merged += 1
             if whole:
                 kwargs["hidden_states"] = entries
                 if "position_embeddings" in kwargs:
@@ -164,39 +182,47 @@ def hook_attention(
                 call.entries = entries
         else:
             call.whole = False
-        session.stash["attention", layer] = call
-        return args, {**kwargs, "past_key_values": call}
+        now.attention[layer] = call
+        return args, {**kwargs, name: call}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        session = current()
-        call = session.stash.pop(("attention", layer), None) if session else None
-        if session is None or call is None or not call.whole or session.narrow is not None:
+        now = current_pass()
+        if now is None or (call := now.attention.pop(layer, None)) is None:
+            return None
+        call.prove(layer, len(projections))
+        now.attended += 1
+        if call.whole or call.entries is not None:
+            now.merged.append(("attention" if call.whole else "kv", layer))
+        if not call.whole or now.narrow is not None:
             return None
         states, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         states = call.grouping.restore(states, call.hidden, call.site.decompressor)
         return states if rest is None else (states, *rest)
 
     def before_projection(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        session = current()
-        call = session.stash.get(("attention", layer)) if session else None
-        return None if call is None or call.entries is None else (in_eights(call.entries),)
-
-    def after_projection(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        session = current()
-        call = session.stash.get(("attention", layer)) if session else None
+        now = current_pass()
+        call = now.attention.get(layer) if now else None
         if call is None or call.entries is None:
             return None
-        assert call.grouping is not None
+        call.projected += 1
+        return (in_eights(call.entries),)
+
+    def after_projection(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        now = current_pass()
+        call = now.attention.get(layer) if now else None
+        if call is None or call.entries is None:
+            return None
+        call.projected += 1
         return call.grouping.place(output[:, : call.entries.shape[1]])
 
     handles = [
-        attention.register_forward_pre_hook(before, with_kwargs=True),
-        end.register_forward_hook(after),
+        attention.register_forward_pre_hook(Hook(before), with_kwargs=True),
+        end.register_forward_hook(Hook(after)),
     ]
     for projection in projections:
         handles += [
-            projection.register_forward_pre_hook(before_projection),
-            projection.register_forward_hook(after_projection),
+            projection.register_forward_pre_hook(Hook(before_projection)),
+            projection.register_forward_hook(Hook(after_projection)),
         ]
     return handles
 
@@ -230,15 +256,15 @@ def attention_forward(
     query (b, H, queries, d), key and value (b, H_kv, entries, d) -> (b, queries, H, d) and weights or None.
     `attention_mask` is the model's, for tokens: entries have their own.
     """
-    session = current()
-    call = session.stash.get(("attention", module.layer_idx)) if session else None
-    if session is None or session.narrow is None:
-        return _attend(module, query, key, value, attention_mask, call, session, **kwargs)
-    rows, width = session.narrow, query.shape[2]
+    now = current_pass()
+    call = now.attention.get(module.layer_idx) if now else None
+    if now is None or now.narrow is None:
+        return _attend(module, query, key, value, attention_mask, call, now, **kwargs)
+    rows, width = now.narrow, query.shape[2]
     if call is None:
         attention_mask = _last_rows(attention_mask, rows, width, key)
     out, weights = _attend(
-        module, query[:, :, -rows:], key, value, attention_mask, call, session, rows=rows, **kwargs
+        module, query[:, :, -rows:], key, value, attention_mask, call, now, rows=rows, **kwargs
     )
     return at_the_end(out, width), weights
 
@@ -260,22 +286,25 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     call: _AttentionCall | None,
-    session: Session | None,
+    now: Pass | None,
     rows: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`attention_forward` of all queries, or of the last `rows`."""
     implementation = module.config.variator_stock._attn_implementation
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    eager = getattr(
+        sys.modules[type(module).__module__], "eager_attention_forward", ALL_ATTENTION_FUNCTIONS["sdpa"]
+    )
     stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    if session is None or call is None:
+    if now is None or call is None:
         return stock(module, query, key, value, attention_mask, **kwargs)
+    call.attended = True
     if (
         implementation == "flex_attention"
     ):  # its masks have a form of their own, and none means that all is seen
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if (bias := kwargs.get("position_bias")) is not None:
-        kwargs["position_bias"] = call.bias(bias, session.stash)
+        kwargs["position_bias"] = call.bias(bias, now.biases)
     if implementation != "eager" and call.causal and rows is None:
         if call.plain_causal:
             return stock(module, query, key, value, None, **kwargs)

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from llm_variator.session import current
+from llm_variator.architectures.hook import Hook
+from llm_variator.session import current_pass
 
 _WORTH_FILLING = 256  # entries from which rows of zeros behind them cost less than they bring
 
@@ -15,29 +16,29 @@ def hook_ffn(ffn: nn.Module, end: nn.Module, layer: int) -> list[RemovableHandle
     """Hooks of one layer; its output appears in `end`."""
 
     def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        session = current()
-        if session is None or session.segment is None or session.plugin is None:
+        now = current_pass()
+        if now is None or now.segment is None or now.plugin is None:
             return None
-        if session.narrow is not None:
+        if now.narrow is not None:
             return None  # the columns read are dense
-        if (site := session.plugin.at("ffn", layer)) is None:
+        if (site := now.plugin.at("ffn", layer)) is None:
             return None
-        grouping = session.segment.grouping(site.k)
+        grouping = now.segment.grouping(site.k)
         if not grouping.has_groups:
             return None
         entries = grouping.compress(args[0], site.compressor)
-        session.stash["ffn", layer] = site, grouping, args[0], entries.shape[1]
-        session.merged += 1
+        now.ffn[layer] = site, grouping, args[0], entries.shape[1]
         return (in_eights(entries),)
 
     def after(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
-        session = current()
-        if session is None or (kept := session.stash.pop(("ffn", layer), None)) is None:
+        now = current_pass()
+        if now is None or (kept := now.ffn.pop(layer, None)) is None:
             return None
         site, grouping, x, count = kept
+        now.merged.append(("ffn", layer))
         return grouping.restore(output[:, :count], x, site.decompressor)
 
-    return [ffn.register_forward_pre_hook(before), end.register_forward_hook(after)]
+    return [ffn.register_forward_pre_hook(Hook(before)), end.register_forward_hook(Hook(after))]
 
 
 def in_eights(entries: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llm_variator.session import Session, current
+from llm_variator.architectures.hook import Hook
+from llm_variator.session import Pass, current_pass
 
 _SITES = ("ffn", "kv", "attention")
 
@@ -27,49 +28,51 @@ def hook_last_layer(
     """Leave out what nobody reads of `block`, the last layer, with its first norm and its projections."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        session = current()
-        if session is None or session.reads is None or not args:
+        now = current_pass()
+        if now is None or now.reads is None or not args:
             return None
-        if not _only_dense_columns_read(session, args[0].shape[1], layer):
+        if not _only_dense_columns_read(now, args[0].shape[1], layer):
             return None
-        if not _masks_can_be_cut(attention, kwargs.get("attention_mask"), session.reads):
+        if not _masks_can_be_cut(attention, kwargs.get("attention_mask"), now.reads):
             return None
-        session.narrow = session.reads
-        session.stash["whole"] = args[0]
-        return (_last(args[0], session.narrow), *args[1:]), kwargs
+        now.narrow, now.narrowed, now.whole = now.reads, layer, args[0]
+        return (_last(args[0], now.narrow), *args[1:]), kwargs
 
     def before_norm(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        session = current()
-        return None if session is None or session.narrow is None else (session.stash.pop("whole"),)
+        now = current_pass()
+        if now is None or (whole := now.whole) is None:
+            return None
+        now.whole = None
+        return (whole,)
 
     def before_query(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        session = current()
-        if session is None or session.narrow is None:
+        now = current_pass()
+        if now is None or now.narrow is None:
             return None
-        session.stash["width"] = args[0].shape[1]
-        return (_last(args[0], session.narrow),)
+        now.query_width = args[0].shape[1]
+        return (_last(args[0], now.narrow),)
 
     def after_query(module: nn.Module, args: tuple[Tensor], result: Tensor) -> Tensor | None:
-        session = current()
-        if session is None or session.narrow is None:
+        now = current_pass()
+        if now is None or now.narrow is None:
             return None
-        return at_the_end(result, session.stash.pop("width"))
+        return at_the_end(result, now.query_width)
 
     def before_output(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        session = current()
-        return None if session is None or session.narrow is None else (_last(args[0], session.narrow),)
+        now = current_pass()
+        return None if now is None or now.narrow is None else (_last(args[0], now.narrow),)
 
     def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        if (session := current()) is not None:
-            session.narrow = None
+        if (now := current_pass()) is not None:
+            now.narrow = None
 
     return [
-        block.register_forward_pre_hook(before, with_kwargs=True),
-        block.register_forward_hook(after),
-        norm.register_forward_pre_hook(before_norm),
-        query.register_forward_pre_hook(before_query),
-        query.register_forward_hook(after_query),
-        output.register_forward_pre_hook(before_output),
+        block.register_forward_pre_hook(Hook(before), with_kwargs=True),
+        block.register_forward_hook(Hook(after)),
+        norm.register_forward_pre_hook(Hook(before_norm)),
+        query.register_forward_pre_hook(Hook(before_query)),
+        query.register_forward_hook(Hook(after_query)),
+        output.register_forward_pre_hook(Hook(before_output)),
     ]
 
 
@@ -85,9 +88,9 @@ def at_the_end(rows: Tensor, width: int) -> Tensor:
     return out
 
 
-def _only_dense_columns_read(session: Session, width: int, layer: int) -> bool:
+def _only_dense_columns_read(now: Pass, width: int, layer: int) -> bool:
     """Whether fewer columns than `width` are read, and this layer merges none of them."""
-    reads, segment, plugin = session.reads, session.segment, session.plugin
+    reads, segment, plugin = now.reads, now.segment, now.plugin
     if reads is None or segment is None or reads >= width:
         return False
     sites = [plugin.at(site, layer) for site in _SITES] if plugin else []

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from llm_variator.architectures import architecture_of
 from llm_variator.architectures.attention import OwnAttentionFunction
+from llm_variator.architectures.hook import ATTACHED, refuse_attached
 from llm_variator.errors import VariatorError
 from llm_variator.files import write_atomically
 
@@ -107,10 +108,7 @@ class TokenPruning:
             raise VariatorError(
                 f"token pruning is for encoders ({', '.join(FEED_FORWARD)}), not {model_type!r}"
             )
-        if getattr(host, "_variator_attached", False):
-            raise VariatorError(
-                "this model already has token pruning or a VariatorModel attached: remove() or unload() that first"
-            )
+        refuse_attached(host)
         self.keep = float(keep)
         self._host = host
         self._passing = _Passing()
@@ -123,7 +121,7 @@ class TokenPruning:
                 OwnAttentionFunction(attention, ATTENTION_FUNCTION, attention_with_probabilities)
             )
             self._hook(attention, first, last, index)
-        host._variator_attached = True
+        setattr(host, ATTACHED, True)
 
     def _hook(self, attention: nn.Module, first: nn.Module, last: nn.Module, layer: int) -> None:
         passing = self._passing
@@ -156,7 +154,7 @@ class TokenPruning:
     def remove(self) -> None:
         """Detach: the model computes all tokens again."""
         if self._handles:
-            del self._host._variator_attached
+            delattr(self._host, ATTACHED)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

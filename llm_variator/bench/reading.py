@@ -16,6 +16,7 @@ from llm_variator import cli
 from llm_variator.bench.setting import DENSE, Setting
 from llm_variator.bench.timing import Case, bar, timed
 from llm_variator.cache import CompressedLayer, KVCacheReport, adopt
+from llm_variator.cache.naming import cache_of
 from llm_variator.errors import VariatorError
 from llm_variator.groups import Segment
 from llm_variator.operations import EncoderShape, Stack, encoding, prefill
@@ -53,7 +54,7 @@ def prefill_rows(setting: Setting) -> list[dict[str, Any]]:
                     row["of_bound"] = row["bound"] / row["of_dense"]
                     if model.is_decoder:
                         with setting.using(name)():
-                            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+                            cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
                         row["kv_mib"] = KVCacheReport.of(cache).bytes / 2**20
                     rows.append(row)
     return rows + (_peers(setting) if args.elsewhere else [])
@@ -126,7 +127,7 @@ def decode_rows(setting: Setting) -> list[dict[str, Any]]:
 def _steps(setting: Setting, name: str, token: Tensor, cache: DynamicCache, steps: int) -> Case:
     def run(_: object) -> None:
         for _step in range(steps):
-            setting.model(token, past_key_values=cache, use_cache=True)
+            setting.model(token, cache=cache, use_cache=True)
 
     return Case(run, inside=setting.using(name))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llm_variator.architectures.hook import ATTACHED
 from llm_variator.bench.setting import Setting
 from llm_variator.bench.timing import Case, Spread, bar, timed
 
@@ -58,12 +59,12 @@ def _attached_or_not(setting: Setting, tokens: int, advance: Any) -> dict[str, l
     passes = max(1, _TOKENS_TIMED // tokens)
 
     def detach() -> None:
-        if setting.base.__dict__.get("_variator_attached", False):
+        if setting.base.__dict__.get(ATTACHED, False):
             setting.model.unload()
         call(input_ids=ids, **options)
 
     def attach() -> None:
-        if not setting.base.__dict__.get("_variator_attached", False):
+        if not setting.base.__dict__.get(ATTACHED, False):
             setting.attach()
         call(input_ids=ids, **options)
 

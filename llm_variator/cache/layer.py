@@ -31,6 +31,8 @@ class CompressedLayer(DynamicLayer):
         self.tokens = self.store.get_seq_length()
         self.has_fillers = False
         self.recent: Recent | None = None
+        self.aged = 0
+        """Entries that merging generated tokens has taken away."""
         # of the first entries; the dense ones after them follow from `tokens`
         self._columns: Tensor | None = None
 
@@ -123,6 +125,7 @@ class CompressedLayer(DynamicLayer):
         truncate(self.store, start)
         self.store.update(keys, values)
         self.recent = self.recent.last(known - old)
+        self.aged += old - old // k
 
     def hide(self, mask: Tensor) -> None:
         """Make entries invisible whose token (rows, tokens) is not in `mask`; for tokens behind the end of a row."""
@@ -147,7 +150,7 @@ class CompressedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything; tensors that others share are left alone."""
         self.store = DynamicLayer()
-        self.tokens, self._columns, self.has_fillers, self.recent = 0, None, False, None
+        self.tokens, self._columns, self.has_fillers, self.recent, self.aged = 0, None, False, None, 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows, for beam search."""

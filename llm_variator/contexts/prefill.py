@@ -132,12 +132,14 @@ def _read(
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     padded = not bool(mask.all())
     for part in passes(n, head=head, tail=tail, step=step, chunk=chunk or n):
-        with scope(Session(plugin, edges=(part.head, part.tail))):
+        with scope(Session(plugin, edges=(part.head, part.tail))) as session:
             base(
                 input_ids=ids[:, part.start : part.end],
                 attention_mask=mask[:, : past + part.end] if padded else None,
                 position_ids=positions[:, past + part.start : past + part.end],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
+        assert session is not None
+        session.finish()

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
+from llm_variator.cache.naming import cache_of
 from llm_variator.corpora import EMBEDDED, read_windows, spread
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import frontier, harness, sensitivity, task
@@ -153,7 +154,7 @@ def score_continuation(
 @torch.inference_mode()
 def _kv_share(model: VariatorModel, prompt: Tensor) -> float:
     prompt = prompt.to(device=model.device, dtype=torch.long)
-    report = model.kv_cache_report(model(prompt, use_cache=True, logits_to_keep=1).past_key_values)
+    report = model.kv_cache_report(cache_of(model(prompt, use_cache=True, logits_to_keep=1)))
     return report.bytes / report.dense_bytes
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from llm_variator.architectures import architecture_of
+from llm_variator.cache.naming import cache_argument
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.conditions import Dense, Prompt, read_with
 from llm_variator.groups import Split, split
@@ -158,7 +159,7 @@ class _Skipping:
             key = attention.k_norm(key)
         key, value = key.transpose(1, 2), attention.v_proj(normed).view(heads).transpose(1, 2)
         key = self.rotate(key, key, *(skipped for _, skipped in angles))[1]
-        kwargs["past_key_values"].update(key, value, layer)
+        kwargs[cache_argument(block)].update(key, value, layer)
         own = tuple(kept for kept, _ in angles)
         return (hidden, *rest), {**kwargs, "attention_mask": self.mask, "position_embeddings": own}
 

@@ -123,15 +123,15 @@ def mean_merge(k: int, head: int, tail: int) -> VariatorConfig:
 def read_with(model: VariatorModel, ids: Tensor, **kwargs: Any) -> Prompt:
     """One forward pass over `ids` (rows, n), by default with positions 0 to n - 1, into a new cache."""
     cache = DynamicCache(config=model.config)
-    output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs)
-    return Prompt(output.past_key_values, output.logits[:, -1], ids.shape[1])
+    output = model(ids, cache=cache, use_cache=True, logits_to_keep=1, **kwargs)
+    return Prompt(cache, output.logits[:, -1], ids.shape[1])
 
 
 def follow(model: VariatorModel, prompt: Prompt, ids: Tensor) -> Tensor:
     """Read `ids` (rows, t) densely after `prompt`, which grows by them: logits (rows, t, vocabulary)."""
     positions = torch.arange(prompt.tokens, prompt.tokens + ids.shape[1], device=ids.device)
     with model.disable_plugin():
-        output = model(ids, past_key_values=prompt.cache, use_cache=True, position_ids=positions[None])
+        output = model(ids, cache=prompt.cache, use_cache=True, position_ids=positions[None])
     prompt.tokens += ids.shape[1]
     prompt.logits = output.logits[:, -1]
     logits: Tensor = output.logits

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from llm_variator.cache.naming import cache_of
 from llm_variator.compare import DENSE
 from llm_variator.corpora import EMBEDDED, read_windows
 from llm_variator.errors import VariatorError
@@ -274,7 +275,7 @@ def measure_prefill(
                 if turn:
                     times[label].append(time.perf_counter() - begun)
                 elif not seq2seq:
-                    held[label] = model.kv_cache_report(output.past_key_values).bytes
+                    held[label] = model.kv_cache_report(cache_of(output)).bytes
             del output
     seconds = {label: statistics.median(own) for label, own in times.items()}
     return Prefill(prompt.shape[1], seconds, None if seq2seq else held)

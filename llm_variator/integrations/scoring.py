@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from llm_variator.cache import fork
+from llm_variator.cache.naming import cache_of
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
 
@@ -144,7 +145,7 @@ def _score_decoder(
             inputs,
             attention_mask=torch.cat((mask[rows], valid), dim=1),
             position_ids=lengths[rows, None] + places,
-            past_key_values=_rows_of(output.past_key_values, rows),
+            cache=_rows_of(cache_of(output), rows),
             prompt_length=0,
             use_cache=True,
         ).logits

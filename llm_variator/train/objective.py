@@ -95,7 +95,7 @@ def forward_arguments(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 def stacks_of(model: Any) -> list[nn.Module]:
     """The modules whose last hidden states are compared: T5's encoder and decoder, or the one stack."""
-    host = getattr(model, "host", model)
+    host = getattr(model, "host", getattr(model, "base", model))
     host = host.get_base_model() if hasattr(host, "get_base_model") else host
     if host.config.is_encoder_decoder:
         return [host.get_encoder(), host.get_decoder()]

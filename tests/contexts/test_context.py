@@ -239,7 +239,7 @@ def test_text_and_messages():
         ),
         (
             lambda m, c: m.generate([4], context=c, past_key_values=DynamicCache()),
-            "either context or past_key",
+            "either a context or a cache",
         ),
         (lambda m, c: m.generate(prompts(4)[0], return_context=True), "needs a context"),
         (lambda m, c: m.generate([4], context=c, num_beams=2, return_context=True), "not work with beams"),

@@ -49,9 +49,9 @@ def decode(model: VariatorModel, args: argparse.Namespace) -> Figures:
 def _continued(model: VariatorModel, text: Tensor, prompt: int) -> tuple[float, DynamicCache]:
     """Mean nats of the tokens behind the prompt, each read on its own."""
     cache = DynamicCache(config=model.config)
-    logits = model(text[:, :prompt], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    logits = model(text[:, :prompt], cache=cache, logits_to_keep=1).logits[:, -1]
     total = 0.0
     for place in range(prompt, text.shape[1] - 1):
         total += float(F.cross_entropy(logits.float(), text[:, place]))
-        logits = model(text[:, place : place + 1], past_key_values=cache).logits[:, -1]
+        logits = model(text[:, place : place + 1], cache=cache).logits[:, -1]
     return total / (text.shape[1] - 1 - prompt), cache

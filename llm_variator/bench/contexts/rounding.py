@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llm_variator.bench.contexts.setting import Figures, build_model, compressed_layers, stretches
+from llm_variator.cache.naming import cache_argument
 from llm_variator.cache.stores import whole
 from llm_variator.config import VariatorConfig
 from llm_variator.model import VariatorModel
@@ -79,7 +80,7 @@ def _read(
 def _dense(model: VariatorModel, row: list[int], chunk: int) -> list[Tensor]:
     cache = DynamicCache(config=model.config)
     for part in torch.tensor([row], device=model.device).split(chunk, dim=1):
-        model.base(part, past_key_values=cache, logits_to_keep=1)
+        model.base(part, logits_to_keep=1, **{cache_argument(model.base): cache})
     return [tensor for layer in cache.layers for tensor in whole(layer)]  # type: ignore[arg-type]
 
 
