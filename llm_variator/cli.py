@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from transformers.utils.logging import disable_progress_bar
 
 from llm_variator.config import QUANTISATIONS, VariatorConfig
 from llm_variator.errors import VariatorError
@@ -331,6 +332,8 @@ def _as_tokens(action: argparse.Action, value: Any) -> list[str]:
 
 def run(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a command line and end the process: 0, 2 after a VariatorError (one line), 130 when interrupted."""
+    if not sys.stderr.isatty():  # a file would keep every update of a bar
+        disable_progress_bar()
     try:
         main(None)
     except VariatorError as error:

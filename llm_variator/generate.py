@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from llm_variator.aliases import ALIASES
 from llm_variator.cli import (
@@ -46,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     plugins = parse_plugins(args.plugin)
     _check_flags(args, plugins)
     prompt = read_prompt(args.prompt, args.prompt_file)
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     model = VariatorModel(_load(args))
     model.decoder_only("this command", "T5's generate is at hand in Python, through VariatorModel")

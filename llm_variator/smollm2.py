@@ -8,6 +8,7 @@ set `VARIATOR_CACHE` to keep it elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -15,6 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from llm_variator.errors import VariatorError
 
@@ -76,11 +79,24 @@ def _convert(gguf: Path, folder: Path) -> None:
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, **options, dtype=torch.float32, trust_remote_code=False
-    )
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, **options, dtype=torch.float32, trust_remote_code=False
+        )
+        model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without transformers' bars inside the block: for what takes seconds."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def cache_dir() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,10 @@ from llm_variator.loading.names import (
     source_of,
 )
 from llm_variator.loading.quantisation import keep_differentiable, quantisation_config, quantise
+from llm_variator.smollm2 import no_progress_bars
 
 # From so many parameters on, random weights repeat one block of numbers, of prime length so that no two rows are equal.
+# Files of so many bytes load in seconds.
 _LARGE = 10**9
 _BLOCK = 16_777_259
 
@@ -126,7 +129,8 @@ def _pretrained(
     if quantize is not None or not isinstance(place, torch.device):
         options["device_map"] = {"": place} if isinstance(place, torch.device) else place
     try:
-        with torch.random.fork_rng(devices=[]):
+        bars = no_progress_bars if _loads_in_seconds(source) else contextlib.nullcontext
+        with torch.random.fork_rng(devices=[]), bars():
             torch.manual_seed(seed)
             model, info = auto.from_pretrained(
                 str(source),
@@ -149,6 +153,11 @@ def _pretrained(
             f"the checkpoint is incomplete or belongs to another architecture"
         )
     return model
+
+
+def _loads_in_seconds(source: Path | str) -> bool:
+    folder = Path(source)
+    return folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _LARGE
 
 
 def _with_adapter(name: str, dtype: torch.dtype | None, num_labels: int | None, seed: int) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from llm_variator.errors import VariatorError
 from llm_variator.train.distributed import (
@@ -33,6 +35,14 @@ from llm_variator.train.objective import Objective
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STATE_FILE = "trainer_state.json"  # the last file the Trainer writes into a checkpoint
+_UNSHOWN = {
+    "epoch",
+    "total_flos",
+    "train_loss",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+}
 _CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", _STATE_FILE)
 
 
@@ -69,6 +79,8 @@ class VariatorTrainer(Trainer):
         # The Trainer wants a dataset to evaluate on; the judge brings its own.
         clock = _Clock()
         super().__init__(learner.model, args, collate, stream, eval_dataset=[None], callbacks=[clock])
+        if self.pop_callback(ProgressCallback) is not None:  # the Trainer has none with disable_tqdm
+            self.add_callback(_Progress())
         self.step_seconds = clock.seconds
         """Wall time of every step of this process, without evaluations and checkpoints."""
         self.model_accepts_loss_kwargs = False  # compute_loss gives a mean per micro-batch
@@ -153,6 +165,23 @@ class VariatorTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._learner.load(Path(self.state.best_model_checkpoint))
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's progress bar, with figures as a person reads them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        bar: Any = self.training_bar
+        if bar is not None and not sys.stderr.isatty():
+            bar.mininterval = bar.maxinterval  # seconds: a file keeps every update
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        figures = {name.removeprefix("eval_"): value for name, value in logs.items() if name not in _UNSHOWN}
+        bar: Any = self.training_bar
+        if bar is not None and figures:
+            words = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()]
+            bar.write(f"step {state.global_step:>4}: {', '.join(words)}")
 
 
 class _Clock(TrainerCallback):
