@@ -21,7 +21,7 @@ from typing import Any
 
 from llm_variator.results import write_result
 
-DECISIVE = "accelerate bitsandbytes datasets huggingface_hub lm_eval numpy peft safetensors tokenizers torch transformers"
+DECISIVE = "accelerate datasets huggingface_hub lm_eval numpy peft safetensors tokenizers torch transformers"
 _ASK = "import json, sys, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
 
 

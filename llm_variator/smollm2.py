@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
@@ -79,7 +80,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with no_progress_bars():
+    with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):  # one bar asks nobody
         model = AutoModelForCausalLM.from_pretrained(
             **source, **options, dtype=torch.float32, trust_remote_code=False
         )
