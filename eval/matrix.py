@@ -19,7 +19,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from llm_variator.results import write_result
+from llm_variator.measures.results import write_result
 
 DECISIVE = "accelerate datasets huggingface_hub lm_eval numpy peft safetensors tokenizers torch transformers"
 _ASK = "import json, sys, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"

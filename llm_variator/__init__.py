@@ -1,8 +1,8 @@
 """Plug-and-play compression plugins that make frozen language models cheaper on long inputs."""
 
-from llm_variator.cache import KVPool, PoolExhaustedError
 from llm_variator.config import VariatorConfig
-from llm_variator.contexts import CompressedContext
+from llm_variator.engine.cache import KVPool, PoolExhaustedError
+from llm_variator.engine.contexts import CompressedContext
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
 

@@ -23,9 +23,7 @@ from llm_variator import cli
 from llm_variator.baselines import make_student
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
-from llm_variator.loading import load_model, plugin_folder
-from llm_variator.model import VariatorModel
-from llm_variator.operations import (
+from llm_variator.measures.operations import (
     Cost,
     EncoderShape,
     Stack,
@@ -35,7 +33,9 @@ from llm_variator.operations import (
     parameters,
     prefill,
 )
-from llm_variator.results import write_result
+from llm_variator.measures.results import write_result
+from llm_variator.model import VariatorModel
+from llm_variator.sources.models import load_model, plugin_folder
 
 # Table 1 of the paper, 512 tokens: parameters and operations in per cent of the original's
 PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = {

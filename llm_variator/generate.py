@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from llm_variator.aliases import ALIASES
 from llm_variator.cli import (
     Parser,
     add_quantize_flag,
@@ -31,11 +30,12 @@ from llm_variator.cli import (
     positive_int,
     run,
 )
-from llm_variator.compare import DENSE, Generation, compare, generate, print_comparison
 from llm_variator.errors import VariatorError
-from llm_variator.loading import load_model, load_tokenizer, shipped_plugins
+from llm_variator.measures.compare import DENSE, Generation, compare, generate, print_comparison
+from llm_variator.measures.results import peak_memory_gib, write_result
 from llm_variator.model import VariatorModel
-from llm_variator.results import peak_memory_gib, write_result
+from llm_variator.sources.models import load_model, load_tokenizer, shipped_plugins
+from llm_variator.sources.models.aliases import ALIASES
 
 
 def main(argv: Sequence[str] | None = None) -> None:

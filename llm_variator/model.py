@@ -17,25 +17,31 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llm_variator.architectures import architecture_of
-from llm_variator.architectures.architecture import execution_device
-from llm_variator.architectures.hook import ATTACHED, refuse_attached
-from llm_variator.architectures.selfcheck import check_attachment
-from llm_variator.cache import CompressedLayer, KVCacheReport, is_compressed, release, released_on_error
-from llm_variator.cache.naming import cache_argument, take_cache
-from llm_variator.cache.paging import KVPool, PagedStore
-from llm_variator.compiled import CompiledStack
 from llm_variator.config import CONFIG_FILE, VariatorConfig
-from llm_variator.contexts import CompressedContext
-from llm_variator.contexts.fingerprints import plugin_fingerprint
-from llm_variator.contexts.inputs import chats, encode, prompt_lengths
-from llm_variator.contexts.prefill import read
+from llm_variator.engine.cache import (
+    CompressedLayer,
+    KVCacheReport,
+    is_compressed,
+    release,
+    released_on_error,
+)
+from llm_variator.engine.cache.naming import cache_argument, take_cache
+from llm_variator.engine.cache.paging import KVPool, PagedStore
+from llm_variator.engine.contexts import CompressedContext
+from llm_variator.engine.contexts.fingerprints import plugin_fingerprint
+from llm_variator.engine.contexts.inputs import chats, encode, prompt_lengths
+from llm_variator.engine.contexts.prefill import read
+from llm_variator.engine.hooks import architecture_of
+from llm_variator.engine.hooks.architecture import execution_device
+from llm_variator.engine.hooks.compiled import CompiledStack
+from llm_variator.engine.hooks.hook import ATTACHED, refuse_attached
+from llm_variator.engine.hooks.selfcheck import check_attachment
+from llm_variator.engine.plugin import CompressionPlugin, attachment, base_signature, warn_if_other_weights
+from llm_variator.engine.prompts import check_generation, check_prompt, pad_prompt, read_ahead, setting
+from llm_variator.engine.session import Session, broken, current, scope
 from llm_variator.errors import VariatorError
-from llm_variator.generation import check_generation, check_prompt, pad_prompt, read_ahead, setting
-from llm_variator.loading import load_model, plugin_folder
-from llm_variator.loading.hub import upload
-from llm_variator.plugin import CompressionPlugin, attachment, base_signature, warn_if_other_weights
-from llm_variator.session import Session, broken, current, scope
+from llm_variator.sources.models import load_model, plugin_folder
+from llm_variator.sources.models.hub import upload
 
 # Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
 _scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
@@ -87,7 +93,7 @@ class VariatorModel(nn.Module):
         self._report: KVCacheReport | None = None
         self._checkpointing = False
         self.skip_unread = True
-        """Leave out what nobody reads of a decoder's last layer: see `architectures.unread`."""
+        """Leave out what nobody reads of a decoder's last layer: see `engine.hooks.unread`."""
         if config is not None:
             self.add_plugin("default", config)
 

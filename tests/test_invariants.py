@@ -10,7 +10,7 @@ import torch
 from conftest import make_decoder, make_variator, pad, prompts, randomise
 
 from llm_variator import VariatorConfig, VariatorModel
-from llm_variator.architectures import ffn
+from llm_variator.engine.hooks import ffn
 
 CONFIGS = {
     "ffn": VariatorConfig(k=2, sites=("ffn",), r=5),

@@ -11,7 +11,7 @@ import pytest
 
 from llm_variator import VariatorConfig, cli
 from llm_variator.config import BaseSignature
-from llm_variator.loading import load_config
+from llm_variator.sources.models import load_config
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(

@@ -7,8 +7,8 @@ import torch
 from conftest import pad, randomise
 
 from llm_variator import CompressedContext, KVPool, VariatorConfig, VariatorModel
-from llm_variator.corpora import EMBEDDED, read_windows, spread
-from llm_variator.loading import shipped_plugins
+from llm_variator.sources.corpora import EMBEDDED, read_windows, spread
+from llm_variator.sources.models import shipped_plugins
 
 TEXTS = [
     "The capital of France is",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from conftest import make_decoder
 
-from llm_variator.loading import byte_tokenizer
+from llm_variator.sources.models import byte_tokenizer
 
 SHORT = {
     "--seq-length": 24,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_variator.tasks import TASKS, Task
+from llm_variator.sources.tasks import TASKS, Task
 
 LINES = ("the red boat sails past a grey island", "while seven birds sing about warm summer rain")
 WORDS = [word for line in LINES for word in line.split()]

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_variator.architectures import architecture_of
-from llm_variator.groups import split
+from llm_variator.engine.groups import split
+from llm_variator.engine.hooks import architecture_of
 from llm_variator.model import VariatorModel
 
 TOLERANCE = 0.2

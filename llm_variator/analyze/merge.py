@@ -20,14 +20,14 @@ from llm_variator.analyze.activations import mean, read
 from llm_variator.analyze.observe import Observer, drift
 from llm_variator.analyze.suffering import suffering, token_losses
 from llm_variator.config import VariatorConfig
-from llm_variator.corpora import read_windows, spread
+from llm_variator.engine.groups import split
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.probe import open_probe
 from llm_variator.evaluate.sensitivity import WORK, measure_layers
-from llm_variator.groups import split
-from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.results import write_result
+from llm_variator.sources.corpora import read_windows, spread
+from llm_variator.sources.models import load_model, load_tokenizer
 
 NAME = "plugin"
 

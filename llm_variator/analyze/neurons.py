@@ -32,11 +32,11 @@ from llm_variator.analyze.activations import (
 from llm_variator.analyze.sets import SetCounts, count_sets
 from llm_variator.analyze.trained import add_training_flags, trained_plugin
 from llm_variator.config import VariatorConfig
-from llm_variator.corpora import read_windows, spread
 from llm_variator.errors import VariatorError
-from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.results import write_result
+from llm_variator.sources.corpora import read_windows, spread
+from llm_variator.sources.models import load_model, load_tokenizer
 
 DENSE = "1"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator.analyze.activations import read
-from llm_variator.architectures import architecture_of
+from llm_variator.engine.hooks import architecture_of
 from llm_variator.model import VariatorModel
 
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from llm_variator import cli
-from llm_variator.corpora import EMBEDDED
+from llm_variator.sources.corpora import EMBEDDED
 from llm_variator.train.__main__ import RESULT_FILE
 from llm_variator.train.__main__ import main as train
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from llm_variator.architectures import architecture_of
-from llm_variator.architectures.attention import OwnAttentionFunction
-from llm_variator.architectures.hook import ATTACHED, refuse_attached
+from llm_variator.engine.files import write_atomically
+from llm_variator.engine.hooks import architecture_of
+from llm_variator.engine.hooks.attention import OwnAttentionFunction
+from llm_variator.engine.hooks.hook import ATTACHED, refuse_attached
 from llm_variator.errors import VariatorError
-from llm_variator.files import write_atomically
 
 LTP_FILE = "ltp.json"
 FORMAT_VERSION = 1

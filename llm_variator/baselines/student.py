@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_variator.architectures import architecture_of
+from llm_variator.engine.hooks import architecture_of
 from llm_variator.errors import VariatorError
 
 PAPER_FFN = 0.25

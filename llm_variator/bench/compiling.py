@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llm_variator import cli
 from llm_variator.bench.setting import DENSE, Setting
-from llm_variator.bench.timing import Case, Spread, bar, ratio
-from llm_variator.compiled import DECODE, PREFILL
+from llm_variator.engine.hooks.compiled import DECODE, PREFILL
+from llm_variator.measures.timing import Case, Spread, bar, ratio
 
 NOTE = (
     "prefill: time to generate one token; decode: time of each further one. of eager: median over the repetitions of "

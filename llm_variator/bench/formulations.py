@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_variator.architectures import architecture_of
 from llm_variator.bench.setting import DENSE, Setting
-from llm_variator.bench.timing import Case, bar, ratio, timed
-from llm_variator.layers import HiddenCompressor, HiddenDecompressor
-from llm_variator.operations import EncoderShape, Stack
+from llm_variator.engine.hooks import architecture_of
+from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.measures.operations import EncoderShape, Stack
+from llm_variator.measures.timing import Case, bar, ratio, timed
 
 NOTE = (
     "One FFN at the model's width, a prompt of whole groups. of dense: over the dense FFN's time in the same "

@@ -14,14 +14,14 @@ from transformers import DynamicCache
 
 from llm_variator import cli
 from llm_variator.bench.setting import DENSE, Setting
-from llm_variator.bench.timing import Case, bar, timed
-from llm_variator.cache import CompressedLayer, KVCacheReport, adopt
-from llm_variator.cache.naming import cache_of
+from llm_variator.engine.cache import CompressedLayer, KVCacheReport, adopt
+from llm_variator.engine.cache.naming import cache_of
+from llm_variator.engine.groups import Segment
+from llm_variator.engine.plugin import weights_digest
+from llm_variator.engine.session import Session, scope
 from llm_variator.errors import VariatorError
-from llm_variator.groups import Segment
-from llm_variator.operations import EncoderShape, Stack, encoding, prefill
-from llm_variator.plugin import weights_digest
-from llm_variator.session import Session, scope
+from llm_variator.measures.operations import EncoderShape, Stack, encoding, prefill
+from llm_variator.measures.timing import Case, bar, timed
 
 PREFILL_NOTE = (
     "of dense: median over the repetitions of time over the dense time of the same repetition, with quartiles; "

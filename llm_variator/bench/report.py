@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.files import write_atomically
-from llm_variator.results import write_result
+from llm_variator.measures.results import write_result
 
 Row = Mapping[str, Any]
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator import cli
-from llm_variator.architectures import architecture_of
-from llm_variator.bench.timing import CLOCKS, Case, interleaved
 from llm_variator.config import VariatorConfig
+from llm_variator.engine.hooks import architecture_of
 from llm_variator.errors import VariatorError
-from llm_variator.loading import load_model
+from llm_variator.measures.timing import CLOCKS, Case, interleaved
 from llm_variator.model import VariatorModel
+from llm_variator.sources.models import load_model
 
 DENSE = "dense"
 _RANDOM_SCALE = 0.02

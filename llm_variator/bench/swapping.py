@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from llm_variator.architectures.hook import ATTACHED
 from llm_variator.bench.setting import Setting
-from llm_variator.bench.timing import Case, Spread, bar, timed
+from llm_variator.engine.hooks.hook import ATTACHED
+from llm_variator.measures.timing import Case, Spread, bar, timed
 
 BARE, OFF = "base without plugins", "plugins attached, off"
 _SWAPS = 1000

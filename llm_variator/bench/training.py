@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator.bench.setting import Setting
-from llm_variator.bench.timing import Case, Spread, bar, ratio
 from llm_variator.errors import VariatorError
-from llm_variator.loading import load_config, load_model
+from llm_variator.measures.timing import Case, Spread, bar, ratio
+from llm_variator.sources.models import load_config, load_model
 from llm_variator.train.learners import PluginLearner
 from llm_variator.train.objective import Objective
 

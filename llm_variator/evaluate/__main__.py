@@ -14,14 +14,14 @@ from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
-from llm_variator.cache.naming import cache_of
-from llm_variator.corpora import EMBEDDED, read_windows, spread
+from llm_variator.engine.cache.naming import cache_of
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import frontier, harness, sensitivity, task
-from llm_variator.loading import load_model, load_tokenizer
-from llm_variator.metrics import continuation_cross_entropy, reference_conditions
+from llm_variator.measures.metrics import continuation_cross_entropy, reference_conditions
+from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.results import write_result
+from llm_variator.sources.corpora import EMBEDDED, read_windows, spread
+from llm_variator.sources.models import load_model, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from llm_variator.architectures import architecture_of
-from llm_variator.cache.naming import cache_argument
+from llm_variator.engine.cache.naming import cache_argument
+from llm_variator.engine.groups import Split, split
+from llm_variator.engine.hooks import architecture_of
 from llm_variator.errors import VariatorError
-from llm_variator.evaluate.conditions import Dense, Prompt, read_with
-from llm_variator.groups import Split, split
+from llm_variator.measures.conditions import Dense, Prompt, read_with
+from llm_variator.measures.operations import Cost, Stack, prefill
 from llm_variator.model import VariatorModel
-from llm_variator.operations import Cost, Stack, prefill
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.evaluate.quality import Answers, Continuation
 from llm_variator.evaluate.questions import ANSWER_TOKENS
-from llm_variator.evaluate.store import digest
-from llm_variator.files import write_atomically
+from llm_variator.measures.quality import Answers, Continuation
+from llm_variator.measures.store import digest
 from llm_variator.model import VariatorModel
 
 

@@ -17,21 +17,21 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_variator import cli
 from llm_variator.config import WEIGHTS_FILE
-from llm_variator.corpora import cut_windows, read_windows, spread, tokenize
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import alternatives, questions
-from llm_variator.evaluate.conditions import Condition, Dense, NoContext, Plugin, mean_merge
 from llm_variator.evaluate.exchange import Elsewhere, export, read_elsewhere
-from llm_variator.evaluate.quality import Answers, Continuation, answer, continue_windows, time_reading
 from llm_variator.evaluate.rows import AnswerRow, TextRow, answer_row, text_row
 from llm_variator.evaluate.show import markdown, plot, print_tables
-from llm_variator.evaluate.store import Store, source_digest
-from llm_variator.files import write_atomically
-from llm_variator.loading import load_model, load_tokenizer, plugin_folder
+from llm_variator.measures.conditions import Condition, Dense, NoContext, Plugin, mean_merge
+from llm_variator.measures.operations import Stack
+from llm_variator.measures.quality import Answers, Continuation, answer, continue_windows, time_reading
+from llm_variator.measures.results import scrub_paths, write_result
+from llm_variator.measures.store import Store
 from llm_variator.model import VariatorModel
-from llm_variator.operations import Stack
-from llm_variator.results import scrub_paths, versions, write_result
-from llm_variator.tasks import Example
+from llm_variator.sources.corpora import cut_windows, read_windows, spread, tokenize
+from llm_variator.sources.models import load_model, load_tokenizer, plugin_folder
+from llm_variator.sources.tasks import Example
 
 WORK = Path("runs/frontier")
 _log = Console(stderr=True, highlight=False)
@@ -122,13 +122,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     model.eval()
     model.decoder_only("frontier", "it measures what follows a prompt")
     conditions = gather(model, args)
-    settings = {
-        "model": dataclasses.asdict(model.signature),
-        "dtype": str(model.dtype),
-        "device": args.device,
-    }
-    settings |= {"versions": versions(), "source": source_digest()}
-    store = Store(None if args.fresh else args.work, args.work, settings)
+    store = Store.of(model, None if args.fresh else args.work, args.work)
 
     measured = [_measure_text(model, conditions, text, args, store) for text in texts]
     answers = _measure_answers(model, conditions, quiz, store) if quiz else {}

@@ -17,10 +17,10 @@ from typing import Any
 import huggingface_hub.constants
 
 from llm_variator import cli
-from llm_variator.corpora import DATA_DIR_VARIABLE, data_folder
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import table
-from llm_variator.loading import hub_reachable, load_config
+from llm_variator.sources.corpora import DATA_DIR_VARIABLE, data_folder
+from llm_variator.sources.models import hub_reachable, load_config
 
 TASKS = Path(__file__).parents[2] / "eval" / "tasks"
 """The tasks of this repository; an installed package comes without them."""

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_variator.config import VariatorConfig
-from llm_variator.evaluate.conditions import Plugin
-from llm_variator.evaluate.store import Store, digest, source_digest
-from llm_variator.least_squares import LeastSquares
+from llm_variator.measures.conditions import Plugin
+from llm_variator.measures.store import Store, digest
 from llm_variator.model import VariatorModel
-from llm_variator.results import versions
+from llm_variator.train.least_squares import LeastSquares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +116,4 @@ def open_probe(
     fitting: Tensor | None = None,
 ) -> Probe:
     """A `Probe` whose measurements are kept in the folder `work`, and found again."""
-    settings = {
-        "model": dataclasses.asdict(model.signature),
-        "dtype": str(model.dtype),
-        "device": str(model.device),
-    }
-    store = Store(work, work, settings | {"versions": versions(), "source": source_digest()})
-    return Probe(model, windows, context, batch_size, store, fitting)
+    return Probe(model, windows, context, batch_size, Store.of(model, work, work), fitting)

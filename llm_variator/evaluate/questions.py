@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_variator.corpora import data_folder, read_documents
 from llm_variator.errors import VariatorError
-from llm_variator.tasks import Example, load_examples
+from llm_variator.sources.corpora import data_folder, read_documents
+from llm_variator.sources.tasks import Example, load_examples
 
 ARTICLES = "squad-articles"
 """The name of SQuAD's development articles as a source of text."""

@@ -6,10 +6,10 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from llm_variator.evaluate.quality import Continuation, agreement, difference, ratio_to
-from llm_variator.operations import Cost
-from llm_variator.tasks import Example, score
-from llm_variator.tasks.scoring import token_f1
+from llm_variator.measures.operations import Cost
+from llm_variator.measures.quality import Continuation, agreement, difference, ratio_to
+from llm_variator.sources.tasks import Example, score
+from llm_variator.sources.tasks.scoring import token_f1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,15 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
-from llm_variator.architectures import architecture_of
 from llm_variator.config import VariatorConfig
-from llm_variator.corpora import read_windows, repeat_passages, spread
+from llm_variator.engine.hooks import architecture_of
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.probe import Probe, open_probe
-from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.measures.operations import Stack, prefill
+from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.operations import Stack, prefill
-from llm_variator.results import write_result
+from llm_variator.sources.corpora import read_windows, repeat_passages, spread
+from llm_variator.sources.models import load_model, load_tokenizer
 
 WORK = Path("runs/sensitivity")
 SITES = ("ffn", "kv")

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.files import write_atomically
 
 TEXT_COLUMNS = (
     "condition", "nats/token", "above dense", "greedy agreement", "same choice",

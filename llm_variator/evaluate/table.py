@@ -18,15 +18,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from llm_variator.cache.naming import cache_of
-from llm_variator.compare import DENSE
-from llm_variator.corpora import EMBEDDED, read_windows
+from llm_variator.engine.cache.naming import cache_of
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.render import HF, Entry, Prefill, Quality, markdown, plot, show
-from llm_variator.files import write_atomically
-from llm_variator.loading import load_config, model_source, shipped_plugins
+from llm_variator.measures.compare import DENSE
+from llm_variator.measures.results import scrub_paths, write_result
 from llm_variator.model import VariatorModel
-from llm_variator.results import scrub_paths, write_result
+from llm_variator.sources.corpora import EMBEDDED, read_windows
+from llm_variator.sources.models import load_config, model_source, shipped_plugins
 
 
 def parse_entries(text: str, model: str) -> list[Entry]:

@@ -13,11 +13,11 @@ from rich.progress import track
 from llm_variator import cli
 from llm_variator.baselines import TokenPruning
 from llm_variator.baselines.ltp import LTP_FILE
-from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.results import write_result
-from llm_variator.tasks import TASKS, find_task, load_examples, score
-from llm_variator.tasks.forms import form_for, predict_all
+from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.tasks import TASKS, find_task, load_examples, score
+from llm_variator.sources.tasks.forms import form_for, predict_all
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

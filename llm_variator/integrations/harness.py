@@ -21,8 +21,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.integrations import scoring
-from llm_variator.loading import model_source
 from llm_variator.model import VariatorModel
+from llm_variator.sources.models import model_source
 
 logger = logging.getLogger(__name__)
 

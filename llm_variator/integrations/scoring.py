@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from llm_variator.cache import fork
-from llm_variator.cache.naming import cache_of
+from llm_variator.engine.cache import fork
+from llm_variator.engine.cache.naming import cache_of
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_variator import cli
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.files import write_atomically
 from llm_variator.report.charts import save
 from llm_variator.report.page import build
 from llm_variator.report.results import read_results

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.files import write_atomically
 
 INK, LINE = "#1f2328", "#d5dae1"
 PALETTE = ("#1f6fb2", "#c2570c", "#2f7d4f", "#7a4fb0", "#b3262e", "#0e7490", "#8a6d3b", "#5f6b7a")

@@ -20,8 +20,8 @@ from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm import SERVER
 from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
 from llm_variator.integrations.vllm.rows import AUTO
-from llm_variator.loading import shipped_plugins
 from llm_variator.serve.scratch import scratch_folder
+from llm_variator.sources.models import shipped_plugins
 
 
 def main(argv: Sequence[str] | None = None) -> None:

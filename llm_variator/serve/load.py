@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llm_variator.corpora import read_documents, tokenize
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
-from llm_variator.loading import load_tokenizer
+from llm_variator.sources.corpora import read_documents, tokenize
+from llm_variator.sources.models import load_tokenizer
 
 SEED = 0
 FIRST_RATE = 0.1  # of what dense sustains

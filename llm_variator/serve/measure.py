@@ -23,16 +23,16 @@ import torch
 
 from llm_variator.cli import Parser, json_mapping, names, parse, positive_float, positive_int, run
 from llm_variator.config import CONFIG_FILE, VariatorConfig
-from llm_variator.corpora import EMBEDDED
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.arguments import engine_arguments
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
-from llm_variator.loading import load_config, load_model, plugin_folder
+from llm_variator.measures.operations import Stack, prefill
+from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.operations import Stack, prefill
-from llm_variator.results import write_result
 from llm_variator.serve.__main__ import choice, parse_plugins
 from llm_variator.serve.load import measure_load
+from llm_variator.sources.corpora import EMBEDDED
+from llm_variator.sources.models import load_config, load_model, plugin_folder
 
 SEED = 0
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_variator import cli
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.files import write_atomically
-from llm_variator.results import write_result
+from llm_variator.measures.results import write_result
 from llm_variator.tables.cost import row_costs
 from llm_variator.tables.recipe import TableRecipe, read_table
 from llm_variator.tables.render import averages, markdown

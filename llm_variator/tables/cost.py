@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from llm_variator import cli
 from llm_variator.baselines import make_student
 from llm_variator.config import VariatorConfig
-from llm_variator.loading import load_model
+from llm_variator.measures.operations import EncoderShape, Stack, encoding, parameters, prefill
 from llm_variator.model import VariatorModel
-from llm_variator.operations import EncoderShape, Stack, encoding, parameters, prefill
+from llm_variator.sources.models import load_model
 from llm_variator.tables.recipe import Row, TableRecipe, as_argv
 
 TOKENS = 512  # of the input, as the paper counts

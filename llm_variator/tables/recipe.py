@@ -34,7 +34,7 @@ from typing import Any
 
 from llm_variator.cli import read_recipe
 from llm_variator.errors import VariatorError
-from llm_variator.tasks import TASKS
+from llm_variator.sources.tasks import TASKS
 
 METHODS = ("original", "variator", "distill", "ltp")
 STAGES = ("finetune", "pretrain", "adapt")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llm_variator.sources.tasks import TASKS, average
 from llm_variator.tables.cost import TOKENS
 from llm_variator.tables.recipe import TableRecipe
-from llm_variator.tasks import TASKS, average
 
 PENDING = "pending"
 

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from llm_variator import cli
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.files import write_atomically
-from llm_variator.least_squares import LeastSquares
-from llm_variator.loading import load_model
-from llm_variator.loading.quantisation import base_bytes, predicted_bytes
-from llm_variator.results import peak_memory_gib, scrub_paths, write_result
+from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_result
+from llm_variator.sources.models import load_model
+from llm_variator.sources.models.quantisation import base_bytes, predicted_bytes
 from llm_variator.train.distributed import is_main_process, wants_fsdp, world_size
 from llm_variator.train.flags import FREE_ON_RESUME, SCHEDULES, build_parser, check_flags, default_name
+from llm_variator.train.least_squares import LeastSquares
 from llm_variator.train.objective import forward_arguments
 from llm_variator.train.stages import Run, prepare
 from llm_variator.train.trainer import VariatorTrainer, checkpoints, last_complete_checkpoint

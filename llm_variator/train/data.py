@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_variator.corpora import (
+from llm_variator.errors import VariatorError
+from llm_variator.sources.corpora import (
     Source,
     cut_windows,
     read_documents,
@@ -28,8 +29,7 @@ from llm_variator.corpora import (
     spread,
     tokenize,
 )
-from llm_variator.errors import VariatorError
-from llm_variator.tasks.examples import Example, load_examples
+from llm_variator.sources.tasks.examples import Example, load_examples
 
 # Which documents are held out does not depend on the run's seed, so that figures of different seeds compare.
 _SPLIT_SEED = 20231208

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from llm_variator import cli
-from llm_variator.corpora import EMBEDDED
 from llm_variator.errors import VariatorError
-from llm_variator.tasks.table import TASKS
+from llm_variator.sources.corpora import EMBEDDED
+from llm_variator.sources.tasks.table import TASKS
 from llm_variator.train.losses import LOSSES
 
 STAGES = ("pretrain", "finetune", "adapt")

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llm_variator.metrics import continuation_cross_entropy, reference_conditions
-from llm_variator.tasks.examples import Example
-from llm_variator.tasks.forms import TaskForm, predict_all
-from llm_variator.tasks.scoring import score
+from llm_variator.measures.metrics import continuation_cross_entropy, reference_conditions
+from llm_variator.sources.tasks.examples import Example
+from llm_variator.sources.tasks.forms import TaskForm, predict_all
+from llm_variator.sources.tasks.scoring import score
 from llm_variator.train.learners import Learner
 from llm_variator.train.objective import Objective
 

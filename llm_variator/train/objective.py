@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_variator.tasks.forms import IGNORED, takes_prompt_length
+from llm_variator.sources.tasks.forms import IGNORED, takes_prompt_length
 from llm_variator.train.learners import Learner
 from llm_variator.train.losses import LOSSES, Outputs, States
 

@@ -13,22 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from llm_variator import cli
 from llm_variator.baselines import TokenPruning, make_student
-from llm_variator.corpora import parse_sources
+from llm_variator.engine.groups import split
+from llm_variator.engine.plugin import SiteLayers
 from llm_variator.errors import VariatorError
-from llm_variator.groups import split
-from llm_variator.least_squares import restoring_sites
-from llm_variator.loading import load_config, load_model, load_tokenizer
 from llm_variator.model import VariatorModel
-from llm_variator.plugin import SiteLayers
-from llm_variator.tasks import find_task, load_examples
-from llm_variator.tasks.examples import Example
-from llm_variator.tasks.forms import TaskForm, form_for
+from llm_variator.sources.corpora import parse_sources
+from llm_variator.sources.models import load_config, load_model, load_tokenizer
+from llm_variator.sources.tasks import find_task, load_examples
+from llm_variator.sources.tasks.examples import Example
+from llm_variator.sources.tasks.forms import TaskForm, form_for
 from llm_variator.train.corruption import Corrupted, span_corruption, stack, token_masking
 from llm_variator.train.data import Corpus, ExampleStream, TrainingStream, build_corpus, collate
 from llm_variator.train.distributed import announce
 from llm_variator.train.flags import prompt_range
 from llm_variator.train.judges import ContinuationJudge, Judge, LossJudge, TaskJudge
 from llm_variator.train.learners import Learner, ModelLearner, PluginLearner
+from llm_variator.train.least_squares import restoring_sites
 from llm_variator.train.objective import Objective
 from llm_variator.train.trainer import examples_in
 

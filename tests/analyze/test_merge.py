@@ -15,7 +15,7 @@ from llm_variator.analyze.__main__ import main
 from llm_variator.analyze.merge import observed
 from llm_variator.analyze.observe import Moments, drift
 from llm_variator.analyze.suffering import FAR, NEAR, NEW, SEEN, Losses, by_kind, origins, shape, token_losses
-from llm_variator.metrics import continuation_cross_entropy
+from llm_variator.measures.metrics import continuation_cross_entropy
 
 
 def ids(rows: int, tokens: int) -> torch.Tensor:
@@ -156,7 +156,7 @@ def test_command(tmp_path, capsys):
     randomise(model.plugin(), std=0.05)
     model.save_pretrained(tmp_path / "plugin")
     model.unload().save_pretrained(tmp_path / "model")
-    from llm_variator.loading import byte_tokenizer
+    from llm_variator.sources.models import byte_tokenizer
 
     byte_tokenizer().save_pretrained(tmp_path / "model")
     file = tmp_path / "merge.json"

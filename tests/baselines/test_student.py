@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from llm_variator import VariatorError
-from llm_variator.aliases import ALIASES
 from llm_variator.baselines import make_student
 from llm_variator.baselines.student import spread
+from llm_variator.sources.models.aliases import ALIASES
 
 DECODED = torch.tensor([[0, 5, 9, 4]])
 

@@ -15,10 +15,10 @@ from llm_variator.bench.formulations import PlainLayers, fused
 from llm_variator.bench.reading import random_cache
 from llm_variator.bench.report import markdown
 from llm_variator.bench.setting import DENSE, Setting, plugin
-from llm_variator.bench.timing import Case, Spread, interleaved, ratio, timed
 from llm_variator.bench.training import kept_bytes
-from llm_variator.layers import HiddenCompressor, HiddenDecompressor
-from llm_variator.plugin import weights_digest
+from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.engine.plugin import weights_digest
+from llm_variator.measures.timing import Case, Spread, interleaved, ratio, timed
 
 TINY = ["--random-init", "--device", "cpu", "--repetitions", "2", "--threads", "1"]
 

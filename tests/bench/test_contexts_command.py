@@ -10,7 +10,7 @@ from tiny import model_folder
 
 from llm_variator import VariatorConfig, VariatorModel
 from llm_variator.bench.contexts.__main__ import main
-from llm_variator.loading import load_model
+from llm_variator.sources.models import load_model
 
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=5)
 

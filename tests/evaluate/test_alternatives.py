@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.evaluate.alternatives import Drop, LateSkip, parse
-from llm_variator.evaluate.conditions import Dense, NoContext, Plugin, follow, greedy
-from llm_variator.operations import Stack
+from llm_variator.measures.conditions import Dense, NoContext, Plugin, follow, greedy
+from llm_variator.measures.operations import Stack
 
 HEAD, TAIL, N, T = 2, 5, 31, 6
 FULL = ["llama", "llama-mha", "mistral", "qwen2", "qwen3"]  # no sliding windows

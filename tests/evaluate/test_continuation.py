@@ -10,11 +10,11 @@ from conftest import randomise
 from tiny import model_folder
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.corpora import EMBEDDED, read_windows
+from llm_variator.engine.groups import split
 from llm_variator.evaluate.__main__ import main
-from llm_variator.groups import split
-from llm_variator.loading import load_model, load_tokenizer
-from llm_variator.metrics import continuation_cross_entropy
+from llm_variator.measures.metrics import continuation_cross_entropy
+from llm_variator.sources.corpora import EMBEDDED, read_windows
+from llm_variator.sources.models import load_model, load_tokenizer
 
 CONTEXT, CONTINUATION, WINDOWS = 30, 10, 4
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=5)

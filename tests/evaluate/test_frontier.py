@@ -13,14 +13,14 @@ from tiny import model_folder
 from tiny_tasks import write_tasks
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.corpora import EMBEDDED, read_documents, read_windows, spread
+from llm_variator.engine.groups import split
 from llm_variator.evaluate import frontier, questions
 from llm_variator.evaluate.__main__ import main
-from llm_variator.groups import split
-from llm_variator.loading import load_model, load_tokenizer
-from llm_variator.metrics import continuation_cross_entropy
-from llm_variator.operations import Stack, prefill
-from llm_variator.tasks import load_examples
+from llm_variator.measures.metrics import continuation_cross_entropy
+from llm_variator.measures.operations import Stack, prefill
+from llm_variator.sources.corpora import EMBEDDED, read_documents, read_windows, spread
+from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.tasks import load_examples
 
 CONTEXT, CONTINUATION, WINDOWS = 30, 6, 3
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=5)

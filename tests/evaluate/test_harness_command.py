@@ -19,13 +19,13 @@ import lm_eval.evaluator
 import lm_eval.tasks
 
 from llm_variator import VariatorError, VariatorModel
+from llm_variator.engine.groups import split
 from llm_variator.evaluate import harness
 from llm_variator.evaluate.__main__ import main
 from llm_variator.evaluate.render import Entry
 from llm_variator.evaluate.table import agreement, measure_prefill, parse_entries
-from llm_variator.groups import split
 from llm_variator.integrations.harness import mean_config
-from llm_variator.loading import byte_tokenizer, load_model
+from llm_variator.sources.models import byte_tokenizer, load_model
 
 
 @pytest.fixture(autouse=True)

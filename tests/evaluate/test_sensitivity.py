@@ -13,13 +13,13 @@ from conftest import VOCAB, make_decoder
 from tiny import model_folder
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.corpora import EMBEDDED, read_documents
 from llm_variator.evaluate.__main__ import main
 from llm_variator.evaluate.probe import Harm, Probe
 from llm_variator.evaluate.sensitivity import Option, choose, layer_options, measure_layers
-from llm_variator.evaluate.store import Store
-from llm_variator.least_squares import LeastSquares
-from llm_variator.operations import Stack, prefill
+from llm_variator.measures.operations import Stack, prefill
+from llm_variator.measures.store import Store
+from llm_variator.sources.corpora import EMBEDDED, read_documents
+from llm_variator.train.least_squares import LeastSquares
 
 CONTEXT, LENGTH = 24, 30
 TEMPLATE = VariatorConfig(r=4, dense_head=1, dense_tail=3, compressor="mean", decompressor="copy")

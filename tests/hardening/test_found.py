@@ -10,8 +10,8 @@ from conftest import make_variator, prompts
 
 from llm_variator import VariatorConfig, VariatorError, cli
 from llm_variator.config import BaseSignature
-from llm_variator.contexts.inputs import encode
-from llm_variator.loading import byte_tokenizer
+from llm_variator.engine.contexts.inputs import encode
+from llm_variator.sources.models import byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_context_whose_header_was_written_by_hand(tmp_path):
     import struct
     import zlib
 
-    from llm_variator.contexts import CompressedContext
+    from llm_variator.engine.contexts import CompressedContext
 
     model = make_variator("llama", VariatorConfig(k=2, sites=("kv",)), num_hidden_layers=1)
     file = tmp_path / "context.safetensors"

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from llm_variator import VariatorConfig, VariatorError, cli
 from llm_variator.config import ACTIVATIONS, COMPRESSORS, CONFIG_FILE, DECOMPRESSORS, SITES, BaseSignature
-from llm_variator.contexts import CompressedContext
-from llm_variator.loading import byte_tokenizer
+from llm_variator.engine.contexts import CompressedContext
+from llm_variator.sources.models import byte_tokenizer
 from llm_variator.train.__main__ import build_parser
 
 ACCEPTED, REFUSED = "accepted", "refused"  # a VariatorError

@@ -15,7 +15,7 @@ import victims
 from safetensors.torch import load_file
 from tiny import model_folder
 
-from llm_variator.contexts import CompressedContext
+from llm_variator.engine.contexts import CompressedContext
 
 PATIENCE = 1800  # seconds for a process to begin or end: machines may be busy
 SAVING = 0.1  # seconds of processor time until a saving process is killed, at most

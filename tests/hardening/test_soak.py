@@ -11,7 +11,7 @@ import torch
 from conftest import make_variator, pad, prompts, randomise
 
 from llm_variator import VariatorConfig
-from llm_variator.cache.paging import KVPool
+from llm_variator.engine.cache.paging import KVPool
 
 WARM_UP = 0.25  # of the calls
 EVERY = 20  # calls between two looks at the memory

@@ -21,9 +21,9 @@ from pyarrow import parquet
 from llm_variator import VariatorError
 from llm_variator.evaluate.harness import TASKS
 from llm_variator.integrations.harness import VariatorLM
-from llm_variator.loading import byte_tokenizer
-from llm_variator.tasks import TASKS as TABLE
-from llm_variator.tasks import load_examples
+from llm_variator.sources.models import byte_tokenizer
+from llm_variator.sources.tasks import TASKS as TABLE
+from llm_variator.sources.tasks import load_examples
 
 KINDS = ("needle", "multi_needle", "variable_tracking", "passages")
 

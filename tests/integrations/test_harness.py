@@ -20,7 +20,7 @@ from lm_eval.models.utils import Collator
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.integrations.harness import VariatorLM, VariatorSeq2SeqLM, mean_config
 from llm_variator.integrations.scoring import Request, score
-from llm_variator.loading import byte_tokenizer, load_model
+from llm_variator.sources.models import byte_tokenizer, load_model
 
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=1, dense_tail=2)
 PAIRS = [

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_variator.groups import Segment, split
+from llm_variator.engine.groups import Segment, split
+from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape, cut, held, parts, settled, whole_step
-from llm_variator.layers import HiddenCompressor, HiddenDecompressor
 
 SHAPES = {2: Shape(4, 5, (2,)), 4: Shape(4, 5, (4,)), 16: Shape(1, 3, (2, 4, 16))}
 

@@ -23,8 +23,8 @@ pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vll
 import psutil
 from vllm_engine import FFN, expected, make_model, make_plugin, reference_model
 
-from llm_variator.loading import byte_tokenizer
 from llm_variator.serve.measure import main as measure
+from llm_variator.sources.models import byte_tokenizer
 
 TEXT = "A long prompt of many words. " * 12
 

@@ -11,13 +11,13 @@ from conftest import make_decoder
 from tiny import model_folder
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.integrations.policy import LoadPolicy
 from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
 from llm_variator.integrations.vllm.plan import Chunk, Shape
 from llm_variator.integrations.vllm.rows import Request, RowTable, check_choice
 from llm_variator.integrations.vllm.settings import Settings
-from llm_variator.loading import load_config, load_model
-from llm_variator.policy import LoadPolicy
 from llm_variator.serve.__main__ import main
+from llm_variator.sources.models import load_config, load_model
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_refused_settings(plugins):
     with pytest.raises(VariatorError, match="policy"):
         read({"k2": plugins(2)}, policy={"colour": 1})
     with pytest.raises(VariatorError, match="cannot be imported"):
-        read({"k2": plugins(2)}, policy={"class": "llm_variator.policy:Missing"})
+        read({"k2": plugins(2)}, policy={"class": "llm_variator.integrations.policy:Missing"})
     assert read({"k2": plugins(2)}, policy={"class": "collections:Counter"}).make_policy() == {2: 1}
 
 

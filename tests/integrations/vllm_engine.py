@@ -40,7 +40,7 @@ def make_model(name: str, folder: Path, **overrides: int) -> str:
 
 def reference_model(model: str, plugins: Mapping[str, str | Path]) -> VariatorModel:
     """The Hugging Face path with the same plugins."""
-    from llm_variator.loading import load_model
+    from llm_variator.sources.models import load_model
 
     variator = VariatorModel(load_model(model, dtype=torch.float32))
     for name, plugin in plugins.items():
@@ -50,7 +50,7 @@ def reference_model(model: str, plugins: Mapping[str, str | Path]) -> VariatorMo
 
 def make_plugin(model: str, folder: Path, k: int, **settings: Any) -> str:
     """A randomised plugin's folder."""
-    from llm_variator.loading import load_model
+    from llm_variator.sources.models import load_model
 
     host = VariatorModel(load_model(model, dtype=torch.float32), VariatorConfig(k=k, **settings))
     randomise(host.plugin(), std=0.1, seed=k)
@@ -78,7 +78,7 @@ class Engine:
         from vllm import LLM
 
         from llm_variator.integrations.vllm.arguments import engine_arguments
-        from llm_variator.loading import model_source
+        from llm_variator.sources.models import model_source
 
         settings: dict[str, Any] = dict(
             dtype="float32",

@@ -15,7 +15,7 @@ import yaml
 from tiny_tasks import write_tasks
 
 from llm_variator import VariatorError
-from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.sources.models import load_model, load_tokenizer
 from llm_variator.tables.__main__ import main
 from llm_variator.tables.cost import row_costs
 from llm_variator.tables.recipe import read_table

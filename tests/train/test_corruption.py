@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm_variator import VariatorError
-from llm_variator.loading import byte_tokenizer
+from llm_variator.sources.models import byte_tokenizer
 from llm_variator.train.corruption import Corrupted, span_corruption, stack, token_masking
 
 T5 = byte_tokenizer("t5")

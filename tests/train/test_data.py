@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny_tasks import write_tasks
 
-from llm_variator import VariatorError, corpora
-from llm_variator.corpora import (
+from llm_variator import VariatorError
+from llm_variator.sources import corpora
+from llm_variator.sources.corpora import (
     EMBEDDED,
     Source,
     cut_windows,
@@ -22,8 +23,8 @@ from llm_variator.corpora import (
     repeat_passages,
     tokenize,
 )
-from llm_variator.loading import byte_tokenizer
-from llm_variator.tasks import load_examples
+from llm_variator.sources.models import byte_tokenizer
+from llm_variator.sources.tasks import load_examples
 from llm_variator.train.data import Corpus, TrainingStream, build_corpus, collate, hold_out
 
 EOS = 2

@@ -8,9 +8,9 @@ from conftest import make_decoder, make_encoder, randomise
 from transformers import AutoModelForSequenceClassification
 
 from llm_variator import VariatorConfig, VariatorModel
-from llm_variator.loading import byte_tokenizer
-from llm_variator.tasks import TASKS, Example, Origin
-from llm_variator.tasks.forms import form_for
+from llm_variator.sources.models import byte_tokenizer
+from llm_variator.sources.tasks import TASKS, Example, Origin
+from llm_variator.sources.tasks.forms import form_for
 from llm_variator.train.learners import ModelLearner, PluginLearner
 from llm_variator.train.objective import Objective
 

@@ -14,7 +14,7 @@ from tiny_tasks import write_tasks
 from llm_variator import VariatorError, VariatorModel
 from llm_variator.baselines.ltp import LTP_FILE
 from llm_variator.evaluate.__main__ import main as evaluate
-from llm_variator.loading import load_config, load_model, load_tokenizer
+from llm_variator.sources.models import load_config, load_model, load_tokenizer
 from llm_variator.train.__main__ import main
 
 SHORT = {

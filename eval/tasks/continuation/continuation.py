@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from llm_variator.corpora import read_documents
+from llm_variator.sources.corpora import read_documents
 
 CONTEXT, CONTINUATION = 2_000, 500
 """Characters: 400 to 500 tokens of context and about 120 of continuation, with most tokenizers and English."""
@@ -24,7 +24,7 @@ def documents(source: str, data_dir: str | None = None, **_: Any) -> dict[str, D
     """Windows evenly spread over a source of text.
 
     Args:
-        source: as `llm_variator.corpora` names them.
+        source: as `llm_variator.sources.corpora` names them.
         data_dir: folder of local copies; default VARIATOR_DATA.
     """
     text = "\n\n".join(read_documents(source, Path(data_dir) if data_dir else None))

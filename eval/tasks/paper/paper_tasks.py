@@ -1,4 +1,4 @@
-"""The paper's seven tasks for lm-eval. Prompts, answers, data and SQuAD's metrics are `llm_variator.tasks`."""
+"""The paper's seven tasks for lm-eval. Prompts, answers, data and SQuAD's metrics are `llm_variator.sources.tasks`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from llm_variator.tasks import DECODER_START, Example, exact_match, load_examples, token_f1
+from llm_variator.sources.tasks import DECODER_START, Example, exact_match, load_examples, token_f1
 
 
 def documents(task: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
     """The validation split of a task, in the order of its source.
 
     Args:
-        task: name in `llm_variator.tasks.TASKS`.
+        task: name in `llm_variator.sources.tasks.TASKS`.
         data_dir: folder of local copies; default VARIATOR_DATA, else the hub.
     """
     examples = load_examples(task, "validation", data_dir=Path(data_dir) if data_dir else None)

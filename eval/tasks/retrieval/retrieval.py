@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_variator.corpora import EMBEDDED, read_documents
 from llm_variator.errors import VariatorError
-from llm_variator.loading import load_tokenizer
+from llm_variator.sources.corpora import EMBEDDED, read_documents
+from llm_variator.sources.models import load_tokenizer
 
 EXAMPLES = 16
 SHORTEST_PARAGRAPH = 80  # characters

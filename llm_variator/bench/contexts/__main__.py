@@ -15,8 +15,8 @@ import torch
 from llm_variator import cli
 from llm_variator.bench.contexts import ageing, memory, pool, reuse, rounding
 from llm_variator.bench.contexts.setting import build_model
-from llm_variator.corpora import EMBEDDED
-from llm_variator.results import write_result
+from llm_variator.measures.results import write_result
+from llm_variator.sources.corpora import EMBEDDED
 
 _COMMANDS = {
     "load": reuse.load,

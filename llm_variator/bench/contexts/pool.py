@@ -8,7 +8,7 @@ import random
 import torch
 
 from llm_variator.bench.contexts.setting import GREEDY, Figures, stretches
-from llm_variator.cache import KVPool
+from llm_variator.engine.cache import KVPool
 from llm_variator.model import VariatorModel
 
 

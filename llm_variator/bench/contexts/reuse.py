@@ -18,8 +18,8 @@ from llm_variator.bench.contexts.setting import (
     in_another_process,
     stretches,
 )
-from llm_variator.cache.stores import SharedStore
-from llm_variator.contexts import CompressedContext
+from llm_variator.engine.cache.stores import SharedStore
+from llm_variator.engine.contexts import CompressedContext
 from llm_variator.model import VariatorModel
 
 

@@ -18,9 +18,9 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llm_variator.bench.contexts.setting import Figures, build_model, compressed_layers, stretches
-from llm_variator.cache.naming import cache_argument
-from llm_variator.cache.stores import whole
 from llm_variator.config import VariatorConfig
+from llm_variator.engine.cache.naming import cache_argument
+from llm_variator.engine.cache.stores import whole
 from llm_variator.model import VariatorModel
 
 DENSE = "dense"

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from llm_variator import cli
-from llm_variator.cache import CompressedLayer
 from llm_variator.config import VariatorConfig
-from llm_variator.contexts import CompressedContext
-from llm_variator.corpora import read_windows
-from llm_variator.loading import load_model, load_tokenizer
+from llm_variator.engine.cache import CompressedLayer
+from llm_variator.engine.contexts import CompressedContext
 from llm_variator.model import VariatorModel
+from llm_variator.sources.corpora import read_windows
+from llm_variator.sources.models import load_model, load_tokenizer
 
 Figures = dict[str, Any]
 GREEDY: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -11,7 +11,7 @@ from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm import FAMILIES
 from llm_variator.integrations.vllm.rows import Choice, tracker_path
 from llm_variator.integrations.vllm.settings import KEY, Settings
-from llm_variator.loading import load_config, model_source, plugin_folder
+from llm_variator.sources.models import load_config, model_source, plugin_folder
 
 SCHEDULER = "llm_variator.integrations.vllm.scheduler.make_scheduler"
 

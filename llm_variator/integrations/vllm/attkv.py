@@ -30,12 +30,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.blocks import CompressedPromptSpec
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape, held, parts
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.settings import settings_of
-from llm_variator.plugin import CompressionPlugin
 
 # --- one step's metadata
 

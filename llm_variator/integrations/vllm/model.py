@@ -24,10 +24,10 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from llm_variator.engine.plugin import CompressionPlugin, warn_if_other_weights, weights_digest
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.settings import Settings, settings_of
-from llm_variator.plugin import CompressionPlugin, warn_if_other_weights, weights_digest
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_variator.groups import split
+from llm_variator.engine.groups import split
 
 Merges = Mapping[int, Callable[[Tensor], Tensor]]  # plugin -> ((groups, k, d) -> (groups, d))
 Restores = Mapping[int, Callable[[Tensor, Tensor], Tensor]]  # plugin -> ((g, d), (g, k, d) -> (g, k, d))

@@ -15,11 +15,11 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from llm_variator.integrations.policy import Load
 from llm_variator.integrations.vllm.metrics import count_request
 from llm_variator.integrations.vllm.plan import Shape, cut, held, settled
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO, choice_of
 from llm_variator.integrations.vllm.settings import settings_of
-from llm_variator.policy import Load
 
 
 class VariatorScheduler(Scheduler):

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
+from llm_variator.engine.plugin import CompressionPlugin, Ratios, attachment
 from llm_variator.errors import VariatorError
+from llm_variator.integrations.policy import LoadPolicy, Policy
 from llm_variator.integrations.vllm.plan import Shape, whole_step
 from llm_variator.integrations.vllm.rows import AUTO, Choice, check_choice
-from llm_variator.operations import Stack, prefill
-from llm_variator.plugin import CompressionPlugin, Ratios, attachment
-from llm_variator.policy import LoadPolicy, Policy
+from llm_variator.measures.operations import Stack, prefill
 
 KEY = "variator"
 """The key in vLLM's `additional_config`."""

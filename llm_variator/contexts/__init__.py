@@ -1,5 +1,0 @@
-"""Contexts that live on: prompts compressed once, then shared, extended, saved and loaded."""
-
-from llm_variator.contexts.context import CompressedContext
-
-__all__ = ["CompressedContext"]

@@ -1,0 +1,228 @@
+"""`CompressedContext`: what goes on from a compressed prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from llm_variator.engine.cache import CompressedLayer, KVCacheReport, expand, fork, release, released_on_error
+from llm_variator.engine.cache.paging import KVPool
+from llm_variator.engine.cache.quantised import Quantised
+from llm_variator.engine.cache.stores import SharedStore, Store, whole
+from llm_variator.engine.contexts import files
+from llm_variator.engine.contexts.fingerprints import plugin_fingerprint
+from llm_variator.engine.contexts.host import Host
+from llm_variator.engine.contexts.inputs import Chat, chats, continued_chat, encode, pads_first
+from llm_variator.engine.contexts.prefill import read
+from llm_variator.errors import VariatorError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompressedContext:
+    """The KV cache of a prompt and what is needed to go on from it. Made by `VariatorModel.compress` or `load`.
+
+    Nothing changes a context once it is made: threads may share it, and what goes on from it (`extend`,
+    `generate(question, context=...)`) holds only what it adds.
+    """
+
+    model: Host = dataclasses.field(repr=False)
+    plugin: str | None
+    """Name of the plugin in `model` that compressed it; None: dense."""
+    input_ids: Tensor = dataclasses.field(repr=False)
+    """(rows, tokens), padded on the left; a last generated token may not be in the cache yet."""
+    attention_mask: Tensor = dataclasses.field(repr=False)
+    """(rows, tokens)."""
+    cache: Cache = dataclasses.field(repr=False)
+    """For reading. A model that went on from it would change it: go on from a fork."""
+    tokenizer: Any = dataclasses.field(default=None, repr=False)
+    """For questions that are text or messages."""
+    messages: list[Chat] | None = dataclasses.field(default=None, repr=False)
+    """Each row's conversation so far, where the context was given as messages."""
+    fingerprint: str | None = dataclasses.field(default=None, repr=False)
+    """Of the plugin as it was when it compressed this."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the batch."""
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Columns of the batch: the tokens of the longest row."""
+        return self.input_ids.shape[1]
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Entries of the KV cache per row, layer by layer."""
+        return tuple(layer.entries for layer in self.report().layers)
+
+    def report(self) -> KVCacheReport:
+        """Entries and bytes of every layer."""
+        return KVCacheReport.of(self._alive())
+
+    def extend(
+        self, more: Any, attention_mask: Tensor | None = None, *, prefill_chunk_size: int | None = None
+    ) -> CompressedContext:
+        """A context with `more` behind this one. Only `more` is read; this context stays as it is.
+
+        Args:
+            more: as for `VariatorModel.compress`; of one row, or of as many rows as this context has. A context
+                of one row serves any number.
+            attention_mask: of ids given as a tensor.
+            prefill_chunk_size: read so many tokens at a time; the result is the same.
+        """
+        plugin = None if self.plugin is None else self.model.plugin(self.plugin)
+        if plugin is not None and plugin_fingerprint(plugin) != self.fingerprint:
+            raise VariatorError(
+                f"the plugin {self.plugin!r} has changed since it compressed this context: compress it again"
+            )
+        after, _ = self.behind(more, attention_mask, answer=False)
+        cache, past = after.cache, after.cache.get_seq_length()
+        ids, mask = after.input_ids, after.attention_mask
+        with released_on_error(cache):
+            if read(self.model.base, plugin, cache, ids[:, past:], mask, chunk=prefill_chunk_size):
+                ids, mask = pads_first(ids, mask)
+        return dataclasses.replace(after, input_ids=ids, attention_mask=mask)
+
+    def fork(self) -> CompressedContext:
+        """The same context once more, sharing everything; each of the two is freed by itself."""
+        return dataclasses.replace(self, cache=fork(self._alive()))
+
+    def quantised(self, bits: int = 4) -> CompressedContext:
+        """This context with keys and values in 4 or 8 bits, in memory and in files; what comes after is dense.
+
+        Layers with a sliding window stay as they are.
+
+        Raises:
+            VariatorError: other bits, or an odd head_dim with 4.
+        """
+        cache = fork(self._alive())
+        for layer in cache.layers:
+            if isinstance(layer, CompressedLayer):
+                keys, values = (Quantised.of(t, bits) for t in whole(layer.store))
+                if isinstance(layer.store, Store):
+                    layer.store.free()
+                layer.store = SharedStore(((keys, values),))
+        return dataclasses.replace(self, cache=cache)
+
+    def free(self) -> None:
+        """Give the memory back. Needed for contexts in a pool where Python still refers to them.
+
+        Raises:
+            VariatorError: it was freed before.
+        """
+        release(self._alive())
+        self.cache.layers.clear()
+
+    def _alive(self) -> Cache:
+        if not self.cache.layers:
+            raise VariatorError("this context was freed: compress or load it again")
+        return self.cache
+
+    def behind(
+        self, more: Any, attention_mask: Tensor | None, *, answer: bool = True
+    ) -> tuple[CompressedContext, Tensor]:
+        """A context of its own with the tokens of `more`, whose cache has not read them yet; and these tokens.
+
+        `answer`: whether messages end where an answer begins.
+        """
+        talk = chats(more) if self.messages is not None else None
+        if talk is not None:
+            more, talk = self._continued(talk, answer)
+        ids, mask = encode(more, self.tokenizer, attention_mask, special=False)
+        ids, mask = ids.to(self.input_ids.device), mask.to(self.input_ids.device)
+        rows = max(self.rows, len(ids))
+        if len(ids) not in (1, rows) or self.rows not in (1, rows):
+            raise VariatorError(
+                f"the context has {self.rows} rows and what comes after it {len(ids)}: give one, or as many"
+            )
+        cache = fork(self._alive())
+        if self.rows == 1 < rows:
+            expand(cache, rows)
+        ids, mask = ids.expand(rows, -1), mask.expand(rows, -1)
+        after = dataclasses.replace(
+            self,
+            input_ids=torch.cat((self.input_ids.expand(rows, -1), ids), dim=1),
+            attention_mask=torch.cat(
+                (self.attention_mask.expand(rows, -1), mask.to(self.attention_mask)), dim=1
+            ),
+            cache=cache,
+            messages=talk,
+        )
+        return after, ids
+
+    def answered(self, ids: Tensor, mask: Tensor, sequences: Tensor, ends: Any) -> CompressedContext:
+        """This context after its cache has read all of `sequences` (rows, tokens) but the last token.
+
+        `ids` and `mask` are what `sequences` begin with, one row for every one or several of them. `ends`: ids that
+        end a row; what comes after is padding.
+        """
+        new, repeats = sequences[:, ids.shape[1] :], len(sequences) // len(ids)
+        ended = torch.isin(new, torch.tensor([] if ends is None else ends, device=new.device)).long()
+        valid = ended.cumsum(1) - ended == 0
+        mask = torch.cat((mask.repeat_interleave(repeats, dim=0), valid.to(mask)), dim=1)
+        if not bool(valid.all()):
+            for layer in self.cache.layers:
+                if isinstance(layer, CompressedLayer):
+                    layer.hide(mask)
+        messages = None
+        if self.messages is not None:
+            answers = [
+                {"role": "assistant", "content": self.tokenizer.decode(row[own], skip_special_tokens=True)}
+                for row, own in zip(new, valid, strict=True)
+            ]
+            messages = [[*self.messages[row // repeats], answer] for row, answer in enumerate(answers)]
+        return dataclasses.replace(self, input_ids=sequences, attention_mask=mask, messages=messages)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the context to one file (safetensors), whole or not at all: an old file stays until then."""
+        self._alive()
+        files.save(self, Path(path))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Host,
+        *,
+        tokenizer: Any = None,
+        pool: KVPool | None = None,
+        verify: bool = True,
+    ) -> CompressedContext:
+        """Read a file that `save` wrote, for the model, plugin and tokenizer it was made with.
+
+        Keys and values stay in the file: on the CPU they are mapped into memory, and read when they are used.
+
+        Args:
+            path: the file.
+            model: has the plugin loaded, under any name.
+            tokenizer: for text and messages in questions.
+            pool: copy keys and values into its blocks.
+            verify: compare checksums, which reads the file once. False: only what is used is ever read.
+
+        Raises:
+            VariatorError: the file is damaged or no context, or belongs to another model, plugin or tokenizer.
+        """
+        fields = files.load(Path(path), model, tokenizer, pool=pool, verify=verify)
+        return cls(model, tokenizer=tokenizer, **fields)
+
+    def _continued(self, talk: list[Chat], answer: bool) -> tuple[list[list[int]], list[Chat]]:
+        assert self.messages is not None
+        rows = max(len(talk), len(self.messages))
+        before, after = (list(chat) * (rows // len(chat)) for chat in (self.messages, talk))
+        if not len(before) == len(after) == rows:
+            raise VariatorError(f"the context has {self.rows} conversations, the question {len(talk)}")
+        seen = [
+            row[own.bool()].tolist() for row, own in zip(self.input_ids, self.attention_mask, strict=True)
+        ]
+        ids = [
+            continued_chat(before[i], after[i], self.tokenizer, seen[i % len(seen)], prompt=answer)
+            for i in range(rows)
+        ]
+        return ids, [[*before[i], *after[i]] for i in range(rows)]

@@ -1,0 +1,268 @@
+"""Files of compressed contexts: one safetensors file whose header says in JSON what it belongs to.
+
+One file, because two cannot be replaced at once.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from llm_variator.engine.cache import CompressedLayer
+from llm_variator.engine.cache.paging import KVPool, PagedStore
+from llm_variator.engine.cache.quantised import Quantised, dense
+from llm_variator.engine.cache.recent import Recent
+from llm_variator.engine.cache.stores import Part, SharedStore, Store, whole
+from llm_variator.engine.contexts.fingerprints import (
+    model_fingerprint,
+    plugin_fingerprint,
+    tokenizer_fingerprint,
+)
+from llm_variator.engine.contexts.host import Host
+from llm_variator.engine.contexts.inputs import Chat, chats
+from llm_variator.engine.files import write_atomically
+from llm_variator.errors import VariatorError
+
+FORMAT = "llm_variator.context"
+FORMAT_VERSION = 2
+_QUANTISED = ("codes", "scale", "low")  # tensors of a `Quantised`
+
+
+class Kept(Protocol):
+    """What a file keeps of a `CompressedContext`, under the names of its fields."""
+
+    @property
+    def model(self) -> Host: ...  # noqa: D102
+    @property
+    def plugin(self) -> str | None: ...  # noqa: D102
+    @property
+    def fingerprint(self) -> str | None: ...  # noqa: D102
+    @property
+    def input_ids(self) -> Tensor: ...  # noqa: D102
+    @property
+    def attention_mask(self) -> Tensor: ...  # noqa: D102
+    @property
+    def cache(self) -> Cache: ...  # noqa: D102
+    @property
+    def tokenizer(self) -> Any: ...  # noqa: D102
+    @property
+    def messages(self) -> list[Chat] | None: ...  # noqa: D102
+
+
+def save(context: Kept, path: Path) -> None:
+    """Write `context` to `path`, whole or not at all."""
+    tensors = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
+    layers: list[dict[str, Any]] = []
+    for index, layer in enumerate(context.cache.layers):
+        assert isinstance(layer, DynamicLayer)
+        facts: dict[str, Any] = {"tokens": layer.get_seq_length()}
+        keys: Tensor | Quantised
+        values: Tensor | Quantised
+        if isinstance(layer, CompressedLayer):
+            keys, values = _stored(layer.store)
+            tensors[f"{index}.columns"] = layer.columns
+            facts["has_fillers"] = layer.has_fillers
+            if layer.recent is not None:
+                parts = (layer.recent.hidden, *layer.recent.position)
+                tensors |= {f"{index}.recent.{i}": part for i, part in enumerate(parts)}
+                facts["recent"] = len(parts)
+        else:
+            keys, values = whole(layer)
+        for name, value in (("keys", keys), ("values", values)):
+            if isinstance(value, Quantised):
+                facts["bits"] = value.bits
+                tensors |= {f"{index}.{name}.{part}": getattr(value, part) for part in _QUANTISED}
+            else:
+                tensors[f"{index}.{name}"] = value
+        layers.append(facts)
+    # safetensors refuses tensors that share memory, as those of several layers may
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    stored = {name: value.clone() if ".recent." in name else value for name, value in stored.items()}
+    facts = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "belongs_to": _owners(context),
+        "ends_before_last_token": bool(getattr(context.cache, "ends_before_last_token", False)),
+        "messages": context.messages,
+        "layers": layers,
+        "tensors": {name: [*_form(value), _checksum(value)] for name, value in stored.items()},
+    }
+    text = json.dumps(facts)
+    header = {"context": text, "checksum": str(zlib.crc32(text.encode()))}
+    write_atomically(path, lambda file: save_file(stored, file, metadata=header))
+
+
+def load(path: Path, model: Host, tokenizer: Any, *, pool: KVPool | None, verify: bool) -> dict[str, Any]:
+    """The fields of the `CompressedContext` in `path`; errors as in its `load`."""
+    if not path.is_file():
+        raise VariatorError(f"{path} not found: save a context there first")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = opened.metadata() or {}
+            text = header.get("context", "null")
+            if "checksum" in header and header["checksum"] != str(zlib.crc32(text.encode())):
+                raise VariatorError(f"{path} is damaged (its header); save the context again")
+            facts = json.loads(text) if "checksum" in header else None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except VariatorError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise VariatorError(
+            f"{path} is not a whole safetensors file ({error}); save the context again"
+        ) from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise VariatorError(
+            f"{path} is a safetensors file, but no compressed context; name one that save() wrote"
+        )
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise VariatorError(
+            f"{path}: format_version {facts.get('format_version')} is not supported, this version of llm_variator "
+            f"reads {FORMAT_VERSION}; compress the context again"
+        )
+    try:
+        return _fields(path, facts, tensors, model, tokenizer, pool=pool, verify=verify)
+    except VariatorError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        # somebody wrote it who is not `save`
+        raise VariatorError(f"{path} is damaged (its header: {error!r}); save the context again") from None
+
+
+def _fields(
+    path: Path,
+    facts: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: Host,
+    tokenizer: Any,
+    *,
+    pool: KVPool | None,
+    verify: bool,
+) -> dict[str, Any]:
+    """What `load` returns, of a header that has the right version."""
+    plugin = _owner(path, facts["belongs_to"], model, tokenizer)
+    if tensors.keys() != facts["tensors"].keys():
+        raise VariatorError(f"{path} lacks tensors or has surplus ones; save the context again")
+    for name, value in tensors.items():
+        *form, checksum = facts["tensors"][name]
+        if form != _form(value) or (verify and _checksum(value) != checksum):
+            raise VariatorError(f"{path} is damaged ({name}); save the context again")
+    cache: Any = DynamicCache(config=model.base.config)
+    _check_layers(facts, tensors["input_ids"], tensors["attention_mask"], len(cache.layers))
+    for index, layer in enumerate(facts["layers"]):
+        keys, values = (_read(tensors, f"{index}.{name}", layer, model) for name in ("keys", "values"))
+        if "has_fillers" in layer:
+            columns = tensors[f"{index}.columns"].to(model.base.device)
+            if columns.shape[1] != keys.shape[2]:
+                raise ValueError("columns")
+            store: Store = SharedStore(((keys, values),))
+            if pool is not None:
+                store = PagedStore(pool).like(dense(keys), dense(values))
+            held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])
+            if "recent" in layer:
+                hidden, *position = (
+                    tensors[f"{index}.recent.{i}"].to(model.base.device) for i in range(layer["recent"])
+                )
+                held.recent = Recent(hidden, tuple(position))
+            cache.layers[index] = held
+        else:
+            cache.layers[index].update(dense(keys), dense(values))
+            cache.layers[index].cumulative_length = layer["tokens"]
+    cache.ends_before_last_token = bool(facts["ends_before_last_token"])
+    return {
+        "plugin": plugin,
+        "fingerprint": (facts["belongs_to"]["plugin"] or {}).get("fingerprint"),
+        "input_ids": tensors["input_ids"].to(model.base.device),
+        "attention_mask": tensors["attention_mask"].to(model.base.device),
+        "cache": cache,
+        "messages": facts["messages"],
+    }
+
+
+def _check_layers(facts: Mapping[str, Any], ids: Tensor, mask: Tensor, layers: int) -> None:
+    """Raise unless the header fits the tokens; the shapes of keys and values are torch's business."""
+    read = {layer["tokens"] for layer in facts["layers"]}
+    # what an answer ends with has not been read yet
+    if len(facts["layers"]) != layers or len(read) != 1 or not read <= {ids.shape[1], ids.shape[1] - 1}:
+        raise ValueError("other layers or tokens than it holds")
+    if any(not isinstance(layer.get("has_fillers", False), bool) for layer in facts["layers"]):
+        raise TypeError("has_fillers")
+    if ids.shape != mask.shape or not (facts["messages"] is None or chats(facts["messages"])):
+        raise ValueError("other rows or messages than it holds")
+
+
+def _stored(store: DynamicLayer) -> Part:
+    """Keys and values as they lie, or in one tensor each where they lie in several."""
+    if isinstance(store, SharedStore) and len(store.parts) == 1 and not store.keys.numel():
+        return store.parts[0]
+    return whole(store)
+
+
+def _read(
+    tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any], model: Host
+) -> Tensor | Quantised:
+    if "bits" not in layer:
+        return tensors[name].to(model.base.device)
+    parts = {part: tensors[f"{name}.{part}"].to(model.base.device) for part in _QUANTISED}
+    return Quantised(**parts, bits=layer["bits"], dtype=model.base.dtype)
+
+
+def _owners(context: Kept) -> dict[str, Any]:
+    """What the entries depend on."""
+    model, tokenizer = context.model, context.tokenizer
+    return {
+        "base": {
+            "name": model.signature.name,
+            "dtype": str(model.base.dtype),
+            "fingerprint": model_fingerprint(model.base),
+        },
+        "plugin": None
+        if context.plugin is None
+        else {"name": context.plugin, "fingerprint": context.fingerprint},
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    }
+
+
+def _owner(path: Path, made: Mapping[str, Any], model: Host, tokenizer: Any) -> str | None:
+    """Name of the context's plugin in `model`; raises where the two do not belong together."""
+    base, name = made["base"], model.signature.name
+    if base["dtype"] != str(model.base.dtype):
+        raise VariatorError(
+            f"{path} was made in {base['dtype']}, the model is {model.base.dtype}: load the model in that dtype"
+        )
+    if base["fingerprint"] != model_fingerprint(model.base):
+        raise VariatorError(
+            f"{path} was made with {base['name']!r}, this model ({name!r}) has other weights: compress the "
+            "context again, or load the model it was made with"
+        )
+    if tokenizer is not None and made["tokenizer"] not in (None, tokenizer_fingerprint(tokenizer)):
+        raise VariatorError(
+            f"{path} was made with another tokenizer: load the one that belongs to {base['name']!r}"
+        )
+    if made["plugin"] is None:
+        return None
+    for own in model.plugins:
+        if plugin_fingerprint(model.plugin(own)) == made["plugin"]["fingerprint"]:
+            return own
+    raise VariatorError(
+        f"{path} was made with the plugin {made['plugin']['name']!r}, which this model has not loaded or has with "
+        f"other weights or settings (loaded: {', '.join(model.plugins) or 'none'}); load it, or compress again"
+    )
+
+
+def _form(value: Tensor) -> list[Any]:
+    """What a damaged header could change without changing a byte of the values."""
+    return [str(value.dtype), [*value.shape]]
+
+
+def _checksum(value: Tensor) -> int:
+    return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)

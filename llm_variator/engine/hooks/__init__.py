@@ -1,0 +1,30 @@
+"""Supported models: one table entry per family. To add one, write its entry and list it in `FAMILIES`."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from llm_variator.engine.hooks.architecture import Architecture
+from llm_variator.engine.hooks.bert import BERT
+from llm_variator.engine.hooks.llama import LLAMA
+from llm_variator.engine.hooks.t5 import T5
+from llm_variator.errors import VariatorError
+
+FAMILIES: tuple[Architecture, ...] = (LLAMA, T5, BERT)
+
+
+def architecture_of(base: PreTrainedModel) -> Architecture:
+    """The table entry for `base`; raises with the supported model types, or names the module it misses."""
+    model_type = base.config.model_type
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            family.check(base)
+            return family
+    supported = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise VariatorError(
+        f"model type {model_type!r} is not supported; supported are {supported}. To add it, describe where its "
+        "modules are in llm_variator/engine/hooks (one table entry, see CONTRIBUTING.md)"
+    )
+
+
+__all__ = ["FAMILIES", "Architecture", "architecture_of"]

@@ -1,0 +1,189 @@
+"""Where a pass begins and ends: hooks on the module that reads the tokens, and on a decoder that reads an encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+
+from llm_variator.engine.cache import adopt, is_compressed
+from llm_variator.engine.cache.naming import NAMES, take_cache
+from llm_variator.engine.groups import FILLER, Segment
+from llm_variator.engine.session import Pass, Session, current, first_dense
+from llm_variator.errors import VariatorError
+
+
+def begin_pass(
+    host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, cache_name: str
+) -> tuple[Any, Any] | None:
+    """Pre-hook of a decoder: find out which tokens of this pass are prompt, and prepare the cache.
+
+    `cache_name`: of the argument that gives `host` its cache.
+
+    Raises:
+        VariatorError: the input does not suit a compressed prompt.
+    """
+    session = current()
+    if session is None:
+        if any(is_compressed(kwargs.get(name)) for name in NAMES):
+            raise VariatorError(
+                "this KV cache is compressed: pass it to the VariatorModel, not to its base model"
+            )
+        return None
+    assert not args, "VariatorModel and generate pass everything by name"
+    session.now = None
+    if (tokens := _tokens(args, kwargs)) is None:
+        return None  # the model raises its own error
+    _refuse_empty(tokens.shape[0], None)
+    plugin, config = session.plugin, host.config
+    assert isinstance(config, PreTrainedConfig)
+    cache = take_cache(kwargs)
+    if plugin is not None and plugin.cache_layers:
+        wanted = kwargs.get("use_cache")
+        if cache is None and (config.use_cache if wanted is None else wanted):
+            cache = DynamicCache(config=config)
+        if cache is not None:
+            adopt(cache, plugin.cache_layers, config.num_hidden_layers)
+    if cache is not None:
+        kwargs[cache_name] = cache
+    past = cache.get_seq_length() if cache is not None else 0
+    segment = None
+    if tokens.shape[1] != 1 or session.edges is not None:
+        segment = _segment(session, tokens, kwargs.get("attention_mask"), past, cache)
+    session.now = Pass(plugin, segment, cache, _columns_read(host, kwargs) if session.skip_unread else None)
+    if cache is not None:
+        cache.ends_before_last_token = False
+    session.passes += 1
+    return args, kwargs
+
+
+def end_pass(module: nn.Module, args: Any, output: Any) -> None:
+    """Hook of the module that reads the tokens: prove that its layers compressed what they should have.
+
+    Raises:
+        VariatorError: they did not.
+    """
+    if (session := current()) is not None:
+        session.end_pass()
+
+
+def _columns_read(host: Any, kwargs: dict[str, Any]) -> int | None:
+    """Last columns whose logits a pass returns, where nobody reads hidden states, attention or gradients besides."""
+    keep = kwargs.get("logits_to_keep")
+    if not isinstance(keep, int) or keep < 1 or torch.is_grad_enabled() or host.base_model._forward_hooks:
+        return None
+    for name in ("output_hidden_states", "output_attentions"):
+        wanted = kwargs.get(name)
+        if getattr(host.config, name, False) if wanted is None else wanted:
+            return None
+    return keep
+
+
+def begin_encoding(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of an encoder: all its tokens are compressed.
+
+    Raises:
+        VariatorError: the input does not suit a compressed prompt.
+    """
+    session = current()
+    if session is None or session.plugin is None or (tokens := _tokens(args, kwargs)) is None:
+        return
+    session.now = None
+    session.now = Pass(session.plugin, _encoded(session, tokens, kwargs.get("attention_mask")))
+    session.passes += 1
+
+
+def _encoded(session: Session, tokens: Tensor, mask: Any) -> Segment:
+    """All of an encoder's tokens (rows, width, ...) as prompt."""
+    assert session.plugin is not None
+    config, width = session.plugin.config, tokens.shape[1]
+    assert config.dense_head is not None
+    assert config.dense_tail is not None
+    valid = _valid(mask, width)
+    _refuse_empty(width, valid)
+    prompts = width if valid is None else valid.sum(1).tolist()
+    return Segment(
+        width,
+        prompts,
+        head=config.dense_head,
+        tail=config.dense_tail,
+        device=tokens.device,
+        valid=valid,
+        ragged=True,
+    )
+
+
+def begin_answer(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, cache_name: str
+) -> tuple[Any, Any] | None:
+    """Pre-hook of a decoder that reads an encoder: with site "cross" it reads one state per entry.
+
+    Merged once for all decoder layers, and in `generate` once for all steps.
+
+    Raises:
+        VariatorError: the input or the cache does not suit merged states.
+    """
+    session = current()
+    site = session.plugin.at("cross", 0) if session and session.plugin else None
+    if session is None or site is None or (states := kwargs.get("encoder_hidden_states")) is None:
+        return None
+    if isinstance(getattr(kwargs.get(cache_name), "cross_attention_cache", None), StaticCache):
+        raise VariatorError('a static cache does not work with site "cross": leave cache_implementation out')
+    if session.cross is None or session.cross[0] is not states:
+        segment = _encoded(session, states, kwargs.get("encoder_attention_mask"))
+        grouping = segment.grouping(site.k)
+        mask = (grouping.columns != FILLER).long() if grouping.has_fillers else None
+        session.cross = states, grouping.compress(states, site.compressor), mask
+    _, entries, mask = session.cross
+    return args, {**kwargs, "encoder_hidden_states": entries, "encoder_attention_mask": mask}
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """(rows, width, ...) what a model reads: BERT's heads pass their ids by position, the rest by name."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
+
+
+def _valid(mask: Any, width: int) -> Tensor | None:
+    """(rows, width) bool, the last columns of a 2D attention mask."""
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise VariatorError("attention_mask must be a 2D tensor (batch, tokens) when a plugin is active")
+    if mask is not None and mask.shape[1] < width:
+        raise VariatorError(f"attention_mask has {mask.shape[1]} columns for {width} tokens")
+    return None if mask is None else mask[:, -width:].bool()
+
+
+def _refuse_empty(size: int, valid: Tensor | None) -> None:
+    if size == 0 or (valid is not None and not bool(valid.any(1).all())):
+        raise VariatorError("the prompt is empty: every row needs at least one token")
+
+
+def _segment(session: Session, tokens: Tensor, mask: Any, past: int, cache: Any) -> Segment:
+    """The tokens (rows, width, ...) of a pass after `past` columns of `cache`, `mask` over both."""
+    rows, width = tokens.shape[:2]
+    valid = _valid(mask, width)
+    _refuse_empty(rows * width, None if past else valid)
+    if session.plugin is None:
+        return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
+
+    if session.generating and session.passes == 0:
+        session.prompts = width if valid is None else valid.sum(1).tolist()
+    elif session.generating and past:
+        raise VariatorError(
+            "this decoding strategy reads several tokens at once; with a plugin use plain decoding"
+        )
+    prompts = width if session.prompts is None else session.prompts
+    each = [prompts] if isinstance(prompts, int) else prompts
+    if isinstance(prompts, list) and len(prompts) != rows:
+        raise VariatorError(f"prompt_length has {len(prompts)} entries for {rows} rows")
+    if min(each) < 0:
+        raise VariatorError(f"prompt_length must not be negative, got {prompts}")
+    if max(each) > width:
+        raise VariatorError(f"prompt_length {prompts} exceeds the {width} tokens given")
+
+    config = session.plugin.config
+    assert config.dense_tail is not None
+    head, tail = session.edges or (first_dense(cache, config), config.dense_tail)
+    return Segment(width, prompts, head=head, tail=tail, device=tokens.device, valid=valid)

@@ -1,0 +1,240 @@
+"""A compression plugin: the trainable layers of all its sites, and their files.
+
+Every parameter of a `CompressionPlugin` is trained and saved, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, BaseSignature, VariatorConfig
+from llm_variator.engine.files import write_atomically
+from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.errors import VariatorError
+
+logger = logging.getLogger(__name__)
+
+Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
+
+_SETTINGS = "settings"  # under which a weights file names, by hash, the config it was saved with
+
+
+def weights_digest(embedding: torch.Tensor) -> str:
+    """Short hash of the first input embeddings (vocabulary, d), the same in fp32 and bf16; "" if not loaded."""
+    if embedding.device.type == "meta" or not embedding.is_floating_point():
+        return ""
+    sample = embedding.detach()[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def base_signature(host: Any, num_layers: int) -> BaseSignature:
+    """What a plugin stores about its base."""
+    config = host.config
+    name = getattr(config, "_name_or_path", "") or config.model_type
+    if Path(name).is_absolute():
+        name = Path(name).name
+    digest = weights_digest(host.get_input_embeddings().weight)
+    return BaseSignature(name, config.model_type, config.hidden_size, num_layers, digest)
+
+
+def warn_if_other_weights(folder: Path, base: BaseSignature, digest: str) -> None:
+    """Warn that the plugin in `folder` was trained on other weights than those of `digest`."""
+    if base.weights and digest not in ("", base.weights):
+        logger.warning(
+            "%s was trained on %s with other weights than this model's; expect lower quality unless this "
+            "model is fine-tuned from it",
+            folder,
+            base.name,
+        )
+
+
+def attachment(config: VariatorConfig, base: BaseSignature, slides: Callable[[int], bool]) -> Ratios:
+    """What a plugin attaches to which layer of `base`.
+
+    Layers that attend through a sliding window (`slides`) keep their attention dense: their cache is short.
+
+    Raises:
+        VariatorError: a site has no layer left.
+    """
+    ratios: dict[str, dict[int, int]] = {}
+    for site in config.sites:
+        ratios[site] = {
+            layer: k
+            for layer in range(base.num_layers)
+            if (k := config.ratio(site, layer)) is not None
+            and (site in ("ffn", "cross") or not slides(layer))
+        }
+        if not ratios[site]:
+            raise VariatorError(
+                f"site {site!r} has no layer left in {base.name!r}: `layers` or `k_per_layer` leave "
+                "all dense, or every layer has a sliding window (whose attention is not compressed)"
+            )
+    return ratios
+
+
+class SiteLayers(nn.Module):
+    """The layers of one site in one layer of the model. "kv" and "cross" restore nothing: queries stay per token."""
+
+    def __init__(self, config: VariatorConfig, site: str, dim: int, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.compressor = HiddenCompressor(dim, k, mean=config.compressor == "mean")
+        if site not in ("kv", "cross"):
+            self.decompressor = HiddenDecompressor(
+                dim, config.r, activation=config.activation, copy=config.decompressor == "copy"
+            )
+
+
+class CompressionPlugin(nn.Module):
+    """All layers of one plugin; the parameters are named `<site>.<layer>.…`.
+
+    Attributes:
+        config: resolved for the base.
+        sites: (site, layer) -> its trainable layers.
+        cache_layers: the layers whose KV cache holds fewer entries than tokens.
+    """
+
+    def __init__(self, config: VariatorConfig, ratios: Ratios, dim: int) -> None:
+        """`config` resolved for its base; `ratios` says what is attached where; `dim` is the hidden width.
+
+        Raises:
+            VariatorError: its weights would not fit into the free memory.
+        """
+        super().__init__()
+        self.config = config
+        _check_size(config, ratios, dim)
+        for site, layers in ratios.items():
+            self.add_module(
+                site, nn.ModuleDict({str(i): SiteLayers(config, site, dim, k) for i, k in layers.items()})
+            )
+        # plain lookups: hooks ask at every layer of every pass
+        self.sites = {(site, i): self._site(site, i) for site in ratios for i in ratios[site]}
+        self.cache_layers = sorted({layer for site, layer in self.sites if site in ("kv", "attention")})
+
+    def at(self, site: str, layer: int) -> SiteLayers | None:
+        """The layers of `site` in the model's layer `layer`; None where it stays dense."""
+        return self.sites.get((site, layer))
+
+    def _site(self, site: str, layer: int) -> SiteLayers:
+        module = self.get_submodule(f"{site}.{layer}")
+        assert isinstance(module, SiteLayers)
+        return module
+
+    def save(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, card: str | None = None
+    ) -> None:
+        """Write weights, config and model card into `folder`; each file appears whole or not at all."""
+        folder = Path(folder)
+        weights = {
+            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
+            for name, value in self.state_dict().items()
+        }
+        settings = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        metadata = {"format": "pt", _SETTINGS: _text_digest(settings)}
+        # the config comes last: a folder that has one is complete
+        write_atomically(folder / WEIGHTS_FILE, lambda file: save_file(weights, file, metadata=metadata))
+        write_atomically(folder / CARD_FILE, card or self.card())
+        write_atomically(folder / CONFIG_FILE, settings)
+
+    def load_weights(self, folder: Path) -> None:
+        """Strictly load `folder`'s weights: every key, shape and dtype must fit, or nothing changes."""
+        file = folder / WEIGHTS_FILE
+        own = self.state_dict()
+        if not file.is_file():
+            for other in (other for end in ("*.bin", "*.pt", "*.pth", "*.pkl") for other in folder.glob(end)):
+                raise VariatorError(
+                    f"{other} is a pickle, which could run code: plugins are read from {WEIGHTS_FILE} alone; have it "
+                    "saved again with save_pretrained"
+                )
+            raise VariatorError(
+                f"{file} not found: the plugin folder is incomplete; save or download it again"
+            )
+        try:
+            with safe_open(file, framework="pt") as opened:
+                read = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+                settings = (opened.metadata() or {}).get(_SETTINGS)
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise VariatorError(
+                f"{file} is not a whole safetensors file ({error}); save or download the plugin again"
+            ) from None
+        if missing := sorted(own.keys() - read.keys()):
+            raise VariatorError(
+                f"{file} lacks {_some(missing)}; it does not fit its {CONFIG_FILE}, save it again"
+            )
+        if surplus := sorted(read.keys() - own.keys()):
+            raise VariatorError(
+                f"{file} has surplus {_some(surplus)}; it does not fit its {CONFIG_FILE}, save it again"
+            )
+        for name, value in read.items():
+            if value.shape != own[name].shape:
+                raise VariatorError(
+                    f"{file}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}; "
+                    f"it does not fit its {CONFIG_FILE} or this base model"
+                )
+            if not value.is_floating_point():
+                raise VariatorError(
+                    f"{file}: {name} is {value.dtype}, expected floating point; save it again"
+                )
+        if settings not in (None, _text_digest((folder / CONFIG_FILE).read_text(encoding="utf-8"))):
+            logger.warning(
+                "%s is not the %s that these weights were saved with: it was edited, or a save over another plugin "
+                "was interrupted",
+                folder / CONFIG_FILE,
+                CONFIG_FILE,
+            )
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(read[name])
+
+    def card(self, facts: Mapping[str, Any] | None = None, *, source: str = "path/to/this/folder") -> str:
+        """The model card (README.md): what this is, how to load it from `source`, how it was made (`facts`)."""
+        config = self.config
+        base = config.base_model or "its base model"
+        count = sum(parameter.numel() for parameter in self.parameters())
+        settings: dict[str, Any] = {"k": config.k, "sites": ", ".join(config.sites), "r": config.r}
+        settings |= {"dense head": config.dense_head, "dense tail": config.dense_tail}
+        rows = [*settings.items(), ("parameters", f"{count:,}"), *(facts or {}).items()]
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+        return (
+            f"---\nlibrary_name: llm_variator\nbase_model: {base}\ntags: [variator, compression-plugin]\n---\n\n"
+            f"# Compression plugin for {base}\n\n"
+            "Merges neighbouring prompt vectors so that a long prompt costs less compute and KV cache; "
+            "the base model is untouched.\n\n"
+            "```python\nfrom llm_variator import VariatorModel\n\n"
+            f'model = VariatorModel.from_pretrained("{base}", "{source}")\n```\n\n'
+            f"| | |\n|---|---|\n{table}\n"
+        )
+
+
+def _check_size(config: VariatorConfig, ratios: Ratios, dim: int) -> None:
+    """A slip in k must not end in the operating system's out-of-memory killer: W_c has k²d weights."""
+    count = 0
+    for site, layers in ratios.items():
+        if config.compressor == "weighted":
+            count += sum(k * k * dim for k in layers.values())
+        if config.decompressor == "adapter" and site not in ("kv", "cross"):
+            count += 3 * config.r * dim * len(layers)
+    if 4 * count > psutil.virtual_memory().available:
+        raise VariatorError(
+            f"the plugin would have {count:,} parameters, more than the free memory holds: choose a smaller k or r"
+        )
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

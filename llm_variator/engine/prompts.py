@@ -1,0 +1,122 @@
+"""What `VariatorModel.generate` does with its arguments before Hugging Face's `generate` gets them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from llm_variator.engine.cache.naming import cache_argument
+from llm_variator.engine.contexts.inputs import pad_left, pads_first
+from llm_variator.engine.contexts.prefill import read, slides
+from llm_variator.engine.plugin import CompressionPlugin
+from llm_variator.errors import VariatorError
+
+_UNSUPPORTED = {
+    "assistant_model": "assisted decoding",
+    "prompt_lookup_num_tokens": "prompt-lookup decoding",
+    "assistant_early_exit": "assisted decoding",
+}
+_GROWING = (None, "dynamic", "dynamic_full", "offloaded", "quantized")  # caches that entries can be put into
+
+
+def setting(host: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A generation setting: the call's, else that of its or the model's generation_config."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    return getattr(kwargs.get("generation_config") or host.generation_config, name, None)
+
+
+def check_generation(
+    host: PreTrainedModel, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse what cannot work with a compressed prompt."""
+    for name, what in _UNSUPPORTED.items():
+        if setting(host, kwargs, name):
+            raise VariatorError(
+                f"{what} ({name}) does not work with a compressed prompt; leave it out or disable the plugin"
+            )
+    implementation = setting(host, kwargs, "cache_implementation")
+    if implementation == "paged":
+        raise VariatorError(
+            'cache_implementation="paged" generates past the plugin, in a thread of its own: leave it out, or disable '
+            "the plugin"
+        )
+    if plugin is not None and plugin.cache_layers and implementation not in _GROWING:
+        raise VariatorError(
+            f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"
+        )
+
+
+def check_prompt(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a prompt without tokens, or with tokens that are none of the model's."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if not isinstance(ids, Tensor):
+        return
+    empty = not ids.numel()
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        empty = empty or not bool(mask.bool().any(1).all())
+    if empty:
+        raise VariatorError("the prompt is empty: every row needs at least one token")
+    embeddings: Any = host.get_input_embeddings()
+    size = int(embeddings.num_embeddings)
+    least, most = ids.min().item(), ids.max().item()
+    if least < 0 or most >= size:
+        raise VariatorError(
+            f"token ids must lie in the vocabulary, 0 to {size - 1}; got {least if least < 0 else most}"
+        )
+
+
+def pad_prompt(kwargs: dict[str, Any]) -> None:
+    """Move a prompt's right padding to the left."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if ids is not None and mask is not None and mask.ndim == 2 and mask.shape == ids.shape:
+        kwargs["input_ids"], kwargs["attention_mask"] = pad_left(ids, mask)
+
+
+def read_ahead(
+    base: Any, host: Any, plugin: CompressionPlugin | None, kwargs: dict[str, Any], *, forked: bool = False
+) -> None:
+    """Read all of the prompt but its last token where that needs several passes; `kwargs` are changed to go on.
+
+    `forked`: the cache is a context's, of one row or of one per prompt.
+    """
+    chunk = setting(host, kwargs, "prefill_chunk_size")
+    kwargs.pop("prefill_chunk_size", None)
+    if getattr(kwargs.get("generation_config") or host.generation_config, "prefill_chunk_size", None):
+        config = copy.deepcopy(kwargs.get("generation_config") or host.generation_config)
+        config.prefill_chunk_size = None
+        kwargs["generation_config"] = config
+    ids: Any = kwargs.get("input_ids")
+    mask: Any = kwargs.get("attention_mask")
+    name = cache_argument(host)
+    cache: Any = kwargs.get(name)
+    past = cache.get_seq_length() if cache is not None else 0
+    repeats = max(setting(host, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
+    if chunk is not None or (forked and slides(cache) and not bool(mask[:, past:].all())):
+        _refuse(ids, mask, past, repeats if past and not forked else 1, setting(host, kwargs, "use_cache"))
+        if cache is None:
+            cache = kwargs[name] = DynamicCache(config=host.config)
+        mask = torch.ones_like(ids) if mask is None else mask
+        if read(base, plugin, cache, ids[:, past:], mask, chunk=chunk, unread=1):
+            ids, mask = pads_first(ids, mask)
+        kwargs |= {"input_ids": ids, "attention_mask": mask}
+        forked = True
+    if forked and repeats > 1:
+        cache.batch_repeat_interleave(repeats)
+
+
+def _refuse(ids: Tensor | None, mask: Tensor | None, past: int, repeats: int, use_cache: bool | None) -> None:
+    if ids is None:
+        raise VariatorError("prefill_chunk_size needs input_ids")
+    if use_cache is False:
+        raise VariatorError("prefill_chunk_size needs a cache: leave out use_cache=False")
+    if repeats > 1 or ids.shape[1] <= past or (mask is not None and mask.shape != ids.shape):
+        raise VariatorError(
+            "prefill_chunk_size after a cache needs the whole sequence as input_ids, an attention_mask of "
+            "its shape, and one beam"
+        )

@@ -1,0 +1,236 @@
+"""What the hooks of one call know: which plugin runs, over which tokens. One session per call and thread."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from llm_variator.config import VariatorConfig
+from llm_variator.engine.cache import CompressedLayer
+from llm_variator.engine.groups import Segment
+from llm_variator.engine.plugin import CompressionPlugin
+from llm_variator.errors import VariatorError
+
+
+class Hooks(Protocol):
+    """Hooks that can be off."""
+
+    def hold(self) -> None:
+        """On, until a `release` for each `hold`."""
+        ...
+
+    def release(self) -> None:
+        """Undo one `hold`."""
+        ...
+
+
+@dataclasses.dataclass
+class Session:
+    """State of one `VariatorModel.forward` or `generate`, from its first layer to its last token."""
+
+    plugin: CompressionPlugin | None
+    """None: the base model, going on from a cache that a plugin compressed."""
+    prompts: int | list[int] | None = None
+    """Prompt tokens of every row, or of each; None: every token of the first pass is prompt."""
+    edges: tuple[int, int] | None = None
+    """Dense tokens at both ends of the next passes, where they are parts of one prompt; None: as configured."""
+    generating: bool = False
+    """Inside `generate`: after the first pass all tokens are continuation."""
+    skip_unread: bool = True
+    """Leave out what nobody reads of the last layer."""
+    passes: int = 0
+    """Passes that began."""
+    proven: int = 0
+    """Passes that ended with `Pass.prove`."""
+    now: Pass | None = None
+    """The pass that runs, or ran last; None before the first."""
+    cross: tuple[Tensor, Tensor, Tensor | None] | None = None
+    """Site "cross": the encoder's states, the same merged, and their mask; for all steps of a decoder."""
+    hooks: Hooks | None = None
+    """Those this session needs; on in every `scope` of it."""
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache that the last pass read and filled."""
+        return None if self.now is None else self.now.cache
+
+    def end_pass(self) -> None:
+        """Prove the pass that ends.
+
+        Raises:
+            VariatorError: see `Pass.prove`.
+        """
+        if self.now is not None:
+            self.now.prove()
+            self.proven += 1
+
+    def finish(self) -> None:
+        """After a call that runs the base at least once.
+
+        Raises:
+            VariatorError: its passes did not reach the hooks.
+        """
+        if not self.passes:
+            raise broken("no pass reached the layers that the plugin is attached to")
+        if self.proven != self.passes:
+            raise broken(f"{self.proven} of {self.passes} passes ended with a proof that they compressed")
+
+    def needs(self, hooks: Hooks) -> None:
+        """Have `hooks` on from now to the end of the `scope` that runs."""
+        if self.hooks is None:
+            hooks.hold()
+            self.hooks = hooks
+
+
+class Pass:
+    """One pass over the layers: what is compressed in it, what its hooks leave for each other, what they did.
+
+    A pass whose hooks did not do what its plan says has computed something else, most likely the dense model:
+    `prove` raises then. All of it are integers that Python knows, so it costs nothing beside a layer.
+    """
+
+    def __init__(
+        self,
+        plugin: CompressionPlugin | None,
+        segment: Segment | None,
+        cache: Cache | None = None,
+        reads: int | None = None,
+    ) -> None:
+        """`segment`: the tokens; None where each row has one, which is always dense.
+
+        `reads`: the last columns whose logits are returned, where nothing else is read; None: all.
+        """
+        self.plugin, self.segment, self.cache, self.reads = plugin, segment, cache, reads
+        self.narrow: int | None = None
+        """The columns read, while the last layer runs on these alone."""
+        self.narrowed: int | None = None
+        """The layer that ran on the columns read alone."""
+        self.whole: Tensor | None = None
+        """What the last layer's first norm reads, while the rest of the layer gets fewer columns."""
+        self.query_width = 0
+        """Queries that the last layer's attention expects then."""
+        self.ffn: dict[int, Any] = {}
+        """layer -> what the hook before its FFN leaves for the one behind."""
+        self.attention: dict[int, Any] = {}
+        """layer -> its attention's call, while that runs."""
+        self.biases: dict[Any, Tensor] = {}
+        """Position biases of entries, which all layers share."""
+        self.merged: list[tuple[str, int]] = []
+        """(site, layer) that went from groups to tokens, or to keys and values."""
+        self.attended = 0
+        """Layers that attended to entries."""
+        self._held = self._layers_held()
+
+    def _layers_held(self) -> dict[int, tuple[CompressedLayer, int]]:
+        """Layer -> the part of the cache it fills, and the entries there now, without what ageing took away."""
+        layers = self.cache.layers if self.cache is not None else ()
+        return {
+            index: (layer, layer.entries + layer.aged)
+            for index, layer in enumerate(layers)
+            if isinstance(layer, CompressedLayer)
+        }
+
+    def prove(self) -> None:
+        """After the pass.
+
+        Raises:
+            VariatorError: a site did not merge, or a layer holds other entries than it should.
+        """
+        plugin, segment = self.plugin, self.segment
+        if plugin is not None and segment is not None:
+            merged = set(self.merged)
+            for (site, layer), own in plugin.sites.items():
+                if site == "cross" or (site == "ffn" and layer == self.narrowed):
+                    continue
+                ran = (site, layer) in merged
+                if ran != segment.grouping(own.k).has_groups:
+                    raise broken(
+                        f"site {site!r} of layer {layer} {'merged' if ran else 'did not merge'} the prompt's groups"
+                    )
+        for layer, (held, before) in self._held.items():
+            new = 1
+            if segment is not None:
+                reader = (plugin.at("attention", layer) or plugin.at("kv", layer)) if plugin else None
+                new = segment.grouping(reader.k if reader else 1).entries
+            if held.entries + held.aged != before + new:
+                raise broken(
+                    f"layer {layer} holds {held.entries} entries of the KV cache, expected {before + new - held.aged}"
+                )
+        expected = len(self._held)
+        if self.cache is None and plugin is not None and segment is not None:
+            expected = len(plugin.cache_layers)
+        if self.attended != expected:
+            raise broken(f"{self.attended} layers attended to compressed keys, expected {expected}")
+
+
+def broken(what: str) -> VariatorError:
+    """The error of a pass that was not compressed as planned; `what` names the layer."""
+    return VariatorError(
+        f"{what}: this pass was not compressed as planned, and its result would be wrong. Something has changed the "
+        "base's modules or hooks: call unload() and attach a new VariatorModel; if that fails, transformers runs this "
+        "model in a way not known here"
+    )
+
+
+_session: ContextVar[Session | None] = ContextVar("variator_session", default=None)
+
+# What `current` returns while torch.compile traces `traced`. Never read by running code, so threads do not matter.
+_OUTSIDE: Any = object()
+_traced: Any = _OUTSIDE
+
+
+def current() -> Session | None:
+    """The session of the running call, None outside of one: then every hook steps aside."""
+    if torch.compiler.is_compiling() and _traced is not _OUTSIDE:
+        return _traced
+    return _session.get()
+
+
+def current_pass() -> Pass | None:
+    """The pass of the running session; None outside of one."""
+    session = current()
+    return None if session is None else session.now
+
+
+def traced(session: Session | None, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`call` for torch.compile to trace: it cannot follow a ContextVar, but an argument.
+
+    The hooks read the session through a global that is written and read inside the trace alone, so compiled code
+    gets it from its caller at every call, under guards. A trace of somebody else's finds the ContextVar instead,
+    where it breaks off: slower, but never without the plugin.
+    """
+    global _traced
+    _traced = session
+    output = call(*args, **kwargs)
+    _traced = _OUTSIDE
+    return output
+
+
+@contextlib.contextmanager
+def scope(session: Session | None) -> Iterator[Session | None]:
+    """Make `session` current inside the block, in this thread only. Blocks of one session do not nest."""
+    if session is not None and session.hooks is not None:  # layers computed once more in a backward pass
+        session.hooks.hold()
+    token = _session.set(session)
+    try:
+        yield session
+    finally:
+        _session.reset(token)
+        if session is not None and session.hooks is not None:
+            session.hooks.release()
+
+
+def first_dense(cache: Cache | None, config: VariatorConfig) -> int:
+    """Dense tokens at the beginning of a prompt that comes after `cache`."""
+    assert config.dense_head is not None
+    if cache is None or not cache.get_seq_length():
+        return config.dense_head
+    # a generated token that no pass has read yet belongs to the continuation, keep it dense
+    return int(getattr(cache, "ends_before_last_token", False))

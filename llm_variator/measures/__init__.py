@@ -1,0 +1,1 @@
+"""What a plugin costs and loses: operations, time, quality, and the files that keep the figures."""

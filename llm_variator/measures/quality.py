@@ -1,0 +1,155 @@
+"""What is measured of a condition: the text after a prompt, answers to questions, and the time of reading.
+
+Every figure is kept per window or question: differences to the dense model are differences of pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_variator.measures.conditions import Condition, Prompt, follow, greedy
+from llm_variator.model import VariatorModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """How text goes on after prompts read in one condition; lists have one item per window."""
+
+    nats: list[float]
+    """Mean over the tokens of the true continuation (teacher forcing)."""
+    greedy: list[list[int]]
+    """The condition's own likeliest tokens."""
+    same_choice: list[float]
+    """Share of the dense model's greedy tokens that this condition would choose after those before them."""
+    entries: int
+    """KV entries of a prompt, summed over the layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Greedy answers as token ids, one per question, and what their prompts took."""
+
+    tokens: list[list[int]]
+    entries: list[int]
+    """KV entries of each prompt, summed over the layers."""
+
+
+@torch.inference_mode()
+def continue_windows(
+    model: VariatorModel,
+    condition: Condition,
+    windows: Tensor,
+    context: int,
+    *,
+    generate: int,
+    batch_size: int,
+    dense: Sequence[Sequence[int]] | None = None,
+) -> Continuation:
+    """Read the first `context` tokens of every window, then measure what follows.
+
+    Args:
+        model: in evaluation mode.
+        condition: how to read.
+        windows: (rows, tokens), prompt and continuation, without padding.
+        context: prompt tokens.
+        generate: greedy tokens.
+        batch_size: windows in one forward pass.
+        dense: the dense model's greedy tokens; None: this is the dense model.
+    """
+    nats: list[float] = []
+    texts: list[list[int]] = []
+    same: list[float] = []
+    entries = 0
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size].to(device=model.device, dtype=torch.long)
+        prompt = condition.read(model, batch[:, :context])
+        entries = prompt.entries()
+        own = greedy(model, prompt.clone(), generate)
+        reference = own
+        if dense is not None:
+            reference = torch.tensor(dense[start : start + batch_size], device=batch.device)
+        chosen = _after(model, prompt.clone(), reference).argmax(-1)
+        same += (chosen == reference).double().mean(1).tolist()
+        texts += own.tolist()
+        targets = batch[:, context:]
+        logits = _after(model, prompt, targets)
+        for row, target in zip(logits, targets, strict=True):  # fp32 logits of one row at a time
+            nats.append(F.cross_entropy(row.float(), target).item())
+    return Continuation(nats, texts, same, entries)
+
+
+@torch.inference_mode()
+def answer(
+    model: VariatorModel,
+    condition: Condition,
+    questions: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    stop: frozenset[int],
+) -> Answers:
+    """Answer greedily, with at most `tokens` tokens, up to and with the first token in `stop`."""
+    found: list[list[int]] = []
+    entries = []
+    for question in questions:
+        prompt = condition.read(model, torch.tensor([list(question)], device=model.device))
+        entries.append(prompt.entries())
+        found.append(greedy(model, prompt, tokens, stop)[0].tolist())
+    return Answers(found, entries)
+
+
+@torch.inference_mode()
+def time_reading(
+    model: VariatorModel,
+    conditions: Sequence[Condition],
+    ids: Tensor,
+    repetitions: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of reading `ids` (rows, n): label -> one per repetition.
+
+    The conditions take turns, so that a machine that slows down does so for all of them; the first round is
+    not timed.
+    """
+    ids = ids.to(device=model.device, dtype=torch.long)
+    seconds: dict[str, list[float]] = {condition.label: [] for condition in conditions}
+    for repetition in range(repetitions + 1):
+        for condition in conditions:
+            started = clock()
+            condition.read(model, ids).logits.argmax(-1).tolist()  # waits for an accelerator
+            if repetition:
+                seconds[condition.label].append(clock() - started)
+    return seconds
+
+
+def ratio_to(dense: Sequence[float], other: Sequence[float]) -> float:
+    """Median over the rounds of `other` over `dense`, both of the same rounds."""
+    return statistics.median(ours / theirs for ours, theirs in zip(other, dense, strict=True))
+
+
+def agreement(ours: Sequence[Sequence[int]], dense: Sequence[Sequence[int]]) -> float:
+    """Share of positions with the same token in two sets of texts of equal length."""
+    pairs = [a == b for row in zip(ours, dense, strict=True) for a, b in zip(*row, strict=True)]
+    return sum(pairs) / len(pairs)
+
+
+def difference(ours: Sequence[float], dense: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of the paired differences and its standard error; None for a single pair."""
+    pairs = [a - b for a, b in zip(ours, dense, strict=True)]
+    if len(pairs) < 2:
+        return pairs[0], None
+    return statistics.fmean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5
+
+
+def _after(model: VariatorModel, prompt: Prompt, tokens: Tensor) -> Tensor:
+    """Logits (rows, t, vocabulary) that predict `tokens` (rows, t) after `prompt`, which grows by them."""
+    first = prompt.logits[:, None]
+    if tokens.shape[1] == 1:
+        return first
+    return torch.cat((first, follow(model, prompt, tokens[:, :-1])), dim=1)

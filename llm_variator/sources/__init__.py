@@ -1,0 +1,1 @@
+"""Where models, text and tasks come from: an alias, a folder, a hub, a package."""

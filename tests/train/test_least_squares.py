@@ -1,0 +1,138 @@
+"""The start by least squares: no small change of what it sets does better, in every kind of model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_decoder, make_variator, pad, prompts, randomise
+
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.train import least_squares
+from llm_variator.train.least_squares import LeastSquares
+
+KINDS = ["llama", "t5", "bert", "gemma3"]
+LENGTHS = (30, 41, 37, 24)
+
+
+def batches(kind, *, ragged):
+    rows = prompts(*LENGTHS, seed=3)
+    made = [pad(rows, "right")] if ragged else [{"input_ids": row} for row in rows]
+    if kind == "t5":
+        made = [
+            batch | {"decoder_input_ids": torch.ones(len(batch["input_ids"]), 1).long()} for batch in made
+        ]
+    return made
+
+
+def states(model, batch):
+    """What the stack gives, behind its final norm."""
+    output = model(**batch, output_hidden_states=True)
+    encoded = getattr(output, "encoder_last_hidden_state", None)
+    return output.hidden_states[-1] if encoded is None else encoded
+
+
+def error(model, made):
+    """Mean squared error of the last hidden states of all tokens against the dense model's."""
+    total = torch.zeros(())
+    for batch in made:
+        with model.disable_plugin(), torch.no_grad():
+            theirs = states(model, batch)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        total = total + ((states(model, batch) - theirs).square().mean(-1) * mask).sum() / mask.sum()
+    return total
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_brings_the_model_nearer_to_the_dense_one(kind, ragged):
+    model = make_variator(kind, VariatorConfig(k=2, sites=("ffn",), r=8, dense_head=0, dense_tail=0))
+    for own in model.plugin().sites.values():
+        torch.nn.init.zeros_(own.decompressor.up.weight)
+        torch.nn.init.zeros_(own.decompressor.up.bias)
+    made = batches(kind, ragged=ragged)
+    with torch.no_grad():
+        before = float(error(model, made))
+        LeastSquares(model, made).fit()
+        assert float(error(model, made)) < 0.8 * before
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+def test_no_step_from_the_last_layer_s_solution_does_better(ragged, monkeypatch):
+    """By autograd: the gradient of the model's own final error vanishes at the unregularised solution."""
+    monkeypatch.setattr(least_squares, "RIDGE", 1e-8)
+    config = VariatorConfig(k=2, sites=("ffn",), r=6, dense_head=0, dense_tail=0, layers=(0,))
+    model = VariatorModel(make_decoder("llama", num_hidden_layers=1).double(), config)
+    randomise(model.plugin())
+    model.plugin().double()
+    model.skip_unread = False
+    made = batches("llama", ragged=ragged)
+    decompressor = model.plugin().at("ffn", 0).decompressor
+
+    def gradient():
+        """Of the error in the residual stream, as the final norm divides and weighs it."""
+        model.zero_grad()
+        gain = model.base.model.norm.weight.detach()
+        total = torch.zeros((), dtype=torch.double)
+        for batch in made:
+            streams = []
+            handle = model.base.model.layers[0].register_forward_hook(
+                lambda module, args, output, kept=streams: kept.append(
+                    output[0] if isinstance(output, tuple) else output
+                )
+            )
+            with model.disable_plugin(), torch.no_grad():
+                model(**batch)
+            model(**batch)
+            handle.remove()
+            theirs, ours = streams
+            error = ((ours - theirs) * gain).square().sum(-1) / theirs.square().mean(-1)
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            total = total + (error * mask).sum()
+        total.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in decompressor.parameters()]).norm()
+
+    before = gradient()
+    LeastSquares(model, made).fit()
+    assert gradient() < 1e-5 * before
+
+
+def test_the_adapter_repairs_what_merged_keys_lose():
+    base = make_decoder("llama", num_hidden_layers=1)
+    edges = {"dense_head": 0, "dense_tail": 0}
+    model = VariatorModel(base, VariatorConfig(k=2, sites=("ffn", "kv"), r=32, **edges))
+    randomise(model.plugin())
+    base.model.layers[
+        0
+    ].mlp.gate_proj.weight.data.zero_()  # silu(0) = 0: merging before the FFN loses nothing
+    alone = model.add_plugin("kv", VariatorConfig(k=2, sites=("kv",), **edges))
+    alone.load_state_dict({name: model.plugin().state_dict()[name] for name in alone.state_dict()})
+    made = batches("llama", ragged=False)
+    with torch.no_grad():
+        LeastSquares(model, made).fit()
+        repaired = float(error(model, made))
+        with model.use_plugin("kv"):
+            assert repaired < 0.9 * float(error(model, made))
+
+
+def test_attention_is_restored_too():
+    config = VariatorConfig(k=2, sites=("attention", "ffn"), r=8, dense_head=0, dense_tail=0)
+    model = make_variator("llama", config)
+    made = batches("llama", ragged=False)
+    with torch.no_grad():
+        before = float(error(model, made))
+        LeastSquares(model, made).fit()
+        assert float(error(model, made)) < 0.8 * before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sites": ("kv",)}, "restores none"),
+        ({"sites": ("ffn",), "decompressor": "copy"}, "restores none"),
+        ({"sites": ("ffn",), "activation": "tanh"}, "--activation at identity"),
+    ],
+)
+def test_what_has_no_linear_adapter_is_refused(settings, message):
+    model = make_variator("llama", VariatorConfig(k=2, r=5, **settings))
+    with pytest.raises(VariatorError, match=message):
+        LeastSquares(model, batches("llama", ragged=False)).fit()
