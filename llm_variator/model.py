@@ -6,15 +6,13 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.config import CONFIG_FILE, VariatorConfig
@@ -31,112 +29,26 @@ from llm_variator.engine.contexts import CompressedContext
 from llm_variator.engine.contexts.fingerprints import plugin_fingerprint
 from llm_variator.engine.contexts.inputs import chats, encode, prompt_lengths
 from llm_variator.engine.contexts.prefill import read
-from llm_variator.engine.hooks import architecture_of
-from llm_variator.engine.hooks.architecture import execution_device
+from llm_variator.engine.holder import PluginHolder
 from llm_variator.engine.hooks.compiled import CompiledStack
-from llm_variator.engine.hooks.hook import ATTACHED, refuse_attached
-from llm_variator.engine.hooks.selfcheck import check_attachment
-from llm_variator.engine.plugin import CompressionPlugin, attachment, base_signature, warn_if_other_weights
+from llm_variator.engine.plugin import CompressionPlugin, warn_if_other_weights
 from llm_variator.engine.prompts import check_generation, check_prompt, pad_prompt, read_ahead, setting
 from llm_variator.engine.session import Session, broken, current, scope
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import load_model, plugin_folder
 from llm_variator.sources.models.hub import upload
 
-# Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
-_scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
-    "variator_scoped_plugins", default=MappingProxyType({})
-)
 
-
-# Methods of a base that run its layers, or give what does, past `VariatorModel.forward` and `generate`.
-_SAFE = {
-    "adjust_generation_fn",
-    "compute_transition_scores",
-    "load_custom_generate",
-    "output_modalities",
-    "prepare_inputs_for_generation",
-}
-_RUNNING = {"_sample", "_beam_search", "_assisted_decoding", "_prefill"}
-_RUNNING |= {"get_base_model", "get_decoder", "get_encoder"}
-_RUNNING |= {name for name in dir(GenerationMixin) if not name.startswith("_")} - _SAFE
-
-
-class BypassError(VariatorError, AttributeError):
-    """Something of the base's that does not go through the plugin; to `hasattr` it is not there."""
-
-
-class VariatorModel(nn.Module):
+class VariatorModel(PluginHolder):
     """A base model, frozen, and its plugins by name. Anything not found here is looked up on the base model."""
 
     _hf_peft_config_loaded = True
     """What transformers' Trainer asks of a model with a quantised base: that something on it can be trained."""
 
-    def __init__(self, base: PreTrainedModel, config: VariatorConfig | None = None) -> None:
-        """Freeze `base` and attach to it; with a `config`, add a new plugin "default" and activate it.
-
-        Raises:
-            VariatorError: `base` is not a supported model, or `config` does not fit it.
-        """
-        super().__init__()
-        host: Any = base
-        self._host: Any = host.get_base_model() if hasattr(host, "get_base_model") else host
-        if not isinstance(self._host, PreTrainedModel):
-            raise VariatorError(f"the base must be a loaded Hugging Face model, got {type(base).__name__}")
-        self._architecture = architecture_of(self._host)
-        blocks = self._architecture.blocks(self._host)
-        refuse_attached(self._host)
-        self.signature = base_signature(self._host, len(blocks))
-        self.base: Any = base
-        self._plugins: dict[str, CompressionPlugin] = {}
-        self._default: str | None = None
-        self._report: KVCacheReport | None = None
-        self._checkpointing = False
-        self.skip_unread = True
-        """Leave out what nobody reads of a decoder's last layer: see `engine.hooks.unread`."""
-        if config is not None:
-            self.add_plugin("default", config)
-
-        self._unfrozen = [parameter for parameter in base.parameters() if parameter.requires_grad]
-        self._was_training = base.training
-        base.requires_grad_(False)
-        base.eval()
-        try:
-            self._attach()
-        except BaseException:
-            self._restore()
-            raise
-        self.train(self._was_training)
-        self._default = "default" if config is not None else None
-
-    def _attach(self) -> None:
-        refuse_attached(self._host)
-        self._handles: list[Any] = self._architecture.attach(self._host)
-        try:
-            check_attachment(self._host, self._architecture, self.signature)
-        except BaseException:
-            self._detach()
-            raise
-
-    def _restore(self) -> None:
-        """Give the base its trainable parameters and its mode back."""
-        for parameter in self._unfrozen:
-            parameter.requires_grad_(True)
-        self.base.train(self._was_training)
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        delattr(self._host, ATTACHED)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # for copy.deepcopy and pickle: hooks belong to their modules, the copy gets its own
-        return {**self.__dict__, "_handles": [], "_compiled_call_impl": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._attach()
+    skip_unread = True
+    """Leave out what nobody reads of a decoder's last layer: see `engine.hooks.unread`."""
+    _checkpointing = False
+    _report: KVCacheReport | None = None
 
     # --- plugins
 
@@ -156,10 +68,6 @@ class VariatorModel(nn.Module):
         model.load_plugin(plugin, plugin_name)
         model.set_plugin(plugin_name)
         return model
-
-    def add_plugin(self, name: str, config: VariatorConfig) -> CompressionPlugin:
-        """Add a new, untrained plugin (fp32 weights) without activating it."""
-        return self._put(name, self._build(config))
 
     def load_plugin(
         self,
@@ -186,85 +94,6 @@ class VariatorModel(nn.Module):
         built.load_weights(folder)
         warn_if_other_weights(folder, config.base, self.signature.weights)
         return self._put(plugin_name, built.to(dtype or self._host.dtype))
-
-    def delete_plugin(self, name: str) -> None:
-        """Forget a plugin; if it was active, the model is dense again."""
-        self._check(name)
-        if self._default == name:
-            self._default = None
-        del self._plugins[name]
-        delattr(self, f"plugin_{name}")
-
-    def set_plugin(self, name: str | None) -> None:
-        """Activate a plugin for all threads; None: exactly the base model. A pointer moves, nothing else."""
-        self._check(name)
-        self._default = name
-
-    @contextlib.contextmanager
-    def use_plugin(self, name: str | None) -> Iterator[VariatorModel]:
-        """Use a plugin inside the block, in this thread (or async task) only; blocks nest."""
-        self._check(name)
-        token = _scoped.set({**_scoped.get(), id(self): name})
-        try:
-            yield self
-        finally:
-            _scoped.reset(token)
-
-    def disable_plugin(self) -> contextlib.AbstractContextManager[VariatorModel]:
-        """The base model inside the block."""
-        return self.use_plugin(None)
-
-    @property
-    def active_plugin(self) -> str | None:
-        """Name of the plugin in use here; None: the base model."""
-        return _scoped.get().get(id(self), self._default)
-
-    @property
-    def plugins(self) -> dict[str, VariatorConfig]:
-        """The loaded plugins: name -> config."""
-        return {name: plugin.config for name, plugin in self._plugins.items()}
-
-    def plugin(self, name: str | None = None) -> CompressionPlugin:
-        """A plugin's module; by default the active one."""
-        name = self.active_plugin if name is None else name
-        if name is None:
-            raise VariatorError("no plugin is active: name one, or call set_plugin first")
-        self._check(name)
-        return self._plugins[name]
-
-    def _active(self) -> CompressionPlugin | None:
-        name = self.active_plugin
-        return None if name is None else self._plugins[name]
-
-    def _check(self, name: str | None) -> None:
-        if name is not None and name not in self._plugins:
-            known = ", ".join(self._plugins) or "none"
-            raise VariatorError(f"no plugin named {name!r}; loaded: {known}")
-
-    def _build(self, config: VariatorConfig) -> CompressionPlugin:
-        config = config.resolved(self.signature, decoder=self._architecture.decoder)
-        if "cross" in config.sites and self._architecture.answering(self._host) is None:
-            raise VariatorError(
-                f'site "cross" is for T5 with its decoder; {type(self._host).__name__} has no decoder that reads '
-                "an encoder: leave it out of sites"
-            )
-        ratios = attachment(
-            config, self.signature, lambda layer: self._architecture.slides(self._host, layer)
-        )
-        return CompressionPlugin(config, ratios, self.signature.hidden_size)
-
-    def _put(self, name: str, plugin: CompressionPlugin) -> CompressionPlugin:
-        if name in self._plugins:
-            raise VariatorError(
-                f"a plugin named {name!r} is loaded already; choose another name or delete it"
-            )
-        if not name or "." in name:
-            raise VariatorError(f"a plugin name must be non-empty and without dots, got {name!r}")
-        for (_, layer), site in plugin.sites.items():
-            site.to(execution_device(self._architecture.blocks(self._host)[layer]))
-        self._plugins[name] = plugin
-        self.add_module(f"plugin_{name}", plugin)
-        return plugin
 
     # --- running
 
@@ -450,16 +279,6 @@ class VariatorModel(nn.Module):
             )
         return self._report
 
-    @property
-    def is_decoder(self) -> bool:
-        """Whether the base is a decoder; else it is an encoder (T5, BERT), whose tokens are all compressed."""
-        return self._architecture.decoder
-
-    def decoder_only(self, what: str, reason: str) -> None:
-        """Raise a `VariatorError` that gives the `reason` unless the base is a decoder."""
-        if not self._architecture.decoder:
-            raise VariatorError(f"{what} is for decoders, {type(self._host).__name__} is none: {reason}")
-
     def _give_cache(self, kwargs: dict[str, Any]) -> Any:
         """The cache among a caller's arguments, which the base gets under the name that it knows."""
         cache = take_cache(kwargs)
@@ -576,30 +395,6 @@ class VariatorModel(nn.Module):
         """Detach every hook and give the base model back as it was; this object is of no use afterwards."""
         if self.is_decoder:
             self.uncompile()
-        self._detach()
         if self._checkpointing:
             self._switch_checkpointing("disable")
-        self._restore()
-        return self.base
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("base", "_host", "_plugins", "_architecture"):  # not set yet: no base could be loaded
-                raise
-            found = getattr(self.base, name)
-            self._refuse_bypass(name, found)
-            return found
-
-    def _refuse_bypass(self, name: str, found: Any) -> None:
-        """Raise where something of the base's would run its layers without the plugin."""
-        runs = name in _RUNNING
-        if isinstance(found, nn.Module):
-            layers = self._architecture.blocks(self._host)
-            runs = any(module is layers for module in found.modules()) or any(found is one for one in layers)
-        if runs:
-            raise BypassError(
-                f"{name!r} would run the base's layers without the plugin: call the VariatorModel or its generate, "
-                f"or write .base.{name} for the base as it is"
-            )
+        return super().unload()

@@ -17,13 +17,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_variator.engine.groups import split
-from llm_variator.engine.hooks import architecture_of
+from llm_variator.engine.hooks import architecture_of, host_of
 from llm_variator.model import VariatorModel
 
 TOLERANCE = 0.2
@@ -51,7 +50,7 @@ class Definition:
 
 def projections(model: VariatorModel) -> list[nn.Linear]:
     """The module of every layer that reads its neurons."""
-    base: Any = getattr(model.base, "get_base_model", lambda: model.base)()
+    base = host_of(model.base)
     architecture = architecture_of(base)
     return [block.get_submodule(architecture.neurons) for block in architecture.blocks(base)]  # type: ignore[misc]
 

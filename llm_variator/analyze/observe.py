@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator.analyze.activations import read
-from llm_variator.engine.hooks import architecture_of
+from llm_variator.engine.hooks import architecture_of, host_of
 from llm_variator.model import VariatorModel
 
 
@@ -66,7 +66,7 @@ class Observer:
         self.wins: dict[tuple[str, int], Moments] = {}
         self.restored: dict[int, Moments] = {}
         self.copied: dict[int, Moments] = {}
-        base: Any = getattr(model.base, "get_base_model", lambda: model.base)()
+        base = host_of(model.base)
         architecture = architecture_of(base)
         self.blocks = list(architecture.blocks(base))
         self._ffn = [

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llm_variator.engine.files import write_atomically
-from llm_variator.engine.hooks import architecture_of
+from llm_variator.engine.hooks import architecture_of, host_of
 from llm_variator.engine.hooks.attention import OwnAttentionFunction
 from llm_variator.engine.hooks.hook import ATTACHED, refuse_attached
 from llm_variator.errors import VariatorError
@@ -99,9 +99,7 @@ class TokenPruning:
         """
         if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
             raise VariatorError(f"keep must be a share above 0 and at most 1, got {keep!r}")
-        host: Any = model
-        if hasattr(host, "get_base_model"):  # a PEFT model
-            host = host.get_base_model()
+        host = host_of(model)
         architecture = architecture_of(host)
         model_type = host.config.model_type
         if architecture.decoder or model_type not in FEED_FORWARD:

@@ -15,26 +15,10 @@ from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
 
 
-def compare_conditions(
-    model: VariatorModel, input_ids: Tensor, prompt_length: int, *, batch_size: int = 4
-) -> dict[str, float]:
-    """Cross-entropy of the continuation in the three conditions, with the active plugin.
-
-    Returns:
-        `compressed`, `dense` and `no_context`, each in mean nats per token; arguments and errors as in
-        `continuation_cross_entropy`.
-    """
-    compressed = continuation_cross_entropy(model, input_ids, prompt_length, batch_size=batch_size)
-    return {
-        "compressed": compressed,
-        **reference_conditions(model, input_ids, prompt_length, batch_size=batch_size),
-    }
-
-
 def reference_conditions(
     model: VariatorModel, input_ids: Tensor, prompt_length: int, *, batch_size: int = 4
 ) -> dict[str, float]:
-    """`dense` and `no_context` of `compare_conditions`: what no plugin can change."""
+    """`dense` and `no_context`, each in mean nats per token: what no plugin can change."""
     with model.disable_plugin():
         return {
             "dense": continuation_cross_entropy(model, input_ids, prompt_length, batch_size=batch_size),

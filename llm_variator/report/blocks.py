@@ -7,9 +7,6 @@ from collections.abc import Sequence
 
 from llm_variator.report.results import Number
 
-MISSING = None
-"""A cell whose result is not there."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Paper:

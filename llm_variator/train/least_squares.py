@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator.engine.groups import Grouping
-from llm_variator.engine.hooks import Architecture, architecture_of
+from llm_variator.engine.hooks import Architecture, architecture_of, host_of
 from llm_variator.engine.layers import HiddenDecompressor
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.engine.session import Session, current_pass, scope
@@ -122,7 +122,7 @@ class _Stack:
 
     def __init__(self, model: VariatorModel) -> None:
         self._model = model
-        host: Any = getattr(model.base, "get_base_model", lambda: model.base)()
+        host = host_of(model.base)
         self._family: Architecture = architecture_of(host)
         self._blocks = self._family.blocks(host)
         self._whole: nn.Module = host.get_decoder() if self._family.decoder else self._family.stack(host)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_variator.engine.hooks import host_of
 from llm_variator.sources.tasks.forms import IGNORED, takes_prompt_length
 from llm_variator.train.learners import Learner
 from llm_variator.train.losses import LOSSES, Outputs, States
@@ -95,8 +96,7 @@ def forward_arguments(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 def stacks_of(model: Any) -> list[nn.Module]:
     """The modules whose last hidden states are compared: T5's encoder and decoder, or the one stack."""
-    host = getattr(model, "host", getattr(model, "base", model))
-    host = host.get_base_model() if hasattr(host, "get_base_model") else host
+    host = host_of(getattr(model, "base", model))
     if host.config.is_encoder_decoder:
         return [host.get_encoder(), host.get_decoder()]
     return [host.get_decoder() if host.can_generate() else host.base_model]

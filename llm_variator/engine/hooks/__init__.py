@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from llm_variator.engine.hooks.architecture import Architecture
@@ -11,6 +13,11 @@ from llm_variator.engine.hooks.t5 import T5
 from llm_variator.errors import VariatorError
 
 FAMILIES: tuple[Architecture, ...] = (LLAMA, T5, BERT)
+
+
+def host_of(base: Any) -> Any:
+    """The Hugging Face model in `base`, which may be a PEFT model around it."""
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
 def architecture_of(base: PreTrainedModel) -> Architecture:
@@ -27,4 +34,4 @@ def architecture_of(base: PreTrainedModel) -> Architecture:
     )
 
 
-__all__ = ["FAMILIES", "Architecture", "architecture_of"]
+__all__ = ["FAMILIES", "Architecture", "architecture_of", "host_of"]
