@@ -192,6 +192,13 @@ class VariatorConfig:
             base=self.base or base,
         )
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Dense tokens at both ends of a prompt, head and tail; of a `resolved` configuration."""
+        assert self.dense_head is not None, "resolve the configuration first"
+        assert self.dense_tail is not None
+        return self.dense_head, self.dense_tail
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -286,6 +286,7 @@ class VariatorModel(PluginHolder):
             kwargs[cache_argument(self._host)] = cache
         return cache
 
+    @torch.compiler.disable
     def _finish(self, session: Session, kwargs: Mapping[str, Any]) -> None:
         """After a call: raise if its passes bypassed the hooks, else remember what its cache holds."""
         if kwargs.get("encoder_outputs") is None:

@@ -145,10 +145,7 @@ def spans(model: VariatorModel, layer: int, tokens: int) -> tuple[int, int, int]
     site = plugin.at("ffn", layer)
     if site is None:
         return None
-    head, tail = plugin.config.dense_head, plugin.config.dense_tail
-    assert head is not None
-    assert tail is not None
-    part = split(tokens, site.k, head, tail)
+    part = split(tokens, site.k, plugin.plan.head, plugin.plan.tail)
     return (part.head, part.groups, site.k) if part.groups else None
 
 

@@ -165,14 +165,8 @@ def sensitivity(
 
 def _merged(config: VariatorConfig, context: int) -> range:
     """Positions of a prompt that some layer merges."""
-    assert config.dense_head is not None
-    assert config.dense_tail is not None
-    part = split(
-        context,
-        config.k if isinstance(config.k, int) else min(config.k.values()),
-        config.dense_head,
-        config.dense_tail,
-    )
+    least = config.k if isinstance(config.k, int) else min(config.k.values())
+    part = split(context, least, *config.ends)
     return range(part.head, context - part.tail)
 
 

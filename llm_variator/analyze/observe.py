@@ -130,7 +130,7 @@ def drift(model: VariatorModel, windows: Tensor, batch_size: int) -> dict[str, l
     """
     config = model.plugin().config
     observer = Observer(model)
-    head, tail = config.dense_head or 0, config.dense_tail or 0
+    head, tail = config.ends
     inner = slice(head, windows.shape[1] - tail)
     sums: dict[str, list[Moments]] = {
         name: [Moments() for _ in observer.blocks] for name in ("merged", "dense")

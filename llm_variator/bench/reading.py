@@ -141,15 +141,8 @@ def random_cache(setting: Setting, name: str, rows: int, tokens: int) -> Dynamic
     if plugin is not None:
         made = setting.model.plugin(name)
         adopt(cache, made.cache_layers, layers)
-        assert plugin.dense_head is not None
-        assert plugin.dense_tail is not None
-        segment = Segment(
-            tokens,
-            tokens,
-            head=plugin.dense_head,
-            tail=plugin.dense_tail,
-            device=torch.device(setting.device),
-        )
+        head, tail = plugin.ends
+        segment = Segment(tokens, tokens, head=head, tail=tail, device=torch.device(setting.device))
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for index in range(layers):
         layer = cache.layers[index] if index < len(cache.layers) else None

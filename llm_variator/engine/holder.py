@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -16,7 +17,8 @@ from llm_variator.engine.hooks import architecture_of, host_of
 from llm_variator.engine.hooks.architecture import execution_device
 from llm_variator.engine.hooks.hook import ATTACHED, refuse_attached
 from llm_variator.engine.hooks.selfcheck import check_attachment
-from llm_variator.engine.plugin import CompressionPlugin, attachment, base_signature
+from llm_variator.engine.plan import Plan
+from llm_variator.engine.plugin import CompressionPlugin, base_signature
 from llm_variator.errors import VariatorError
 
 # Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
@@ -164,16 +166,14 @@ class PluginHolder(nn.Module):
             raise VariatorError(f"no plugin named {name!r}; loaded: {known}")
 
     def _build(self, config: VariatorConfig) -> CompressionPlugin:
-        config = config.resolved(self.signature, decoder=self._architecture.decoder)
+        decoder, slides = self._architecture.decoder, partial(self._architecture.slides, self._host)
+        plan = Plan.of(config, self.signature, decoder=decoder, slides=slides)
         if "cross" in config.sites and self._architecture.answering(self._host) is None:
             raise VariatorError(
                 f'site "cross" is for T5 with its decoder; {type(self._host).__name__} has no decoder that reads '
                 "an encoder: leave it out of sites"
             )
-        ratios = attachment(
-            config, self.signature, lambda layer: self._architecture.slides(self._host, layer)
-        )
-        return CompressionPlugin(config, ratios, self.signature.hidden_size)
+        return CompressionPlugin(plan, self.signature.hidden_size)
 
     def _put(self, name: str, plugin: CompressionPlugin) -> CompressionPlugin:
         if name in self._plugins:

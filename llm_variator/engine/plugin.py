@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from torch import nn
 from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, BaseSignature, VariatorConfig
 from llm_variator.engine.files import write_atomically
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.engine.plan import Plan, Ratios
 from llm_variator.errors import VariatorError
 
 logger = logging.getLogger(__name__)
-
-Ratios = Mapping[str, Mapping[int, int]]  # site -> layer -> k
 
 _SETTINGS = "settings"  # under which a weights file names, by hash, the config it was saved with
 
@@ -60,30 +59,6 @@ def warn_if_other_weights(folder: Path, base: BaseSignature, digest: str) -> Non
         )
 
 
-def attachment(config: VariatorConfig, base: BaseSignature, slides: Callable[[int], bool]) -> Ratios:
-    """What a plugin attaches to which layer of `base`.
-
-    Layers that attend through a sliding window (`slides`) keep their attention dense: their cache is short.
-
-    Raises:
-        VariatorError: a site has no layer left.
-    """
-    ratios: dict[str, dict[int, int]] = {}
-    for site in config.sites:
-        ratios[site] = {
-            layer: k
-            for layer in range(base.num_layers)
-            if (k := config.ratio(site, layer)) is not None
-            and (site in ("ffn", "cross") or not slides(layer))
-        }
-        if not ratios[site]:
-            raise VariatorError(
-                f"site {site!r} has no layer left in {base.name!r}: `layers` or `k_per_layer` leave "
-                "all dense, or every layer has a sliding window (whose attention is not compressed)"
-            )
-    return ratios
-
-
 class SiteLayers(nn.Module):
     """The layers of one site in one layer of the model. "kv" and "cross" restore nothing: queries stay per token."""
 
@@ -101,19 +76,20 @@ class CompressionPlugin(nn.Module):
     """All layers of one plugin; the parameters are named `<site>.<layer>.…`.
 
     Attributes:
-        config: resolved for the base.
+        plan: what it does to a prompt of its base; `config` is the configuration in it.
         sites: (site, layer) -> its trainable layers.
         cache_layers: the layers whose KV cache holds fewer entries than tokens.
     """
 
-    def __init__(self, config: VariatorConfig, ratios: Ratios, dim: int) -> None:
-        """`config` resolved for its base; `ratios` says what is attached where; `dim` is the hidden width.
+    def __init__(self, plan: Plan, dim: int) -> None:
+        """`plan` says what is attached where; `dim` is the hidden width.
 
         Raises:
             VariatorError: its weights would not fit into the free memory.
         """
         super().__init__()
-        self.config = config
+        self.plan, self.config = plan, plan.config
+        config, ratios = plan.config, plan.ratios
         _check_size(config, ratios, dim)
         for site, layers in ratios.items():
             self.add_module(

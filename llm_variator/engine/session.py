@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from llm_variator.config import VariatorConfig
 from llm_variator.engine.cache import CompressedLayer
 from llm_variator.engine.groups import Segment
+from llm_variator.engine.plan import Plan
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
 
@@ -227,10 +227,9 @@ def scope(session: Session | None) -> Iterator[Session | None]:
             session.hooks.release()
 
 
-def first_dense(cache: Cache | None, config: VariatorConfig) -> int:
+def first_dense(cache: Cache | None, plan: Plan) -> int:
     """Dense tokens at the beginning of a prompt that comes after `cache`."""
-    assert config.dense_head is not None
     if cache is None or not cache.get_seq_length():
-        return config.dense_head
+        return plan.head
     # a generated token that no pass has read yet belongs to the continuation, keep it dense
     return int(getattr(cache, "ends_before_last_token", False))

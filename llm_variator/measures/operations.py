@@ -173,9 +173,7 @@ def _split(
     k = plugin.ratio(site, layer) if plugin else None
     if plugin is None or k is None:
         return None
-    assert plugin.dense_head is not None, "resolve the configuration first"
-    assert plugin.dense_tail is not None
-    return k, split(n, k, plugin.dense_head, plugin.dense_tail, ragged=ragged)
+    return k, split(n, k, *plugin.ends, ragged=ragged)
 
 
 def _seen(entries: tuple[int, Split], queries: int, window: int | None) -> int:

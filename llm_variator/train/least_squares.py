@@ -204,7 +204,7 @@ class _Stack:
     def _compressed(self, batch: Batch) -> None:
         """A decoder's tokens are all grouped, but for the head: prompts with a dense tail would leave few."""
         plugin = self._model.plugin()
-        with scope(Session(plugin, edges=(plugin.config.dense_head or 0, 0), skip_unread=False)):
+        with scope(Session(plugin, edges=(plugin.plan.head, 0), skip_unread=False)):
             self._dense(batch)
 
     def _taught(self, layer: int) -> Callable[..., None]:

@@ -276,7 +276,7 @@ def _student(args: argparse.Namespace, teacher: PreTrainedModel) -> PreTrainedMo
 def _check_prompts(model: VariatorModel, prompt_tokens: int) -> None:
     """Raise where a prompt could be too short for a group."""
     plugin = model.plugin()
-    head, tail = plugin.config.dense_head or 0, plugin.config.dense_tail or 0
+    head, tail = plugin.config.ends
     k = min(module.k for module in plugin.modules() if isinstance(module, SiteLayers))
     if not split(prompt_tokens, k, head, tail).groups:
         raise VariatorError(

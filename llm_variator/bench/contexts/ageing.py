@@ -34,10 +34,9 @@ def decode(model: VariatorModel, args: argparse.Namespace) -> Figures:
             "bytes": report.bytes,
         }
     kv = config.k if isinstance(config.k, int) else config.k.get("kv", config.k.get("attention", 1))
-    assert config.dense_head is not None
-    assert config.dense_tail is not None
-    tokens, window = args.context + args.new_tokens, config.dense_tail + args.decode_block
-    bound = config.dense_head + window + (tokens - config.dense_head - window) / kv + 1
+    head, tail = config.ends
+    tokens, window = args.context + args.new_tokens, tail + args.decode_block
+    bound = head + window + (tokens - head - window) / kv + 1
     return figures | {
         "k": kv,
         "window": window,

@@ -87,7 +87,7 @@ def read(
         raise VariatorError("the prompt is empty: every row needs at least one token")
     if not bool((new == (torch.arange(width, device=new.device) >= width - new.sum(1, keepdim=True))).all()):
         raise VariatorError("attention_mask must have its padding at one side of the prompt, not inside it")
-    if plugin is not None and unread > (plugin.config.dense_tail or 0):
+    if plugin is not None and unread > plugin.plan.tail:
         raise VariatorError("reading a prompt in parts needs a plugin with dense_tail of at least 1")
     if not past and width - min(pads) <= unread:
         return False  # nothing to read
@@ -126,8 +126,7 @@ def _read(
     n = ids.shape[1] - unread
     head, tail, step = 0, n, 1
     if plugin is not None:
-        assert plugin.config.dense_tail is not None
-        head, tail = first_dense(cache, plugin.config), plugin.config.dense_tail - unread
+        head, tail = first_dense(cache, plugin.plan), plugin.plan.tail - unread
         step = math.lcm(*(site.k for site in plugin.sites.values()))
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     padded = not bool(mask.all())

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llm_variator.config import VariatorConfig
 from llm_variator.engine.cache import CompressedLayer
 from llm_variator.engine.cache.naming import cache_argument
 from llm_variator.engine.cache.recent import Recent
 from llm_variator.engine.groups import Grouping
+from llm_variator.engine.plan import Plan
 from llm_variator.engine.plugin import SiteLayers
 from llm_variator.engine.session import scope
 
@@ -23,20 +23,20 @@ def age(
     attention: nn.Module,
     held: CompressedLayer,
     site: SiteLayers | None,
-    config: VariatorConfig | None,
+    plan: Plan | None,
     grouping: Grouping | None,
 ) -> None:
     """Before a pass, merge what is old enough in `held`; `grouping` of the pass: new groups end the window."""
-    if site is None or config is None or config.decode_block is None:
+    block = plan.config.decode_block if plan else None
+    if site is None or plan is None or block is None:
         held.recent = None  # tokens come that nobody remembers
         return
     if held.recent is None:
         return
-    assert config.dense_tail is not None
     known = len(held.recent)
     ended = grouping is not None and grouping.has_groups
-    if ended or known - config.dense_tail >= config.decode_block:
-        groups = (known if ended else known - config.dense_tail) // site.k
+    if ended or known - plan.tail >= block:
+        groups = (known if ended else known - plan.tail) // site.k
         if groups and site.k > 1:
             old = held.recent.first(groups * site.k)
             keys, values = _entries(attention, site, old)
@@ -47,17 +47,16 @@ def age(
 
 def remember(
     held: CompressedLayer,
-    config: VariatorConfig,
+    plan: Plan,
     grouping: Grouping | None,
     hidden: Tensor,
     position: tuple[Tensor, ...],
 ) -> None:
     """After a pass whose tokens are all in `held`: keep what the layer read for the dense ones at its end."""
-    assert config.dense_head is not None
     count = 1 if grouping is None else grouping.trailing
     if grouping is not None and not grouping.has_groups:  # the head of a sequence stays dense for ever
         before = held.tokens - hidden.shape[1]
-        count = max(0, count - max(0, config.dense_head - before))
+        count = max(0, count - max(0, plan.head - before))
     new = Recent(hidden, position).last(count)
     if held.recent is not None and count == hidden.shape[1]:
         new = held.recent + new

@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llm_variator.config import VariatorConfig
 from llm_variator.engine.cache import CompressedLayer
 from llm_variator.engine.cache.naming import cache_argument
 from llm_variator.engine.groups import FILLER, Grouping, Slices
@@ -29,6 +28,7 @@ from llm_variator.engine.hooks.ffn import in_eights
 from llm_variator.engine.hooks.hook import Hook
 from llm_variator.engine.hooks.kernels import group_causal_attention, pooled_bias, visible
 from llm_variator.engine.hooks.unread import at_the_end
+from llm_variator.engine.plan import Plan
 from llm_variator.engine.plugin import SiteLayers
 from llm_variator.engine.session import Pass, broken, current_pass
 
@@ -62,8 +62,8 @@ class _AttentionCall:
     """Whether keys and values passed `update`."""
     attended: bool = False
     """Whether attention ran with them."""
-    read: tuple[VariatorConfig, Tensor, tuple[Tensor, ...]] | None = None
-    """What is kept of the pass where decoding compresses: the plugin's settings, inputs, positions of tokens."""
+    read: tuple[Plan, Tensor, tuple[Tensor, ...]] | None = None
+    """What is kept of the pass where decoding compresses: the plugin's plan, inputs, positions of tokens."""
 
     def __post_init__(self) -> None:
         self.past = self.held.tokens if self.held is not None else 0
@@ -90,8 +90,8 @@ class _AttentionCall:
     def _remember(self) -> None:
         if self.read is not None:
             assert self.held is not None
-            config, hidden, position = self.read
-            remember(self.held, config, self.grouping, hidden, position)
+            plan, hidden, position = self.read
+            remember(self.held, plan, self.grouping, hidden, position)
 
     @property
     def plain_causal(self) -> bool:
@@ -163,13 +163,13 @@ def hook_attention(
         grouping = segment.grouping(site.k if site else 1) if segment else None
         width = hidden.shape[1]
         if held is not None:
-            age(module, held, site, plugin.config if plugin else None, grouping)
+            age(module, held, site, plugin.plan if plugin else None, grouping)
         call = _AttentionCall(grouping, held, cache, width, site, causal, whole is not None, hidden)
         if "position_bias" in kwargs and kwargs["position_bias"] is None:
             # T5's first layer makes the bias for all layers: of tokens, before they are merged
             kwargs["position_bias"] = module.compute_bias(width, width, device=hidden.device)
         if held is not None and site is not None and plugin is not None and plugin.config.decode_block:
-            call.read = plugin.config, hidden, kwargs["position_embeddings"]
+            call.read = plugin.plan, hidden, kwargs["position_embeddings"]
         if site is not None and grouping is not None and grouping.has_groups:
             entries = grouping.compress(hidden, site.compressor)
             if whole:

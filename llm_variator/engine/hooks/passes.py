@@ -59,6 +59,7 @@ def begin_pass(
     return args, kwargs
 
 
+@torch.compiler.disable
 def end_pass(module: nn.Module, args: Any, output: Any) -> None:
     """Hook of the module that reads the tokens: prove that its layers compressed what they should have.
 
@@ -98,17 +99,15 @@ def begin_encoding(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _encoded(session: Session, tokens: Tensor, mask: Any) -> Segment:
     """All of an encoder's tokens (rows, width, ...) as prompt."""
     assert session.plugin is not None
-    config, width = session.plugin.config, tokens.shape[1]
-    assert config.dense_head is not None
-    assert config.dense_tail is not None
+    plan, width = session.plugin.plan, tokens.shape[1]
     valid = _valid(mask, width)
     _refuse_empty(width, valid)
     prompts = width if valid is None else valid.sum(1).tolist()
     return Segment(
         width,
         prompts,
-        head=config.dense_head,
-        tail=config.dense_tail,
+        head=plan.head,
+        tail=plan.tail,
         device=tokens.device,
         valid=valid,
         ragged=True,
@@ -183,7 +182,6 @@ def _segment(session: Session, tokens: Tensor, mask: Any, past: int, cache: Any)
     if max(each) > width:
         raise VariatorError(f"prompt_length {prompts} exceeds the {width} tokens given")
 
-    config = session.plugin.config
-    assert config.dense_tail is not None
-    head, tail = session.edges or (first_dense(cache, config), config.dense_tail)
+    plan = session.plugin.plan
+    head, tail = session.edges or (first_dense(cache, plan), plan.tail)
     return Segment(width, prompts, head=head, tail=tail, device=tokens.device, valid=valid)

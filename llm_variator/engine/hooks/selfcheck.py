@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from llm_variator.config import BaseSignature, VariatorConfig
 from llm_variator.engine.hooks.architecture import Architecture
-from llm_variator.engine.plugin import CompressionPlugin, attachment
+from llm_variator.engine.plan import Plan
+from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.engine.session import Session, scope
 from llm_variator.errors import VariatorError
 
@@ -68,8 +69,9 @@ def _untrained(
         decompressor="copy",
         dense_head=0,
         dense_tail=1,
-    ).resolved(signature, decoder=architecture.decoder)
-    return CompressionPlugin(config, attachment(config, signature, slides), signature.hidden_size)
+    )
+    plan = Plan.of(config, signature, decoder=architecture.decoder, slides=slides)
+    return CompressionPlugin(plan, signature.hidden_size)
 
 
 @functools.cache

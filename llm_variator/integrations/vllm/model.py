@@ -151,8 +151,8 @@ class VariatorMixin:
         if get_pp_group().is_first_rank and get_tensor_model_parallel_rank() == 0:
             digest = weights_digest(model.model.embed_tokens.weight)
             for served in self.variator.plugins.values():
-                assert served.config.base is not None
-                warn_if_other_weights(served.folder, served.config.base, digest)
+                assert served.plan.config.base is not None
+                warn_if_other_weights(served.folder, served.plan.config.base, digest)
         if self.variator.compresses_kv:
             from llm_variator.integrations.vllm.attkv import keep_projection
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
-from llm_variator.engine.plugin import CompressionPlugin, Ratios, attachment
+from llm_variator.engine.plan import Plan
+from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.policy import LoadPolicy, Policy
 from llm_variator.integrations.vllm.plan import Shape, whole_step
@@ -29,22 +30,18 @@ class Served:
     """One plugin as it is served."""
 
     folder: Path
-    config: VariatorConfig
-    """Resolved for the base."""
-    ratios: Ratios
-    """site -> layer -> k, as attached to the base."""
+    plan: Plan
+    """What it does to a prompt of the base."""
 
     @property
     def shape(self) -> Shape:
         """How it splits a prompt."""
-        assert self.config.dense_head is not None
-        assert self.config.dense_tail is not None
-        every = {k for layers in self.ratios.values() for k in layers.values() if k > 1}
-        return Shape(self.config.dense_head, self.config.dense_tail, tuple(sorted(every)))
+        every = {k for layers in self.plan.ratios.values() for k in layers.values() if k > 1}
+        return Shape(self.plan.head, self.plan.tail, tuple(sorted(every)))
 
     def build(self, dim: int) -> CompressionPlugin:
         """The plugin's layers with the weights of its file, on the CPU in fp32."""
-        plugin = CompressionPlugin(self.config, self.ratios, dim)
+        plugin = CompressionPlugin(self.plan, dim)
         plugin.load_weights(self.folder)
         return plugin
 
@@ -79,7 +76,7 @@ class Settings:
             raise VariatorError('the default "auto" needs at least one plugin')
         stack = Stack.of(hf_config)
         dense = prefill(stack, TYPICAL_PROMPT).total
-        costs = {k: prefill(stack, TYPICAL_PROMPT, one.config).total / dense for k, one in plugins.items()}
+        costs = {k: prefill(stack, TYPICAL_PROMPT, one.plan.config).total / dense for k, one in plugins.items()}
         settings = cls(plugins, default, values.get("policy", {}), costs)
         if plugins:
             settings.make_policy()
@@ -98,11 +95,11 @@ class Settings:
     @property
     def compresses_kv(self) -> bool:
         """Whether some plugin compresses the KV cache."""
-        return any("kv" in plugin.ratios for plugin in self.plugins.values())
+        return any("kv" in plugin.plan.ratios for plugin in self.plugins.values())
 
     def _block_tables(self, layers: int) -> int:
         """Kinds of layers whose caches hold the same entries."""
-        kv = [plugin.ratios.get("kv", {}) for plugin in self.plugins.values()]
+        kv = [plugin.plan.ratios.get("kv", {}) for plugin in self.plugins.values()]
         return len({tuple(ratios.get(layer) for ratios in kv) for layer in range(layers)})
 
     def make_policy(self) -> Policy:
@@ -182,11 +179,10 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
         config.base.name, hf_config.model_type, hf_config.hidden_size, hf_config.num_hidden_layers
     )
     try:
-        config = config.resolved(signature, decoder=True)
-        ratios = attachment(config, signature, lambda layer: slides(hf_config, layer))
+        plan = Plan.of(config, signature, decoder=True, slides=lambda layer: slides(hf_config, layer))
     except VariatorError as error:
         raise VariatorError(f"{folder}: {error}") from None
-    served = Served(folder, config, ratios)
+    served = Served(folder, plan)
     if "attention" in config.sites:
         raise VariatorError(f'{folder}: the site "attention" is not served in vLLM; use "ffn" and "kv"')
     if config.decode_block is not None:
