@@ -33,10 +33,11 @@ from llm_variator.analyze.sets import SetCounts, count_sets
 from llm_variator.analyze.trained import add_training_flags, trained_plugin
 from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
+from llm_variator.measures.loading import load_variator
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import read_windows, spread
-from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.corpora import enough, read_windows, spread
+from llm_variator.sources.models import load_tokenizer
 
 DENSE = "1"
 
@@ -72,16 +73,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     given = _named(args.plugin)
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     windows = read_windows(args.data, tokenizer, seq_length=args.tokens, data_dir=args.data_dir)
-    if args.windows > len(windows):
-        raise VariatorError(
-            f"--windows {args.windows}: {args.data} holds only {len(windows)} of {args.tokens} tokens"
-        )
-    windows = spread(windows, args.windows)
+    windows = spread(enough(windows, args.windows, args.data), args.windows)
     folders = dict(given)
     if args.train_steps:
         folders |= {k: trained_plugin(args, k) for k in ratios if k not in given}
-    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
-    model.eval()
+    model = load_variator(args)
     plugins = {}
     for k in sorted({*ratios, *given}):
         if k in folders:

@@ -26,11 +26,11 @@ from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.probe import Probe, open_probe
+from llm_variator.measures.loading import load_variator
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.results import write_result
-from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import read_windows, repeat_passages, spread
-from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.corpora import enough, read_windows, repeat_passages, spread
+from llm_variator.sources.models import load_tokenizer
 
 WORK = Path("runs/sensitivity")
 SITES = ("ffn", "kv")
@@ -97,12 +97,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     length = args.context + args.continuation
     windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    if args.windows > len(windows):
-        raise VariatorError(
-            f"--windows {args.windows}: {args.data} holds only {len(windows)} of {length} tokens"
-        )
-    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
-    model.eval()
+    windows = enough(windows, args.windows, args.data)
+    model = load_variator(args)
     model.decoder_only("sensitivity", "it measures what follows a prompt")
     measured, rest = _apart(windows, args.windows)
     if args.recall:
