@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from llm_variator.engine.cache import KVCacheReport
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.measures.metrics import continuation_cross_entropy
+from llm_variator.measures.timing import Case, interleaved
 from llm_variator.model import VariatorModel
 
 DENSE = "none"
@@ -143,25 +144,24 @@ def compare(
     max_new_tokens: int,
     repetitions: int,
 ) -> list[Comparison]:
-    """The dense model, then every loaded plugin, on one prompt (1, tokens), greedily.
-
-    The first-token times are taken in turns, so that a machine that slows down does so for all alike.
-    """
+    """The dense model, then every loaded plugin, on one prompt (1, tokens), greedily; first tokens in turns."""
     names = [None, *model.plugins]
     texts: dict[str | None, Generation] = {}
-    caches: dict[str | None, KVCacheReport] = {}
-    times: dict[str | None, list[float]] = {name: [] for name in names}
-    for name in names:  # the first calls of a process are slow: they are not timed
-        with model.use_plugin(name):
-            caches[name] = generate(model, tokenizer, input_ids, 1).cache
+    firsts: dict[str | None, list[Generation]] = {name: [] for name in names}
+
+    def first_token(name: str | None) -> Case:
+        return Case(
+            lambda _: generate(model, tokenizer, input_ids, 1),
+            inside=lambda: model.use_plugin(name),
+            after=firsts[name].append,
+        )
+
+    interleaved({name: first_token(name) for name in names}, repetitions, device=model.device)
+    times = {name: [each.first_token_seconds for each in own[1:]] for name, own in firsts.items()}
+    caches = {name: own[0].cache for name, own in firsts.items()}
     for name in names:
         with model.use_plugin(name):
             texts[name] = generate(model, tokenizer, input_ids, max_new_tokens)
-    for _ in range(repetitions):
-        for name in names:
-            with model.use_plugin(name):
-                times[name].append(generate(model, tokenizer, input_ids, 1).first_token_seconds)
-
     dense = texts[None]
     whole = torch.cat((input_ids, input_ids.new_tensor([dense.tokens])), dim=1)
     rows = []

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from llm_variator.config import VariatorConfig
 from llm_variator.engine.cache import CompressedLayer
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.measures.loading import load_variator
+from llm_variator.measures.timing import Case, interleaved
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import read_windows
 from llm_variator.sources.models import load_tokenizer
@@ -50,15 +50,8 @@ def stretches(args: argparse.Namespace, *lengths: int) -> list[Tensor]:
 
 def dense_prefill(model: VariatorModel, ids: Tensor, repeats: int) -> float:
     """Least seconds of reading `ids` (1, tokens) with the base model alone."""
-    seconds = []
-    with model.disable_plugin():
-        for _ in range(repeats):
-            start = time.perf_counter()
-            model(ids, use_cache=True, logits_to_keep=1)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    case = Case(lambda _: model(ids, use_cache=True, logits_to_keep=1), inside=model.disable_plugin)
+    return min(interleaved({"dense": case}, repeats, warmups=0, device=model.device)["dense"])
 
 
 def compressed_layers(context: CompressedContext) -> list[CompressedLayer]:
