@@ -33,15 +33,12 @@ from llm_variator.measures.operations import (
     parameters,
     prefill,
 )
+from llm_variator.measures.paper import table_1
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model, plugin_folder
 
-# Table 1 of the paper, 512 tokens: parameters and operations in per cent of the original's
-PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = {
-    "t5-base": {"plugin": (0.9, 46.8), "token pruning": (100.0, 44.3), "student": (61.9, 44.3)},
-    "t5-large": {"plugin": (0.7, 54.1), "token pruning": (100.0, 52.5), "student": (59.1, 52.5)},
-}
+_PAPER_ROWS = {"Variator": "plugin", "LTP": "token pruning", "Distillation": "student"}
 PAPER_TOKENS, PAPER_KEEP = 512, 0.25
 
 
@@ -124,7 +121,7 @@ def _encoder(
     counts |= {"dense": counts["model"], "token pruning": counts["model"], "student": parameters(student)}
     answer = args.answer if shape.decoder_layers else 0
     figures |= {"answer": answer, "keep": args.keep, "prompts": {}}
-    paper = PAPER.get(args.model, {}) if _is_papers(args, config) else {}
+    paper = _papers_costs(args.model) if _is_papers(args, config) else {}
     for n in args.tokens or [PAPER_TOKENS]:
         costs = {
             "dense": encoding(shape, n, answer=answer),
@@ -146,6 +143,16 @@ def _encoder(
     if paper:
         figures["paper"] = _papers_count(config, shape, paper)
         _print_papers_count(figures["paper"])
+
+
+def _papers_costs(model: str) -> dict[str, tuple[float, float]]:
+    """Parameters and operations in Table 1 of the paper, in per cent of the original's."""
+    rows = table_1(model)
+    return {
+        ours: (rows[name]["parameters"], rows[name]["operations"])
+        for name, ours in _PAPER_ROWS.items()
+        if name in rows
+    }
 
 
 def _is_papers(args: argparse.Namespace, config: VariatorConfig) -> bool:
