@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
@@ -23,6 +21,7 @@ from llm_variator.config import VariatorConfig
 from llm_variator.engine.groups import split
 from llm_variator.evaluate.probe import open_probe
 from llm_variator.evaluate.sensitivity import WORK, measure_layers
+from llm_variator.measures import tables
 from llm_variator.measures.loading import load_variator
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
@@ -172,20 +171,17 @@ def _merged(config: VariatorConfig, context: int) -> range:
 
 
 def _print(figures: Mapping[str, Any]) -> None:
-    table = Table(
-        title=f"{figures['plugin']}: merge weight of the last token, and errors of the FFN's output"
-    )
+    rows = []
     sites = list(figures["weights"])
-    for column in ("layer", *(f"{site} last" for site in sites), "restored", "copied"):
-        table.add_column(column, justify="right")
     layers = sorted({int(layer) for site in sites for layer in figures["weights"][site]})
     for layer in map(str, layers):
         own = (figures["weights"][site].get(layer) for site in sites)
         cells = ["-" if found is None else f"{found['mean'][-1]:.3f}" for found in own]
         error = figures["reconstruction"].get(layer)
         cells += ["-", "-"] if error is None else [f"{error['restored']:.3f}", f"{error['copied']:.3f}"]
-        table.add_row(layer, *cells)
-    Console().print(table)
+        rows.append((layer, *cells))
+    title = f"{figures['plugin']}: merge weight of the last token, and errors of the FFN's output"
+    tables.show(title, ["layer", *(f"{site} last" for site in sites), "restored", "copied"], rows, left=0)
     for kind in figures.get("tokens", {}).get("by_origin", []):
         print(
             f"{kind['kind']}: {kind['tokens']} tokens, {kind['dense']:.3f} -> {kind['compressed']:.3f} nats"

@@ -9,13 +9,12 @@ import time
 from collections.abc import Sequence
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.evaluate import frontier, harness, sensitivity, task
+from llm_variator.measures import tables
 from llm_variator.measures.loading import load_variator
 from llm_variator.measures.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.measures.results import write_result
@@ -179,18 +178,21 @@ def _attach(model: VariatorModel, names: Sequence[str], args: argparse.Namespace
 
 
 def _print(scores: Sequence[Score], args: argparse.Namespace, windows: int) -> None:
-    table = Table(
-        title=f"{args.model} on {args.data}: the {args.continuation} tokens after {args.context}, "
-        f"{windows} windows"
-    )
-    table.add_column("prompt")
-    for column in ("nats/token", "above dense", "KV entries"):
-        table.add_column(column, justify="right")
     dense = scores[0].cross_entropy
-    for score in scores:
-        above = score.cross_entropy - dense
-        table.add_row(score.prompt, f"{score.cross_entropy:.4f}", f"{above:+.4f}", f"{score.kv_share:.1%}")
-    Console().print(table)
+    rows = [
+        (
+            score.prompt,
+            f"{score.cross_entropy:.4f}",
+            f"{score.cross_entropy - dense:+.4f}",
+            f"{score.kv_share:.1%}",
+        )
+        for score in scores
+    ]
+    tables.show(
+        f"{args.model} on {args.data}: the {args.continuation} tokens after {args.context}, {windows} windows",
+        ("prompt", "nats/token", "above dense", "KV entries"),
+        rows,
+    )
 
 
 if __name__ == "__main__":

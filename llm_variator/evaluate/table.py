@@ -94,7 +94,7 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
             for tokens in ours["prompt_tokens"]
         ]
     quality = quality_rows(runs)
-    show(console, quality, prefill, model)
+    show(quality, prefill, model)
     if not output:
         return
     figures = {
@@ -113,8 +113,7 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
     write_result(output, figures, command=words, seed=seed, started=started)
     text = markdown(quality, prefill, model, entries)
     write_atomically(output.with_suffix(".md"), scrub_paths(text))
-    title = scrub_paths(model)
-    write_atomically(output.with_suffix(".png"), lambda path: plot(path, quality, prefill, title))
+    plot(output.with_suffix(".png"), quality, prefill, scrub_paths(model))
     console.print(f"stored in {output}, with .md and .png", highlight=False)
 
 
