@@ -10,19 +10,19 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from llm_variator import cli
 from llm_variator.baselines import make_student
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
+from llm_variator.measures import tables
 from llm_variator.measures.operations import (
     Cost,
     EncoderShape,
@@ -33,15 +33,12 @@ from llm_variator.measures.operations import (
     parameters,
     prefill,
 )
+from llm_variator.measures.paper import table_1
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model, plugin_folder
 
-# Table 1 of the paper, 512 tokens: parameters and operations in per cent of the original's
-PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = {
-    "t5-base": {"plugin": (0.9, 46.8), "token pruning": (100.0, 44.3), "student": (61.9, 44.3)},
-    "t5-large": {"plugin": (0.7, 54.1), "token pruning": (100.0, 52.5), "student": (59.1, 52.5)},
-}
+_PAPER_ROWS = {"Variator": "plugin", "LTP": "token pruning", "Distillation": "student"}
 PAPER_TOKENS, PAPER_KEEP = 512, 0.25
 
 
@@ -124,7 +121,7 @@ def _encoder(
     counts |= {"dense": counts["model"], "token pruning": counts["model"], "student": parameters(student)}
     answer = args.answer if shape.decoder_layers else 0
     figures |= {"answer": answer, "keep": args.keep, "prompts": {}}
-    paper = PAPER.get(args.model, {}) if _is_papers(args, config) else {}
+    paper = _papers_costs(args.model) if _is_papers(args, config) else {}
     for n in args.tokens or [PAPER_TOKENS]:
         costs = {
             "dense": encoding(shape, n, answer=answer),
@@ -148,6 +145,16 @@ def _encoder(
         _print_papers_count(figures["paper"])
 
 
+def _papers_costs(model: str) -> dict[str, tuple[float, float]]:
+    """Parameters and operations in Table 1 of the paper, in per cent of the original's."""
+    rows = table_1(model)
+    return {
+        ours: (rows[name]["parameters"], rows[name]["operations"])
+        for name, ours in _PAPER_ROWS.items()
+        if name in rows
+    }
+
+
 def _is_papers(args: argparse.Namespace, config: VariatorConfig) -> bool:
     ours = dataclasses.replace(config, base=None)
     papers = dataclasses.replace(VariatorConfig(k=4), dense_head=0, dense_tail=0)
@@ -164,29 +171,28 @@ def _print_encoder(
     paper: Mapping[str, tuple[float, float]],
 ) -> None:
     title = f"{model}: reading {n:,} tokens" + (f" and {answer} of an answer" if answer else "") + ", GFLOP"
-    table = Table(title=title)
-    for heading in ("", *costs):
-        table.add_column(heading, justify="right")
     dense = costs["dense"]
-
-    def line(name: str, cells: Iterable[str]) -> None:
-        table.add_row(name, *cells)
-
-    line("FFN", (f"{cost.ffn / 1e9:,.1f}" for cost in costs.values()))
-    line("Q, K, V, O", (f"{cost.projections / 1e9:,.1f}" for cost in costs.values()))
-    line("scores", (f"{cost.scores / 1e9:,.1f}" for cost in costs.values()))
-    line("plugin", (f"{cost.plugin / 1e9:,.1f}" for cost in costs.values()))
-    line("encoder, of dense", (f"{cost.encoder / dense.encoder:.1%}" for cost in costs.values()))
+    rows: list[tuple[str, ...]] = [
+        ("FFN", *(f"{cost.ffn / 1e9:,.1f}" for cost in costs.values())),
+        ("Q, K, V, O", *(f"{cost.projections / 1e9:,.1f}" for cost in costs.values())),
+        ("scores", *(f"{cost.scores / 1e9:,.1f}" for cost in costs.values())),
+        ("plugin", *(f"{cost.plugin / 1e9:,.1f}" for cost in costs.values())),
+        ("encoder, of dense", *(f"{cost.encoder / dense.encoder:.1%}" for cost in costs.values())),
+    ]
     if answer:
-        line("decoder", (f"{(cost.answer + cost.head) / 1e9:,.1f}" for cost in costs.values()))
-        line("all, of dense", (f"{cost.total / dense.total:.1%}" for cost in costs.values()))
-    line("parameters", (_added(name, f"{counts[name] / counts['model']:.1%}") for name in costs))
+        rows += [
+            ("decoder", *(f"{(cost.answer + cost.head) / 1e9:,.1f}" for cost in costs.values())),
+            ("all, of dense", *(f"{cost.total / dense.total:.1%}" for cost in costs.values())),
+        ]
+    rows.append(("parameters", *(_added(name, f"{counts[name] / counts['model']:.1%}") for name in costs)))
+    papers: list[tuple[str, ...]] = []
     if paper:
-        table.add_section()
         columns = [(name, *paper.get(name, (100.0, 100.0))) for name in costs]
-        line("paper: FLOPs", (f"{operations}%" for _, _, operations in columns))
-        line("paper: parameters", (_added(name, f"{share}%") for name, share, _ in columns))
-    Console().print(table)
+        papers = [
+            ("paper: FLOPs", *(f"{operations}%" for _, _, operations in columns)),
+            ("paper: parameters", *(_added(name, f"{share}%") for name, share, _ in columns)),
+        ]
+    tables.show(title, ["", *costs], rows, papers, left=0)
 
 
 def _added(name: str, share: str) -> str:
@@ -230,30 +236,23 @@ def _print_papers_count(count: Mapping[str, Any]) -> None:
 
 
 def _print(model: str, rows: dict[int, tuple[Cost, Cost]], counts: Mapping[str, int]) -> None:
-    table = Table(title=f"{model}: reading one prompt, TFLOP")
-    for heading in (
-        "tokens",
-        "",
-        "FFN",
-        "K, V\nQ, O",
-        "scores",
-        "plugin",
-        "all",
-        "of\ndense",
-        "KV of\ndense",
-    ):
-        table.add_column(heading, justify="right")
+    columns = (
+        "tokens", "", "FFN", "K, V\nQ, O", "scores", "plugin", "all", "of\ndense", "KV of\ndense",
+    )  # fmt: skip
+    cells = []
     for n, costs in rows.items():
         for name, cost in zip(("dense", "plugin"), costs, strict=True):
             parts = (cost.ffn, cost.projections, cost.scores, cost.plugin, cost.total)
-            table.add_row(
-                f"{n:,}" if name == "dense" else "",
-                name,
-                *(f"{part / 1e12:.3f}" for part in parts),
-                f"{cost.total / costs[0].total:.3f}",
-                f"{cost.cache_entries / costs[0].cache_entries:.3f}",
+            cells.append(
+                (
+                    f"{n:,}" if name == "dense" else "",
+                    name,
+                    *(f"{part / 1e12:.3f}" for part in parts),
+                    f"{cost.total / costs[0].total:.3f}",
+                    f"{cost.cache_entries / costs[0].cache_entries:.3f}",
+                )
             )
-    Console().print(table)
+    tables.show(f"{model}: reading one prompt, TFLOP", columns, cells, left=0)
     share = counts["plugin"] / counts["model"]
     Console().print(f"plugin: {counts['plugin']:,} parameters, {share:.2%} of the model's", highlight=False)
 

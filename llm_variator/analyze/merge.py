@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
@@ -21,13 +19,14 @@ from llm_variator.analyze.observe import Observer, drift
 from llm_variator.analyze.suffering import suffering, token_losses
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.groups import split
-from llm_variator.errors import VariatorError
 from llm_variator.evaluate.probe import open_probe
 from llm_variator.evaluate.sensitivity import WORK, measure_layers
+from llm_variator.measures import tables
+from llm_variator.measures.loading import load_variator
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import read_windows, spread
-from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.corpora import enough, read_windows, spread
+from llm_variator.sources.models import load_tokenizer
 
 NAME = "plugin"
 
@@ -54,18 +53,13 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """Measure, print; returns the figures."""
     started = time.perf_counter()
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
-    model.eval()
+    model = load_variator(args)
     model.load_plugin(args.plugin, NAME)
     model.set_plugin(NAME)
     config = model.plugin().config
     length = args.context + (args.continuation if model.is_decoder else 0)
     windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    if args.windows > len(windows):
-        raise VariatorError(
-            f"--windows {args.windows}: {args.data} holds only {len(windows)} of {length} tokens"
-        )
-    windows = spread(windows, args.windows)
+    windows = spread(enough(windows, args.windows, args.data), args.windows)
     prompts = windows[:, : args.context]
     figures: dict[str, Any] = {
         "model": args.model,
@@ -171,20 +165,17 @@ def _merged(config: VariatorConfig, context: int) -> range:
 
 
 def _print(figures: Mapping[str, Any]) -> None:
-    table = Table(
-        title=f"{figures['plugin']}: merge weight of the last token, and errors of the FFN's output"
-    )
+    rows = []
     sites = list(figures["weights"])
-    for column in ("layer", *(f"{site} last" for site in sites), "restored", "copied"):
-        table.add_column(column, justify="right")
     layers = sorted({int(layer) for site in sites for layer in figures["weights"][site]})
     for layer in map(str, layers):
         own = (figures["weights"][site].get(layer) for site in sites)
         cells = ["-" if found is None else f"{found['mean'][-1]:.3f}" for found in own]
         error = figures["reconstruction"].get(layer)
         cells += ["-", "-"] if error is None else [f"{error['restored']:.3f}", f"{error['copied']:.3f}"]
-        table.add_row(layer, *cells)
-    Console().print(table)
+        rows.append((layer, *cells))
+    title = f"{figures['plugin']}: merge weight of the last token, and errors of the FFN's output"
+    tables.show(title, ["layer", *(f"{site} last" for site in sites), "restored", "copied"], rows, left=0)
     for kind in figures.get("tokens", {}).get("by_origin", []):
         print(
             f"{kind['kind']}: {kind['tokens']} tokens, {kind['dense']:.3f} -> {kind['compressed']:.3f} nats"

@@ -13,9 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
@@ -33,10 +31,12 @@ from llm_variator.analyze.sets import SetCounts, count_sets
 from llm_variator.analyze.trained import add_training_flags, trained_plugin
 from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
+from llm_variator.measures import tables
+from llm_variator.measures.loading import load_variator
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import read_windows, spread
-from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.corpora import enough, read_windows, spread
+from llm_variator.sources.models import load_tokenizer
 
 DENSE = "1"
 
@@ -72,16 +72,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     given = _named(args.plugin)
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     windows = read_windows(args.data, tokenizer, seq_length=args.tokens, data_dir=args.data_dir)
-    if args.windows > len(windows):
-        raise VariatorError(
-            f"--windows {args.windows}: {args.data} holds only {len(windows)} of {args.tokens} tokens"
-        )
-    windows = spread(windows, args.windows)
+    windows = spread(enough(windows, args.windows, args.data), args.windows)
     folders = dict(given)
     if args.train_steps:
         folders |= {k: trained_plugin(args, k) for k in ratios if k not in given}
-    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
-    model.eval()
+    model = load_variator(args)
     plugins = {}
     for k in sorted({*ratios, *given}):
         if k in folders:
@@ -223,12 +218,12 @@ def _training(args: argparse.Namespace, k: int, given: Mapping[int, str], *, tra
 
 
 def _print(figures: Mapping[str, Any]) -> None:
-    table = Table(title=f"{figures['model']}: activated neurons, {figures['definition']['name']}")
-    for column in ("k", "activated", "|C∩I|/|I|", "by chance", "|C∩U|/|C|", "by chance"):
-        table.add_column(column, justify="right")
+    rows = []
     for k, share in figures["activated_mean"].items():
         sets = figures["sets"].get(k)
         names = ("c_and_i_of_i", "chance_i", "c_and_u_of_c", "chance_u")
         cells = ["" if sets is None or sets[name] is None else f"{sets[name]:.3f}" for name in names]
-        table.add_row(k, f"{share:.4f}", *cells)
-    Console().print(table)
+        rows.append((k, f"{share:.4f}", *cells))
+    title = f"{figures['model']}: activated neurons, {figures['definition']['name']}"
+    columns = ("k", "activated", "|C∩I|/|I|", "by chance", "|C∩U|/|C|", "by chance")
+    tables.show(title, columns, rows, left=0)

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
+from llm_variator.measures import plots, tables
 from llm_variator.measures.results import write_result
 
 Row = Mapping[str, Any]
@@ -55,20 +53,7 @@ def publish(
     note: str = "",
 ) -> None:
     """Print the rows and store what `--json`, `--markdown` and `--plot` ask for."""
-    shown = [name for name in COLUMNS if any(name in row for row in rows)]
-    table = Table(title=title)
-    for name in shown:
-        table.add_column(COLUMNS[name][0], justify="left" if name == "case" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(row, name) for name in shown))
-    console = Console()
-    unlimited = console.options.update(max_width=1000)
-    console.width = max(
-        console.width, console.measure(table, options=unlimited).maximum
-    )  # figures are never cut
-    console.print(table)
-    if note:
-        console.print(note, style="dim")
+    tables.show(title, *_cells(rows), note=note)
     if args.json:
         write_result(args.json, {**figures, "rows": rows}, command=command, seed=args.seed, started=started)
     if args.markdown:
@@ -77,18 +62,19 @@ def publish(
         plot(args.plot, title, rows)
 
 
-def _cell(row: Row, name: str) -> str:
-    value = row.get(name)
-    return "" if value is None else format(value, COLUMNS[name][1])
+def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of text, of the columns that some row has."""
+    shown = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = [
+        ["" if row.get(name) is None else format(row[name], COLUMNS[name][1]) for name in shown]
+        for row in rows
+    ]
+    return [COLUMNS[name][0] for name in shown], lines
 
 
 def markdown(title: str, rows: Sequence[Row], note: str = "") -> str:
     """The rows as a Markdown table under `title`."""
-    shown = [name for name in COLUMNS if any(name in row for row in rows)]
-    lines = [[COLUMNS[name][0] for name in shown], ["---"] * len(shown)]
-    lines += [[_cell(row, name) for name in shown] for row in rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**{title}**\n\n{table}\n" + (f"\n{note}\n" if note else "")
+    return f"**{title}**\n\n{tables.markdown(*_cells(rows))}\n" + (f"\n{note}\n" if note else "")
 
 
 def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
@@ -103,14 +89,8 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
             lines.setdefault((row["case"], row.get("batch", 1)), []).append(row)
     if not lines:
         raise VariatorError("--plot: this benchmark has no lengths to plot; leave it out")
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise VariatorError("--plot needs matplotlib: pip install matplotlib") from None
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure = plots.matplotlib().figure.Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
     for (case, batch), points in lines.items():
         tokens = [point["tokens"] for point in points]
         (line,) = axes.plot(tokens, [p["of_dense"] for p in points], "o-", label=f"{case}, batch {batch}")
@@ -121,10 +101,4 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     axes.set(xlabel="tokens", ylabel="time, of dense", title=title, ylim=(0, None))
     axes.set_xscale("log", base=2)
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path, bbox_inches="tight")
-    except ValueError as error:
-        raise VariatorError(f"--plot {path}: {error}") from None
-    finally:
-        plt.close(figure)
+    plots.save(figure, path, bbox_inches="tight")

@@ -9,19 +9,18 @@ import time
 from collections.abc import Sequence
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
 from llm_variator.engine.cache.naming import cache_of
-from llm_variator.errors import VariatorError
 from llm_variator.evaluate import frontier, harness, sensitivity, task
+from llm_variator.measures import tables
+from llm_variator.measures.loading import load_variator
 from llm_variator.measures.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import EMBEDDED, read_windows, spread
-from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.corpora import EMBEDDED, enough, read_windows, spread
+from llm_variator.sources.models import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (frontier if args.command == "frontier" else sensitivity).run(args, argv)
         return
     windows = _windows(args)
-    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
+    model = load_variator(args)
     model.decoder_only("continuation", "it scores the text after a prompt")
     plugins = _attach(model, [name for name in args.plugin if name != "none"], args)
     scores = score_continuation(model, windows, args.context, plugins, batch_size=args.batch_size)
@@ -162,11 +161,7 @@ def _windows(args: argparse.Namespace) -> Tensor:
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     length = args.context + args.continuation
     windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    if args.windows > len(windows):
-        raise VariatorError(
-            f"--windows {args.windows}: {args.data} holds only {len(windows)} windows of {length} tokens"
-        )
-    return spread(windows, args.windows)
+    return spread(enough(windows, args.windows, args.data), args.windows)
 
 
 def _attach(model: VariatorModel, names: Sequence[str], args: argparse.Namespace) -> dict[str, str]:
@@ -183,18 +178,21 @@ def _attach(model: VariatorModel, names: Sequence[str], args: argparse.Namespace
 
 
 def _print(scores: Sequence[Score], args: argparse.Namespace, windows: int) -> None:
-    table = Table(
-        title=f"{args.model} on {args.data}: the {args.continuation} tokens after {args.context}, "
-        f"{windows} windows"
-    )
-    table.add_column("prompt")
-    for column in ("nats/token", "above dense", "KV entries"):
-        table.add_column(column, justify="right")
     dense = scores[0].cross_entropy
-    for score in scores:
-        above = score.cross_entropy - dense
-        table.add_row(score.prompt, f"{score.cross_entropy:.4f}", f"{above:+.4f}", f"{score.kv_share:.1%}")
-    Console().print(table)
+    rows = [
+        (
+            score.prompt,
+            f"{score.cross_entropy:.4f}",
+            f"{score.cross_entropy - dense:+.4f}",
+            f"{score.kv_share:.1%}",
+        )
+        for score in scores
+    ]
+    tables.show(
+        f"{args.model} on {args.data}: the {args.continuation} tokens after {args.context}, {windows} windows",
+        ("prompt", "nats/token", "above dense", "KV entries"),
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ from llm_variator.evaluate.exchange import Elsewhere, export, read_elsewhere
 from llm_variator.evaluate.rows import AnswerRow, TextRow, answer_row, text_row
 from llm_variator.evaluate.show import markdown, plot, print_tables
 from llm_variator.measures.conditions import Condition, Dense, NoContext, Plugin, mean_merge
+from llm_variator.measures.loading import load_variator
 from llm_variator.measures.operations import Stack
 from llm_variator.measures.quality import Answers, Continuation, answer, continue_windows, time_reading
 from llm_variator.measures.results import scrub_paths, write_result
 from llm_variator.measures.store import Store
 from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import cut_windows, read_windows, spread, tokenize
-from llm_variator.sources.models import load_model, load_tokenizer, plugin_folder
+from llm_variator.sources.corpora import cut_windows, enough, read_windows, spread, tokenize
+from llm_variator.sources.models import load_tokenizer, plugin_folder
 from llm_variator.sources.tasks import Example
 
 WORK = Path("runs/frontier")
@@ -118,8 +119,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     texts = [_text(args, tokenizer, data, context) for context in args.context for data in args.data]
     quiz = _quiz(args, tokenizer) if args.questions else None
-    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
-    model.eval()
+    model = load_variator(args)
     model.decoder_only("frontier", "it measures what follows a prompt")
     conditions = gather(model, args)
     store = Store.of(model, None if args.fresh else args.work, args.work)
@@ -221,9 +221,7 @@ def _text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, data: st
         windows = cut_windows(tokenize(questions.read_articles(args.data_dir), tokenizer), length, tokenizer)
     else:
         windows = read_windows(data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    if args.windows > len(windows):
-        raise VariatorError(f"--windows {args.windows}: {data} holds only {len(windows)} of {length} tokens")
-    return Text(data, context, spread(windows, args.windows))
+    return Text(data, context, spread(enough(windows, args.windows, data), args.windows))
 
 
 def _quiz(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Quiz:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from llm_variator.measures import plots, tables
 
 HF = "hf"
 """lm-eval's own model type, for comparison."""
@@ -80,29 +79,17 @@ def _cells(quality: Sequence[Quality], prefill: Sequence[Prefill]) -> list[list[
     return rows
 
 
-def show(console: Console, quality: Sequence[Quality], prefill: Sequence[Prefill], model: str) -> None:
+def show(quality: Sequence[Quality], prefill: Sequence[Prefill], model: str) -> None:
     """Print the table."""
-    shown = Table(title=model)
-    shown.add_column("")
-    for label in quality[0].values:
-        shown.add_column(label, justify="right")
-    for cells in _cells(quality, prefill):
-        shown.add_row(*cells)
-    console.print(shown)
+    tables.show(model, ["", *quality[0].values], _cells(quality, prefill))
 
 
 def markdown(
     quality: Sequence[Quality], prefill: Sequence[Prefill], model: str, entries: Sequence[Entry]
 ) -> str:
     """The table as a Markdown document."""
-    labels = list(quality[0].values)
-    lines = [
-        f"# {model}: plugins side by side",
-        "",
-        "| | " + " | ".join(labels) + " |",
-        "|---" * (len(labels) + 1) + "|",
-    ]
-    lines += ["| " + " | ".join(cells) + " |" for cells in _cells(quality, prefill)]
+    table = tables.markdown(["", *quality[0].values], _cells(quality, prefill))
+    lines = [f"# {model}: plugins side by side", "", table]
     lines += ["", "In brackets: relative to the first column timed.", ""] if prefill else [""]
     lines += [f"- {entry.label}: {entry.described}" for entry in entries]
     lines += ["", "Items per task:", ""]
@@ -112,13 +99,9 @@ def markdown(
 
 
 def plot(path: Path, quality: Sequence[Quality], prefill: Sequence[Prefill], model: str) -> None:
-    """Quality per task (metrics of which more is better) and cost relative to the first column, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(2, 1), layout="constrained")
+    """Quality per task (metrics of which more is better) and cost relative to the first column, into `path`."""
+    figure = plots.matplotlib().figure.Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     right.set_visible(bool(prefill))
     labels = list(quality[0].values)
     chosen = [row for row in quality if row.higher_is_better]
@@ -135,8 +118,7 @@ def plot(path: Path, quality: Sequence[Quality], prefill: Sequence[Prefill], mod
     _bars(right, [name for name, _ in costs], ratios, labels)
     right.set_title("cost, of the first column")
     left.legend()
-    figure.savefig(path, format="png", dpi=110)
-    pyplot.close(figure)
+    plots.save(figure, path, dpi=110)
 
 
 def _bars(

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from llm_variator import cli
@@ -26,11 +25,12 @@ from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.probe import Probe, open_probe
+from llm_variator.measures import tables
+from llm_variator.measures.loading import load_variator
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.results import write_result
-from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import read_windows, repeat_passages, spread
-from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.corpora import enough, read_windows, repeat_passages, spread
+from llm_variator.sources.models import load_tokenizer
 
 WORK = Path("runs/sensitivity")
 SITES = ("ffn", "kv")
@@ -97,12 +97,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
     length = args.context + args.continuation
     windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    if args.windows > len(windows):
-        raise VariatorError(
-            f"--windows {args.windows}: {args.data} holds only {len(windows)} of {length} tokens"
-        )
-    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
-    model.eval()
+    windows = enough(windows, args.windows, args.data)
+    model = load_variator(args)
     model.decoder_only("sensitivity", "it measures what follows a prompt")
     measured, rest = _apart(windows, args.windows)
     if args.recall:
@@ -278,12 +274,9 @@ def _print(
     ratios: Sequence[int],
 ) -> None:
     for site, layers in harms.items():
-        table = Table(title=f"{site}: nats from the dense predictions with one layer merged")
-        table.add_column("layer", justify="right")
-        for k in ratios:
-            table.add_column(f"k={k}", justify="right")
-        table.add_column("chosen", justify="right")
+        rows = []
         for layer, merged in enumerate(layers):
             cells = (f"{merged[k]:.5f}" if k in merged else "-" for k in ratios)
-            table.add_row(str(layer), *cells, str(chosen[site][layer]))
-        Console().print(table)
+            rows.append((str(layer), *cells, str(chosen[site][layer])))
+        title = f"{site}: nats from the dense predictions with one layer merged"
+        tables.show(title, ["layer", *(f"k={k}" for k in ratios), "chosen"], rows, left=0)

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from llm_variator.engine.files import write_atomically
-from llm_variator.errors import VariatorError
+from llm_variator.measures import plots, tables
 
 TEXT_COLUMNS = (
     "condition", "nats/token", "above dense", "greedy agreement", "same choice",
@@ -71,27 +69,16 @@ def answer_cells(row: Mapping[str, Any]) -> list[str]:
 
 def print_tables(figures: Mapping[str, Any]) -> None:
     """All tables, to stdout."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
     for title, columns, rows in _tables(figures):
-        table = Table(title=title)
-        for column in columns:
-            table.add_column(
-                column.replace(" ", "\n", 1), justify="left" if column == "condition" else "right"
-            )
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print(NOTE, style="dim", highlight=False)
+        tables.show(title, [column.replace(" ", "\n", 1) for column in columns], rows)
+    Console().print(NOTE, style="dim", highlight=False)
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
-    parts = []
-    for title, columns, rows in _tables(figures):
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    parts = [
+        f"{title}\n\n{tables.markdown(columns, rows, '---:')}" for title, columns, rows in _tables(figures)
+    ]
     return "\n\n".join([*parts, NOTE]) + "\n"
 
 
@@ -101,22 +88,15 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
     Raises:
         VariatorError: matplotlib is missing, the suffix is none of its formats, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise VariatorError("--plot needs matplotlib: pip install 'llm-variator[eval]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    matplotlib = plots.matplotlib()
     texts = figures["texts"]
     axes_of = {"operations": "operations of the prefill, of dense", "kv_entries": "KV entries, of dense"}
     if all(text["rows"][0]["prefill"] is not None for text in texts):
         axes_of = {"prefill": "measured prefill time, of dense", **axes_of}
     size = (4.5 * len(axes_of), 3.6 * len(texts) + 1.2)
-    figure, grid = pyplot.subplots(
-        len(texts), len(axes_of), figsize=size, squeeze=False, layout="constrained"
-    )
-    colours = pyplot.get_cmap("tab10")
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(texts), len(axes_of), squeeze=False)
+    colours = matplotlib.colormaps["tab10"]
     for text, line in zip(texts, grid, strict=True):
         rows = text["rows"]
         absent = next((row["above_dense"] for row in rows if row["condition"] == "no context"), None)
@@ -137,15 +117,7 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
         line[0].set_title(f"{text['data']}, {text['context']} tokens{aside}", loc="left")
     handles, labels = grid[0][-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(axes_of) + 1)
-    kinds = figure.canvas.get_supported_filetypes()
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in kinds:
-        pyplot.close(figure)
-        raise VariatorError(
-            f"--plot {path}: choose a file name that ends with one of .{', .'.join(sorted(kinds))}"
-        )
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=120))
-    pyplot.close(figure)
+    plots.save(figure, path, dpi=120)
 
 
 def _tables(figures: Mapping[str, Any]) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:

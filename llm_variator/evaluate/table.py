@@ -24,6 +24,7 @@ from llm_variator.errors import VariatorError
 from llm_variator.evaluate.render import HF, Entry, Prefill, Quality, markdown, plot, show
 from llm_variator.measures.compare import DENSE
 from llm_variator.measures.results import scrub_paths, write_result
+from llm_variator.measures.timing import Case, interleaved
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import EMBEDDED, read_windows
 from llm_variator.sources.models import load_config, model_source, shipped_plugins
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
             for tokens in ours["prompt_tokens"]
         ]
     quality = quality_rows(runs)
-    show(console, quality, prefill, model)
+    show(quality, prefill, model)
     if not output:
         return
     figures = {
@@ -112,8 +113,7 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
     write_result(output, figures, command=words, seed=seed, started=started)
     text = markdown(quality, prefill, model, entries)
     write_atomically(output.with_suffix(".md"), scrub_paths(text))
-    title = scrub_paths(model)
-    write_atomically(output.with_suffix(".png"), lambda path: plot(path, quality, prefill, title))
+    plot(output.with_suffix(".png"), quality, prefill, scrub_paths(model))
     console.print(f"stored in {output}, with .md and .png", highlight=False)
 
 
@@ -251,10 +251,9 @@ def _answers(run: Mapping[str, Any], task: str) -> list[Any]:
 def measure_prefill(
     model: VariatorModel, names: Mapping[str, str | None], prompt: Tensor, repetitions: int
 ) -> Prefill:
-    """Time and KV bytes of reading a prompt (1, tokens) with each plugin.
+    """Time and KV bytes of reading a prompt (1, tokens) with each plugin, in turns.
 
-    The repetitions are taken in turns, so that a machine that slows down does so for all alike; the first call
-    of each is not timed. Of T5 the encoder is measured, with one token of the decoder.
+    Of T5 the encoder is measured, with one token of the decoder.
     """
     seq2seq = model.config.is_encoder_decoder
     given: dict[str, Any] = (
@@ -263,24 +262,16 @@ def measure_prefill(
         else dict(logits_to_keep=1, use_cache=True)
     )
     prompt = prompt.long()
-    times: dict[str, list[float]] = {label: [] for label in names}
     held: dict[str, int] = {}
-    for turn in range(repetitions + 1):
-        for label, name in names.items():
-            with model.use_plugin(name):
-                _wait(prompt.device)
-                begun = time.perf_counter()
-                output = model(prompt, **given)
-                _wait(prompt.device)
-                if turn:
-                    times[label].append(time.perf_counter() - begun)
-                elif not seq2seq:
-                    held[label] = model.kv_cache_report(cache_of(output)).bytes
-            del output
+
+    def reading(label: str, name: str | None) -> Case:
+        def note(output: Any) -> None:
+            if not seq2seq:
+                held[label] = model.kv_cache_report(cache_of(output)).bytes
+
+        return Case(lambda _: model(prompt, **given), inside=lambda: model.use_plugin(name), after=note)
+
+    cases = {label: reading(label, name) for label, name in names.items()}
+    times = interleaved(cases, repetitions, device=prompt.device)
     seconds = {label: statistics.median(own) for label, own in times.items()}
     return Prefill(prompt.shape[1], seconds, None if seq2seq else held)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

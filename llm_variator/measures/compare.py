@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from llm_variator.engine.cache import KVCacheReport
 from llm_variator.engine.cache.naming import cache_of
+from llm_variator.measures import tables
 from llm_variator.measures.metrics import continuation_cross_entropy
+from llm_variator.measures.timing import Case, interleaved
 from llm_variator.model import VariatorModel
 
 DENSE = "none"
@@ -143,25 +144,24 @@ def compare(
     max_new_tokens: int,
     repetitions: int,
 ) -> list[Comparison]:
-    """The dense model, then every loaded plugin, on one prompt (1, tokens), greedily.
-
-    The first-token times are taken in turns, so that a machine that slows down does so for all alike.
-    """
+    """The dense model, then every loaded plugin, on one prompt (1, tokens), greedily; first tokens in turns."""
     names = [None, *model.plugins]
     texts: dict[str | None, Generation] = {}
-    caches: dict[str | None, KVCacheReport] = {}
-    times: dict[str | None, list[float]] = {name: [] for name in names}
-    for name in names:  # the first calls of a process are slow: they are not timed
-        with model.use_plugin(name):
-            caches[name] = generate(model, tokenizer, input_ids, 1).cache
+    firsts: dict[str | None, list[Generation]] = {name: [] for name in names}
+
+    def first_token(name: str | None) -> Case:
+        return Case(
+            lambda _: generate(model, tokenizer, input_ids, 1),
+            inside=lambda: model.use_plugin(name),
+            after=firsts[name].append,
+        )
+
+    interleaved({name: first_token(name) for name in names}, repetitions, device=model.device)
+    times = {name: [each.first_token_seconds for each in own[1:]] for name, own in firsts.items()}
+    caches = {name: own[0].cache for name, own in firsts.items()}
     for name in names:
         with model.use_plugin(name):
             texts[name] = generate(model, tokenizer, input_ids, max_new_tokens)
-    for _ in range(repetitions):
-        for name in names:
-            with model.use_plugin(name):
-                times[name].append(generate(model, tokenizer, input_ids, 1).first_token_seconds)
-
     dense = texts[None]
     whole = torch.cat((input_ids, input_ids.new_tensor([dense.tokens])), dim=1)
     rows = []
@@ -187,13 +187,12 @@ def compare(
 
 def print_comparison(rows: Sequence[Comparison], prompt_tokens: int, max_new_tokens: int) -> None:
     """Print the table and the texts to stdout."""
-    console = Console()
-    table = Table(title=f"{prompt_tokens} prompt tokens, up to {max_new_tokens} generated greedily")
-    left = ("plugin", "first\ntoken ms", "of\ndense", "tokens\nper s")
-    for heading in (*left, "prompt\nKV MiB", "of\ndense", "nats per\ntoken", "same\ntokens"):
-        table.add_column(heading, justify="left" if heading == "plugin" else "right")
-    for row in rows:
-        table.add_row(
+    columns = (
+        "plugin", "first\ntoken ms", "of\ndense", "tokens\nper s",
+        "prompt\nKV MiB", "of\ndense", "nats per\ntoken", "same\ntokens",
+    )  # fmt: skip
+    cells = [
+        (
             row.plugin,
             f"{row.first_token_seconds * 1e3:.0f}",
             f"{row.first_token_ratio:.2f}",
@@ -203,12 +202,14 @@ def print_comparison(rows: Sequence[Comparison], prompt_tokens: int, max_new_tok
             f"{row.cross_entropy:.3f}",
             str(row.same_tokens),
         )
-    console.print(table)
-    console.print(
-        "nats per token: cross-entropy of the dense model's text after this prompt; "
+        for row in rows
+    ]
+    tables.show(
+        f"{prompt_tokens} prompt tokens, up to {max_new_tokens} generated greedily", columns, cells,
+        note="nats per token: cross-entropy of the dense model's text after this prompt; "
         "same tokens: those equal to the dense model's before the first difference",
-        style="dim",
-    )
+    )  # fmt: skip
+    console = Console()
     for row in rows:
         console.print(Panel(Text(row.text), title=row.plugin, title_align="left"))
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_variator.measures.conditions import Condition, Prompt, follow, greedy
+from llm_variator.measures.timing import Case, interleaved, ratio
 from llm_variator.model import VariatorModel
 
 
@@ -112,25 +113,19 @@ def time_reading(
     repetitions: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of reading `ids` (rows, n): label -> one per repetition.
-
-    The conditions take turns, so that a machine that slows down does so for all of them; the first round is
-    not timed.
-    """
+    """Seconds of reading `ids` (rows, n), in turns: label -> one per repetition."""
     ids = ids.to(device=model.device, dtype=torch.long)
-    seconds: dict[str, list[float]] = {condition.label: [] for condition in conditions}
-    for repetition in range(repetitions + 1):
-        for condition in conditions:
-            started = clock()
-            condition.read(model, ids).logits.argmax(-1).tolist()  # waits for an accelerator
-            if repetition:
-                seconds[condition.label].append(clock() - started)
-    return seconds
+
+    def reading(condition: Condition) -> Case:
+        return Case(lambda _: condition.read(model, ids).logits.argmax(-1).tolist())
+
+    cases = {condition.label: reading(condition) for condition in conditions}
+    return interleaved(cases, repetitions, device=model.device, clock=clock)
 
 
 def ratio_to(dense: Sequence[float], other: Sequence[float]) -> float:
     """Median over the rounds of `other` over `dense`, both of the same rounds."""
-    return statistics.median(ours / theirs for ours, theirs in zip(other, dense, strict=True))
+    return ratio(other, dense).median
 
 
 def agreement(ours: Sequence[Sequence[int]], dense: Sequence[Sequence[int]]) -> float:

@@ -8,47 +8,51 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import Progress
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is timed: `run` gets what `prepare` returned, which is not timed, inside the context `inside`."""
+    """What is timed: `run`, inside the context `inside`; `prepare`, which makes its argument, and `after` are not."""
 
-    run: Callable[[Any], object]
+    run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
     inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+    after: Callable[[Any], object] = lambda result: None
+    """Gets what `run` returned, of warm-ups too."""
 
 
 def interleaved(
-    cases: Mapping[str, Case],
+    cases: Mapping[Name, Case],
     repetitions: int,
     *,
     warmups: int = 1,
     device: torch.device | str = "cpu",
     progress: Callable[[], None] = lambda: None,
-    clock: str = "wall",
-) -> dict[str, list[float]]:
+    clock: str | Callable[[], float] = "wall",
+) -> dict[Name, list[float]]:
     """Seconds of each case in each repetition, in turns; `warmups` rounds before are not counted."""
-    now = CLOCKS[clock]
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    now = CLOCKS[clock] if isinstance(clock, str) else clock
+    seconds: dict[Name, list[float]] = {name: [] for name in cases}
     for repetition in range(-warmups, repetitions):
         for name, case in cases.items():
             with case.inside():
                 state = case.prepare()
                 _wait(device)
                 started = now()
-                case.run(state)
+                result = case.run(state)
                 _wait(device)
                 passed = now() - started
-            del state
+                case.after(result)
+            del state, result  # the next case has the memory to itself
             if repetition >= 0:
                 seconds[name].append(passed)
             progress()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_variator.engine.files import write_atomically
-from llm_variator.errors import VariatorError
+from llm_variator.measures import plots
 
 INK, LINE = "#1f2328", "#d5dae1"
 PALETTE = ("#1f6fb2", "#c2570c", "#2f7d4f", "#7a4fb0", "#b3262e", "#0e7490", "#8a6d3b", "#5f6b7a")
@@ -129,20 +129,10 @@ def save(drawing: Drawing, folder: Path) -> list[Path]:
 
 
 def _rendered(drawing: Drawing, kind: str) -> bytes:
-    """The file's content.
-
-    Raises:
-        VariatorError: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise VariatorError(
-            "a report needs matplotlib: pip install matplotlib, or the extra [report]"
-        ) from None
+    """The file's content."""
     buffer = io.BytesIO()
     about = {"Date": None} if kind == "svg" else {}
-    with matplotlib.rc_context(
+    with plots.matplotlib().rc_context(
         _STYLE | {"svg.hashsalt": drawing.name}
     ):  # ticks are made as late as they are drawn
         _figure(drawing).savefig(buffer, format=kind, dpi=200, transparent=kind == "svg", metadata=about)

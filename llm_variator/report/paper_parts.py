@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from llm_variator.measures.paper import paper
 from llm_variator.report.blocks import Cell, Chart, Missing, Pair, Paper, Section, Table
 from llm_variator.report.charts import Drawing, Series
 from llm_variator.report.made import Made
@@ -32,15 +29,6 @@ _TABLE_NOTE = (
     "Ours in bold type, in per cent; the paper's own figure, of its own models and training, below it. Parameters and "
     "operations are in per cent of the original model's, by arithmetic."
 )
-
-
-@functools.cache
-def paper() -> Mapping[str, Any]:
-    """`paper.yaml`."""
-    content: Mapping[str, Any] = yaml.safe_load(
-        Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8")
-    )
-    return content
 
 
 def tables_section(results: Sequence[Result]) -> Section:

@@ -8,7 +8,6 @@ flags after a bare `--`. Plugins that are not given are untrained: they cost wha
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -16,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from llm_variator.integrations.vllm.arguments import engine_arguments
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.results import write_result
+from llm_variator.measures.timing import Case, interleaved, ratio
 from llm_variator.model import VariatorModel
 from llm_variator.serve.__main__ import choice, parse_plugins
 from llm_variator.serve.load import measure_load
@@ -179,20 +180,15 @@ def measure_prefill(args: argparse.Namespace, plugins: dict[str, str]) -> dict[s
     )
     ratios = [0, *args.k]
     prompts = random_prompts(config.vocab_size, args.tokens, (args.repetitions + 1) * len(ratios))
-    seconds: dict[int, list[float]] = {k: [] for k in ratios}
-    for number, (prompt, k) in enumerate(
-        zip(prompts, itertools.cycle(ratios), strict=False)
-    ):  # round by round
-        began = time.perf_counter()
-        generate(llm, [prompt], k, 1)
-        if number >= len(ratios):  # the first round warms up
-            seconds[k].append(time.perf_counter() - began)
+    fresh = partial(next, iter(prompts))
+
+    def answering(k: int) -> Case:
+        return Case(lambda prompt: generate(llm, [prompt], k, 1), prepare=fresh)
+
+    seconds = interleaved({k: answering(k) for k in ratios}, args.repetitions)
     stack = Stack.of(config)
     dense = prefill(stack, args.tokens).total
     middle = {k: statistics.median(times) for k, times in seconds.items()}
-
-    def share(k: int) -> float:  # of the same round's dense: the machine's speed drifts
-        return statistics.median(ours / theirs for ours, theirs in zip(seconds[k], seconds[0], strict=True))
 
     def bound(k: int) -> float:
         plugin = VariatorConfig.from_json(plugin_folder(plugins[f"k{k}"]) / CONFIG_FILE)
@@ -210,7 +206,7 @@ def measure_prefill(args: argparse.Namespace, plugins: dict[str, str]) -> dict[s
         "threads": torch.get_num_threads(),
         "seconds": {str(k): times for k, times in seconds.items()},
         "median_seconds": {str(k): value for k, value in middle.items()},
-        "share_of_dense": {str(k): share(k) for k in args.k},
+        "share_of_dense": {str(k): ratio(seconds[k], seconds[0]).median for k in args.k},
         "share_of_operations": {str(k): bound(k) for k in args.k},
     }
 

@@ -140,6 +140,15 @@ def cut_windows(documents: Sequence[Tensor], seq_length: int, tokenizer: PreTrai
     return torch.cat((torch.tensor([opening], dtype=torch.int32).expand(rows, len(opening)), windows), dim=1)
 
 
+def enough(windows: Tensor, count: int, source: str) -> Tensor:
+    """`windows` of `source`; raises VariatorError where they are fewer than the `count` that --windows asks for."""
+    if count > len(windows):
+        raise VariatorError(
+            f"--windows {count}: {source} holds only {len(windows)} windows of {windows.shape[1]} tokens"
+        )
+    return windows
+
+
 def spread(windows: Tensor, count: int) -> Tensor:
     """`count` rows of `windows`, evenly spread; all rows where there are fewer."""
     if len(windows) <= count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llm_variator.measures import tables
 from llm_variator.sources.tasks import TASKS, average
 from llm_variator.tables.cost import TOKENS
 from llm_variator.tables.recipe import TableRecipe
@@ -34,7 +35,7 @@ def markdown(
     means = averages(cells)
     with_mean = set(TASKS) <= set(table.columns)
     head = ["", *table.columns, *(["average"] if with_mean else []), "parameters", "operations"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = []
     for row in table.rows:
         words = [row.name]
         for task in table.columns:
@@ -48,7 +49,7 @@ def markdown(
         words += (
             [f"{added}{cost['parameters']:.1f} %", f"{cost['operations']:.1f} %"] if cost else ["100 %"] * 2
         )
-        lines.append(_line(words))
+        lines.append(words)
     notes = [
         f"Model: {model}. In brackets: what the paper printed for its own models.",
         f"Parameters, and operations of reading {TOKENS} tokens (of T5 by its encoder), in per cent of the original.",
@@ -61,7 +62,9 @@ def markdown(
             data = "; ".join(f"{what} {text}" for what, text in found[0]["data"].items())
             steps = sorted({cell["steps"] for cell in found if "steps" in cell})
             notes.append(f"{task}: {data}; steps: {', '.join(map(str, steps))}.")
-    return "\n".join([f"# {table.title}", "", *lines, "", *(f"- {note}" for note in notes), ""])
+    return "\n".join(
+        [f"# {table.title}", "", tables.markdown(head, lines), "", *(f"- {note}" for note in notes), ""]
+    )
 
 
 def _cell(score: Mapping[str, float] | None, paper: Any) -> str:
@@ -71,7 +74,3 @@ def _cell(score: Mapping[str, float] | None, paper: Any) -> str:
 
 def _beside(paper: Any) -> str:
     return "" if paper is None else f" ({paper})"
-
-
-def _line(words: list[str]) -> str:
-    return f"| {' | '.join(words)} |"

@@ -7,20 +7,20 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_variator import cli
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.cache import CompressedLayer
 from llm_variator.engine.contexts import CompressedContext
+from llm_variator.measures.loading import load_variator
+from llm_variator.measures.timing import Case, interleaved
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import read_windows
-from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.models import load_tokenizer
 
 Figures = dict[str, Any]
 GREEDY: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -29,7 +29,7 @@ GREEDY: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0
 def build_model(args: argparse.Namespace) -> VariatorModel:
     """The model with the plugin active, under the name "plugin"."""
     torch.manual_seed(args.seed)
-    model = VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args)))
+    model = load_variator(args)
     decode_block = getattr(args, "decode_block", None)
     if args.random_init:
         config = VariatorConfig(k=2, sites=("ffn", "kv"), decode_block=decode_block)
@@ -50,15 +50,8 @@ def stretches(args: argparse.Namespace, *lengths: int) -> list[Tensor]:
 
 def dense_prefill(model: VariatorModel, ids: Tensor, repeats: int) -> float:
     """Least seconds of reading `ids` (1, tokens) with the base model alone."""
-    seconds = []
-    with model.disable_plugin():
-        for _ in range(repeats):
-            start = time.perf_counter()
-            model(ids, use_cache=True, logits_to_keep=1)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    case = Case(lambda _: model(ids, use_cache=True, logits_to_keep=1), inside=model.disable_plugin)
+    return min(interleaved({"dense": case}, repeats, warmups=0, device=model.device)["dense"])
 
 
 def compressed_layers(context: CompressedContext) -> list[CompressedLayer]:
