@@ -23,7 +23,7 @@ from llm_variator.evaluate import alternatives, questions
 from llm_variator.evaluate.exchange import Elsewhere, export, read_elsewhere
 from llm_variator.evaluate.rows import AnswerRow, TextRow, answer_row, text_row
 from llm_variator.evaluate.show import markdown, plot, print_tables
-from llm_variator.measures.conditions import Condition, Dense, NoContext, Plugin, mean_merge
+from llm_variator.measures.conditions import Condition, Dense, NoContext, WithPlugin, mean_merge
 from llm_variator.measures.operations import Stack
 from llm_variator.measures.quality import Answers, Continuation, answer, continue_windows, time_reading
 from llm_variator.measures.results import scrub_paths, write_result
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
             }
             for text, found in zip(texts, rows, strict=True)
         ],
-        "configs": {c.label: c.config.to_dict() for c in conditions if isinstance(c, Plugin)},
+        "configs": {c.label: c.config.to_dict() for c in conditions if isinstance(c, WithPlugin)},
         "read_from_cache": store.found,
     }
     if quiz:
@@ -187,7 +187,7 @@ def gather(model: VariatorModel, args: argparse.Namespace) -> list[Condition]:
 
     def attach(label: str, digest: str = "") -> None:
         name = f"plugin{len(model.plugins) - 1}"
-        conditions.append(Plugin(label, name, model.plugins[name], digest))
+        conditions.append(WithPlugin(label, name, model.plugins[name], digest))
 
     for text in args.plugin:
         label, named, source = text.partition("=")

@@ -14,7 +14,7 @@ from transformers import Cache
 from llm_variator.engine.cache import CompressedLayer, KVCacheReport, expand, fork, release, released_on_error
 from llm_variator.engine.cache.paging import KVPool
 from llm_variator.engine.cache.quantised import Quantised
-from llm_variator.engine.cache.stores import SharedStore, Store, whole
+from llm_variator.engine.cache.stores import KVStore, SharedStore, whole
 from llm_variator.engine.contexts import files
 from llm_variator.engine.contexts.fingerprints import plugin_fingerprint
 from llm_variator.engine.contexts.host import Host
@@ -106,7 +106,7 @@ class CompressedContext:
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer):
                 keys, values = (Quantised.of(t, bits) for t in whole(layer.store))
-                if isinstance(layer.store, Store):
+                if isinstance(layer.store, KVStore):
                     layer.store.free()
                 layer.store = SharedStore(((keys, values),))
         return dataclasses.replace(self, cache=cache)
