@@ -82,7 +82,7 @@ class CompressedContext:
             raise VariatorError(
                 f"the plugin {self.plugin!r} has changed since it compressed this context: compress it again"
             )
-        after, _ = self.behind(more, attention_mask, answer=False)
+        after, _ = self.appended(more, attention_mask, answer=False)
         cache, past = after.cache, after.cache.get_seq_length()
         ids, mask = after.input_ids, after.attention_mask
         with released_on_error(cache):
@@ -125,7 +125,7 @@ class CompressedContext:
             raise VariatorError("this context was freed: compress or load it again")
         return self.cache
 
-    def behind(
+    def appended(
         self, more: Any, attention_mask: Tensor | None, *, answer: bool = True
     ) -> tuple[CompressedContext, Tensor]:
         """A context of its own with the tokens of `more`, whose cache has not read them yet; and these tokens.
