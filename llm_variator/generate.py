@@ -7,6 +7,7 @@ a table and the texts.
 from __future__ import annotations
 
 import argparse
+import codecs
 import re
 import sys
 import time
@@ -177,18 +178,20 @@ def read_prompt(text: str | None, file: str | None) -> str:
     """The prompt from its text, a UTF-8 file, or (without either, or for the file `-`) stdin.
 
     Raises:
-        VariatorError: both are given, the file cannot be read or is not UTF-8, or the prompt is empty.
+        VariatorError: both are given, one is not UTF-8, the file cannot be read, or the prompt is empty.
     """
     if text is not None and file is not None:
         raise VariatorError("--prompt and --prompt-file are two prompts: leave one out")
     if text is None:
         try:
             raw = sys.stdin.buffer.read() if file in (None, "-") else Path(file).read_bytes()
-            text = raw.decode("utf-8")
+            text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
         except OSError as error:
             raise VariatorError(f"prompt file {file}: {error.strerror}; check the path") from None
         except UnicodeDecodeError as error:
             raise VariatorError(f"the prompt is not UTF-8 (byte {error.start}): convert it first") from None
+    elif (place := re.search("[\ud800-\udfff]", text)) is not None:  # how Python holds bytes it cannot decode
+        raise VariatorError(f"--prompt is not UTF-8 (character {place.start()}): convert it first")
     if not text.strip():
         raise VariatorError("the prompt is empty: give --prompt, --prompt-file or text on stdin")
     return text

@@ -46,7 +46,7 @@ class VariatorModel(PluginHolder):
     """What transformers' Trainer asks of a model with a quantised base: that something on it can be trained."""
 
     skip_unread = True
-    """Leave out what nobody reads of a decoder's last layer: see `engine.hooks.unread`."""
+    """Leave out what nobody reads of a decoder's last layer: see `engine.hooks.last_layer`."""
     _checkpointing = False
     _report: KVCacheReport | None = None
 
@@ -198,7 +198,7 @@ class VariatorModel(PluginHolder):
             )
         if take_cache(kwargs) is not None:
             raise VariatorError("give either a context or a cache, not both")
-        after, question = context.behind(kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None))
+        after, question = context.appended(kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None))
         kwargs |= {
             "input_ids": after.input_ids,
             "attention_mask": after.attention_mask,

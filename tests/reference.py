@@ -1,4 +1,4 @@
-"""The plain form: a compressed decoder written out token by token, as the paper and DESIGN's semantics read.
+"""The plain form: a compressed decoder written out token by token, as the paper and the docs of `VariatorConfig` read.
 
 Independent of the code under test: no hooks, caches, slices or shared maths, but loops over one unpadded row
 in the model's own dtype (tests use fp64). It takes only weights from the plugin, by name.

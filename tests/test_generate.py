@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +244,30 @@ def test_a_prompt_in_another_encoding(tmp_path):
     (tmp_path / "latin").write_bytes("Straße".encode("latin-1"))
     with pytest.raises(VariatorError, match="not UTF-8 \\(byte 4\\)"):
         read_prompt(None, str(tmp_path / "latin"))
+
+
+@pytest.mark.parametrize(("text", "place"), [("Stra\udcdfe", 4), ("\ud83d", 0), ("a\ud83d\ude00", 1)])
+def test_a_prompt_flag_in_another_encoding(text, place):
+    with pytest.raises(VariatorError, match=f"--prompt is not UTF-8 \\(character {place}\\)"):
+        read_prompt(text, None)
+
+
+def test_a_latin1_byte_on_the_command_line_is_one_line(files):
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_variator.generate", "--model", files.model, "--prompt", b"Stra\xdfe"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: --prompt is not UTF-8 (character 4): convert it first\n"
+
+
+def test_a_byte_order_mark_is_not_part_of_the_prompt(tmp_path):
+    (tmp_path / "marked").write_text("Straße", encoding="utf-8-sig")
+    assert read_prompt(None, str(tmp_path / "marked")) == "Straße"
 
 
 def test_a_tokenizer_of_another_model(run, files, tmp_path):

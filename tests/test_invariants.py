@@ -1,4 +1,4 @@
-"""What must always hold (DESIGN section 3), on tiny random models of every architecture."""
+"""What must always hold, on tiny random models of every architecture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(request) -> VariatorConfig:
     return CONFIGS[request.param]
 
 
-# 1. The base model is untouched.
+# The base model is untouched.
 
 
 def test_plugin_off_is_bit_identical(decoder, config):
@@ -55,7 +55,7 @@ def test_plugin_off_is_bit_identical(decoder, config):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
 
 
-# 2. Groups of one, merged by mean and copied back, are the dense model.
+# Groups of one, merged by mean and copied back, are the dense model.
 
 
 @pytest.mark.parametrize("sites", [("ffn", "kv"), ("ffn", "attention")])
@@ -103,7 +103,7 @@ def test_rows_of_zeros_behind_the_entries_change_nothing(monkeypatch):
     torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.02)
 
 
-# 3. Information flows forward only, except within a group.
+# Information flows forward only, except within a group.
 
 
 def test_no_token_moves_what_comes_before_its_group(decoder, config):
@@ -137,7 +137,7 @@ def test_no_token_moves_what_comes_before_its_group(decoder, config):
         assert not torch.equal(after[j, j], before[j, j]), j
 
 
-# 4. Decoding is intact.
+# Decoding is intact.
 
 
 @pytest.mark.parametrize("length", [3, 9, 24])
@@ -151,7 +151,7 @@ def test_stepwise_equals_teacher_forced(decoder, config, length):
     torch.testing.assert_close(torch.stack(out.logits, dim=1), forced, atol=1e-4, rtol=0)
 
 
-# 5. Padding never changes a result.
+# Padding never changes a result.
 
 
 def test_padding_never_changes_a_result(decoder, config):
@@ -180,7 +180,7 @@ def test_prompt_length_may_differ_by_row(decoder, config):
         torch.testing.assert_close(together[i, : row.shape[1]], alone, atol=1e-4, rtol=0)
 
 
-# 6. The cache holds entries, not tokens.
+# The cache holds entries, not tokens.
 
 
 @pytest.mark.parametrize("site", ["kv", "attention"])
@@ -203,7 +203,7 @@ def test_cache_holds_exactly_the_entries(site, k):
             base = model.unload()
 
 
-# 9. The base is frozen.
+# The base is frozen.
 
 
 def test_only_the_plugin_is_trained(decoder, config):

@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_variator import cli
 from llm_variator.analyze.activations import mean, read
 from llm_variator.analyze.observe import Observer, drift
-from llm_variator.analyze.suffering import suffering, token_losses
+from llm_variator.analyze.token_losses import by_category, token_losses
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.groups import split
 from llm_variator.evaluate.probe import open_probe
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     }
     if model.is_decoder:
         losses = token_losses(model, windows, args.context, args.batch_size)
-        figures["tokens"] = suffering(
+        figures["tokens"] = by_category(
             losses,
             windows,
             args.context,

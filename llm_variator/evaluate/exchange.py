@@ -39,8 +39,8 @@ class _Quiz(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Elsewhere:
-    """A condition that was measured elsewhere."""
+class ExternalResult:
+    """A condition that was measured by another program."""
 
     label: str
     texts: list[Continuation]
@@ -67,9 +67,9 @@ def export(
     write_atomically(path, json.dumps(content) + "\n")
 
 
-def read_elsewhere(
+def read_external(
     path: Path, model: VariatorModel, texts: Sequence[_Text], quiz: _Quiz | None, generate: int
-) -> list[Elsewhere]:
+) -> list[ExternalResult]:
     """What was measured elsewhere on the same model, windows and questions.
 
     Raises:
@@ -78,7 +78,7 @@ def read_elsewhere(
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = [
-            Elsewhere(
+            ExternalResult(
                 one["label"],
                 [Continuation(**text) for text in one["texts"]],
                 Answers(**one["answers"]) if one["answers"] and quiz else None,

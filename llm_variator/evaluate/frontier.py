@@ -20,10 +20,10 @@ from llm_variator.config import WEIGHTS_FILE
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import alternatives, questions
-from llm_variator.evaluate.exchange import Elsewhere, export, read_elsewhere
+from llm_variator.evaluate.exchange import ExternalResult, export, read_external
 from llm_variator.evaluate.rows import AnswerRow, TextRow, answer_row, text_row
 from llm_variator.evaluate.show import markdown, plot, print_tables
-from llm_variator.measures.conditions import Condition, Dense, NoContext, Plugin, mean_merge
+from llm_variator.measures.conditions import Condition, Dense, NoContext, WithPlugin, mean_merge
 from llm_variator.measures.loading import load_variator
 from llm_variator.measures.operations import Stack
 from llm_variator.measures.quality import Answers, Continuation, answer, continue_windows, time_reading
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     if args.export:
         export(args.export, model, texts, quiz, measured, args.generate)
     others = [
-        one for file in args.elsewhere for one in read_elsewhere(file, model, texts, quiz, args.generate)
+        one for file in args.elsewhere for one in read_external(file, model, texts, quiz, args.generate)
     ]
 
     rows = [
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
             }
             for text, found in zip(texts, rows, strict=True)
         ],
-        "configs": {c.label: c.config.to_dict() for c in conditions if isinstance(c, Plugin)},
+        "configs": {c.label: c.config.to_dict() for c in conditions if isinstance(c, WithPlugin)},
         "read_from_cache": store.found,
     }
     if quiz:
@@ -187,7 +187,7 @@ def gather(model: VariatorModel, args: argparse.Namespace) -> list[Condition]:
 
     def attach(label: str, digest: str = "") -> None:
         name = f"plugin{len(model.plugins) - 1}"
-        conditions.append(Plugin(label, name, model.plugins[name], digest))
+        conditions.append(WithPlugin(label, name, model.plugins[name], digest))
 
     for text in args.plugin:
         label, named, source = text.partition("=")
@@ -286,7 +286,7 @@ def _text_rows(
     conditions: Sequence[Condition],
     text: Text,
     found: Mapping[str, Continuation],
-    others: Sequence[Elsewhere],
+    others: Sequence[ExternalResult],
     number: int,
     repetitions: int,
 ) -> list[TextRow]:
@@ -318,7 +318,7 @@ def _answer_rows(
     conditions: Sequence[Condition],
     quiz: Quiz,
     found: Mapping[str, Answers],
-    others: Sequence[Elsewhere],
+    others: Sequence[ExternalResult],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[AnswerRow]:
     everything = dict(found) | {one.label: one.answers for one in others if one.answers is not None}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_variator.config import VariatorConfig
-from llm_variator.measures.conditions import Plugin
+from llm_variator.measures.conditions import WithPlugin
 from llm_variator.measures.store import Store, digest
 from llm_variator.model import VariatorModel
 from llm_variator.train.least_squares import LeastSquares
@@ -68,7 +68,7 @@ class Probe:
             about: dict[str, Any] = {"windows": self.windows.tolist(), "context": self.context}
             if self._fits(config):
                 about["fitting"] = digest(self._fitting.tolist())
-            condition = Plugin("", "probe", self.model.plugins["probe"])
+            condition = WithPlugin("", "probe", self.model.plugins["probe"])
             return self._store.get(condition, about, self._measure, Harm)
         finally:
             self.model.delete_plugin("probe")

@@ -213,7 +213,7 @@ class VariatorLM(HFLM):
         finally:
             self.logits_cache = asked
 
-    def _request(self, context: list[int], continuation: list[int]) -> scoring.Request:
+    def _request(self, context: list[int], continuation: list[int]) -> scoring.ScoringRequest:
         """Too long a context loses its beginning, as in `hf`."""
         if self.backend == "seq2seq":
             context, continuation = context[-self.max_length :], continuation[-self.max_length :]
@@ -225,7 +225,7 @@ class VariatorLM(HFLM):
                     "raise max_length or leave the task out"
                 )
             context = context[-room:]
-        return scoring.Request(tuple(context), tuple(continuation))
+        return scoring.ScoringRequest(tuple(context), tuple(continuation))
 
     # --- loading
 

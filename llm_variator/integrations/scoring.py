@@ -27,7 +27,7 @@ T = TypeVar("T")
 Tokens = tuple[int, ...]
 
 
-class Request(NamedTuple):
+class ScoringRequest(NamedTuple):
     """A continuation to score after a context."""
 
     context: Tokens
@@ -58,7 +58,7 @@ class Group(NamedTuple):
 @torch.inference_mode()
 def score(
     model: VariatorModel,
-    requests: Sequence[Request],
+    requests: Sequence[ScoringRequest],
     *,
     batch_size: int = 1,
     softmax_dtype: torch.dtype | None = None,
@@ -82,7 +82,7 @@ def score(
     if any(not request.context or not request.continuation for request in requests):
         raise VariatorError("a request needs at least one token of context and one of continuation")
     run = _score_seq2seq if model.config.is_encoder_decoder else _score_decoder
-    scores: dict[Request, TokenScores] = {}
+    scores: dict[ScoringRequest, TokenScores] = {}
     for groups in _batched(grouped(requests), batch_size):
         before = len(scores)
         for request, logits in run(model, groups, batch_size):
@@ -91,7 +91,7 @@ def score(
     return [scores[request] for request in requests]
 
 
-def grouped(requests: Sequence[Request]) -> list[Group]:
+def grouped(requests: Sequence[ScoringRequest]) -> list[Group]:
     """The distinct requests by context, longest first, in an order that depends on their set alone.
 
     The context itself is the key: of the same text, where the context ends decides what is compressed.
@@ -119,7 +119,7 @@ def _token_scores(logits: Tensor, tokens: Tokens, dtype: torch.dtype | None) -> 
 
 def _score_decoder(
     model: VariatorModel, groups: Sequence[Group], batch_size: int
-) -> Iterator[tuple[Request, Tensor]]:
+) -> Iterator[tuple[ScoringRequest, Tensor]]:
     """The first token of a continuation is predicted by the context's last, the others on its cache."""
     context, mask = _padded([group.context for group in groups], left=True, device=model.device)
     wanted = [(row, tokens) for row, group in enumerate(groups) for tokens in group.continuations]
@@ -134,7 +134,7 @@ def _score_decoder(
     first = output.logits[:, -1:]  # (groups, 1, vocabulary)
     for row, tokens in wanted:
         if len(tokens) == 1:
-            yield Request(groups[row].context, tokens), first[row]
+            yield ScoringRequest(groups[row].context, tokens), first[row]
 
     lengths = mask.sum(dim=1)
     for batch in _batched(longer, batch_size):
@@ -151,12 +151,12 @@ def _score_decoder(
         ).logits
         for place, (row, tokens) in enumerate(batch):
             rest = logits[place, : len(tokens) - 1]
-            yield Request(groups[row].context, tokens), torch.cat((first[row], rest))
+            yield ScoringRequest(groups[row].context, tokens), torch.cat((first[row], rest))
 
 
 def _score_seq2seq(
     model: VariatorModel, groups: Sequence[Group], batch_size: int
-) -> Iterator[tuple[Request, Tensor]]:
+) -> Iterator[tuple[ScoringRequest, Tensor]]:
     """The encoder reads each context once, with its longest continuation; its output serves the others."""
     context, mask = _padded([group.context for group in groups], left=False, device=model.device)
     first = [(row, group.continuations[0]) for row, group in enumerate(groups)]
@@ -172,7 +172,7 @@ def _score_seq2seq(
         if batch is first:
             encoded = output.encoder_last_hidden_state
         for place, (row, tokens) in enumerate(batch):
-            yield Request(groups[row].context, tokens), output.logits[place, : len(tokens)]
+            yield ScoringRequest(groups[row].context, tokens), output.logits[place, : len(tokens)]
 
 
 def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -92,7 +92,7 @@ class NoContext:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plugin:
+class WithPlugin:
     """A plugin that the model holds, trained or not."""
 
     label: str

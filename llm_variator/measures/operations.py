@@ -114,7 +114,7 @@ def prefill(
         causal: count the scores that causality leaves; False: the whole rectangle of queries and entries, as
             the eager attention of transformers computes (and `FlopCounterMode` counts) it.
         reads: the logits of the last so many tokens are read and the rest of the last layer is left out
-            (`engine.hooks.unread`), where they are dense tokens; None: the whole layer.
+            (`engine.hooks.last_layer`), where they are dense tokens; None: the whole layer.
     """
     total = Cost(head=2 * stack.dim * stack.vocabulary * (reads or 1))
     for layer in range(stack.layers):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from llm_variator.engine.contexts.fingerprints import model_fingerprint
 from llm_variator.engine.files import write_atomically
-from llm_variator.measures.conditions import Condition, Plugin
+from llm_variator.measures.conditions import Condition, WithPlugin
 from llm_variator.measures.results import versions
 from llm_variator.model import VariatorModel
 
@@ -72,7 +72,7 @@ class Store:
 
 def identity(condition: Condition) -> str:
     """What a condition does, whatever it is called."""
-    if isinstance(condition, Plugin):
+    if isinstance(condition, WithPlugin):
         condition = dataclasses.replace(condition, label="", name="")
     return repr(condition)
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for problem in problems:
         print(f"not shown: {problem.file}: {problem.reason}")
     if args.figures:
-        drawings = [each for each in page.made.drawings.values() if any(s.points for s in each.series)]
+        drawings = [each for each in page.drawings.by_name.values() if any(s.points for s in each.series)]
         files = [file for drawing in drawings for file in save(drawing, args.figures)]
         print(f"{len(files)} files in {args.figures}")
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from llm_variator.report.blocks import Cell, Chart, Missing, Section, Table
 from llm_variator.report.charts import Drawing, Series
-from llm_variator.report.made import Made
+from llm_variator.report.drawings import Drawings
 from llm_variator.report.results import Node, Number, Result
 
 _COMMAND = (
@@ -17,20 +17,20 @@ _NO_RESULTS = ("config", "configs", "held_out_history", "loss_history")
 _MOST = 40  # numbers of a file that nothing else shows
 
 
-def inside_section(results: Sequence[Result], made: Made) -> Section:
-    """Merge weights, reconstruction, sensitivity, and the tokens that suffer."""
+def inside_section(results: Sequence[Result], drawings: Drawings) -> Section:
+    """Merge weights, reconstruction, sensitivity, and the tokens that lose most."""
     blocks: list[Table | Chart | Missing] = []
     for result in results:
         if result.figures["weights"].items():
-            blocks += _merge(result, made)
+            blocks += _merge(result, drawings)
     if not blocks:
         blocks.append(Missing("What a plugin has learned", _COMMAND))
     lead = "What training made of a shipped plugin, layer by layer, and which tokens pay for the compression."
     return Section("inside", "Inside a plugin", lead, blocks)
 
 
-def _merge(result: Result, made: Made) -> list[Table | Chart | Missing]:
-    figures, slug = result.figures, made.slug(result.name)
+def _merge(result: Result, drawings: Drawings) -> list[Table | Chart | Missing]:
+    figures, slug = result.figures, drawings.slug(result.name)
     name = figures["plugin"].text
     blocks: list[Table | Chart | Missing] = []
     weights = []
@@ -44,7 +44,7 @@ def _merge(result: Result, made: Made) -> list[Table | Chart | Missing]:
     ]
     caption = "Mean learned weight of the last token of a group. " + name
     blocks.append(
-        made.chart(drawing, "Does the last token win?", caption, Table("", ["", ""], wins), [result.name])
+        drawings.chart(drawing, "Does the last token win?", caption, Table("", ["", ""], wins), [result.name])
     )
     errors = []
     for key, label in (("restored", "as restored"), ("copied", "had it been copied")):
@@ -54,7 +54,7 @@ def _merge(result: Result, made: Made) -> list[Table | Chart | Missing]:
         "Length of the error of an FFN's restored output over that of the frozen FFN on the token itself, given the "
         "same input. Training minimises the error at the end of the model, not this one."
     )
-    blocks.append(made.chart(drawing, "Reconstruction by layer", caption, None, [result.name]))
+    blocks.append(drawings.chart(drawing, "Reconstruction by layer", caption, None, [result.name]))
     drifts = [
         Series(
             f"{part} tokens",
@@ -64,7 +64,7 @@ def _merge(result: Result, made: Made) -> list[Table | Chart | Missing]:
     ]
     drawing = Drawing(f"drift-{slug}", "layer", "relative distance", drifts, from_zero=True)
     caption = "How far a layer's output is from the dense model's: errors of all layers before it add up."
-    blocks.append(made.chart(drawing, "Distance from the dense model", caption, None, [result.name]))
+    blocks.append(drawings.chart(drawing, "Distance from the dense model", caption, None, [result.name]))
     harms = []
     for site, found in figures["sensitivity"].items():
         points = [(place, node.number) for place, node in enumerate(found["divergence"]) if node.number]
@@ -72,7 +72,7 @@ def _merge(result: Result, made: Made) -> list[Table | Chart | Missing]:
     if harms:
         drawing = Drawing(f"sensitivity-{slug}", "layer", "nats from dense", harms, logy=True)
         caption = "Divergence of the predictions when this layer alone is merged, by means, without training."
-        blocks.append(made.chart(drawing, "Sensitivity of each layer", caption, None, [result.name]))
+        blocks.append(drawings.chart(drawing, "Sensitivity of each layer", caption, None, [result.name]))
     else:
         blocks.append(Missing("Sensitivity of each layer", _COMMAND))
     blocks.append(_layers(result))

@@ -12,8 +12,8 @@ import jinja2
 
 import llm_variator
 from llm_variator.report.blocks import Chart, Missing, Section, Table
+from llm_variator.report.drawings import Drawings
 from llm_variator.report.inside_parts import inside_section, rest_section
-from llm_variator.report.made import Made
 from llm_variator.report.paper_parts import figures_section, tables_section
 from llm_variator.report.results import Problem, Result
 from llm_variator.report.user_parts import cards, frontier_section, operations_section, speed_section
@@ -33,7 +33,7 @@ class Page:
     """A rendered page and its drawings."""
 
     html: str
-    made: Made
+    drawings: Drawings
     sections: Sequence[Section]
 
 
@@ -42,13 +42,13 @@ def build(results: Sequence[Result], problems: Sequence[Problem], *, folder: str
 
     A section that a strange file breaks is shown as missing, with the reason; the others are not touched.
     """
-    made = Made()
+    drawings = Drawings()
     parts: list[tuple[str, Callable[[], Section]]] = [
-        ("Quality against cost", lambda: frontier_section(results, made)),
-        ("Speed against its bound", lambda: speed_section(results, made)),
-        ("Figures of the paper", lambda: figures_section(results, made)),
+        ("Quality against cost", lambda: frontier_section(results, drawings)),
+        ("Speed against its bound", lambda: speed_section(results, drawings)),
+        ("Figures of the paper", lambda: figures_section(results, drawings)),
         ("Tables of the paper", lambda: tables_section(results)),
-        ("Inside a plugin", lambda: inside_section(results, made)),
+        ("Inside a plugin", lambda: inside_section(results, drawings)),
         ("Operations by arithmetic", lambda: operations_section(results)),
     ]
     sections = [_guarded(title, make) for title, make in parts]
@@ -67,10 +67,10 @@ def build(results: Sequence[Result], problems: Sequence[Problem], *, folder: str
             sources=[_source(result) for result in results],
             problems=problems,
             folder=folder,
-            anchor=made.slug,
+            anchor=drawings.slug,
         )
     )
-    return Page(html, made, sections)
+    return Page(html, drawings, sections)
 
 
 def _guarded(title: str, make: Callable[[], Section]) -> Section:
@@ -78,7 +78,7 @@ def _guarded(title: str, make: Callable[[], Section]) -> Section:
         return make()
     except Exception as error:  # one strange file must not take the page with it
         reason = f"{title} could not be shown ({type(error).__name__}: {error})"
-        return Section(Made.slug(title), title, "", [Missing(reason, "")])
+        return Section(Drawings.slug(title), title, "", [Missing(reason, "")])
 
 
 def _sources(block: Table | Chart | Missing) -> Sequence[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from llm_variator.measures.paper import paper
 from llm_variator.report.blocks import Cell, Chart, Missing, Pair, Paper, Section, Table
 from llm_variator.report.charts import Drawing, Series
-from llm_variator.report.made import Made
+from llm_variator.report.drawings import Drawings
 from llm_variator.report.results import Node, Number, Result
 
 NAMES = {
@@ -231,25 +231,25 @@ def table6(results: Sequence[Result]) -> Table:
 # --- figures
 
 
-def figures_section(results: Sequence[Result], made: Made) -> Section:
+def figures_section(results: Sequence[Result], drawings: Drawings) -> Section:
     """Figures 3 to 5."""
     blocks: list[Table | Chart | Missing] = []
     said = paper()["said"]
     ours = of_title(results, "Figure 3")
-    blocks += [figure3(result, made, said["figure3"]) for result in ours]
+    blocks += [figure3(result, drawings, said["figure3"]) for result in ours]
     if not ours:
         command = "python -m llm_variator.tables recipes/tables/small/figure3.yaml --data-dir DATA"
         blocks.append(Missing(f"Figure 3: quality by compression ratio. {said['figure3']}", command))
     sizes = of_title(results, "Figure 4")
     if sizes:
-        blocks.append(figure4(sizes, made, said["figure4"]))
+        blocks.append(figure4(sizes, drawings, said["figure4"]))
     else:
         command = "python -m llm_variator.tables recipes/tables/paper/figure4-base.yaml"
         blocks.append(Missing(f"Figure 4: backbone sizes. {said['figure4']}", command))
     neurons = neuron_results(results)
     if neurons:
-        blocks.append(figure5(neurons, made, said["figure5"]))
-        blocks += [figure5_layers(result, made) for result in neurons]
+        blocks.append(figure5(neurons, drawings, said["figure5"]))
+        blocks += [figure5_layers(result, drawings) for result in neurons]
     else:
         command = _NEURONS
         blocks.append(Missing(f"Figure 5: activated neurons. {said['figure5']}", command))
@@ -262,7 +262,7 @@ def _score(cell: Node) -> Node:
     return scores[0] if scores else cell["score"]
 
 
-def figure3(result: Result, made: Made, said: str) -> Chart:
+def figure3(result: Result, drawings: Drawings, said: str) -> Chart:
     """Score by compression ratio, one line per task, the original dotted."""
     cells = result.figures["cells"]
     ratios = sorted(int(row[2:]) for row, _ in cells.items() if row.startswith("k=") and row[2:].isdigit())
@@ -281,10 +281,10 @@ def figure3(result: Result, made: Made, said: str) -> Chart:
         "figure3", "compression ratio k", "score, %", series, log2=True, levels=levels, ticks=ratios
     )
     table = Table("", ["", "original", *(f"k={k}" for k in ratios)], lines, folded=True)
-    return made.chart(drawing, result.title, said, table, [result.name])
+    return drawings.chart(drawing, result.title, said, table, [result.name])
 
 
-def figure4(results: Sequence[Result], made: Made, said: str) -> Chart:
+def figure4(results: Sequence[Result], drawings: Drawings, said: str) -> Chart:
     """Score by size: the original and Variator, one place per model."""
     lines: list[list[Cell]] = []
     points: dict[str, list[tuple[float, float]]] = {"Original": [], "Variator": []}
@@ -301,10 +301,10 @@ def figure4(results: Sequence[Result], made: Made, said: str) -> Chart:
     drawing = Drawing("figure4", "models, in the order below", "score, %", series, ticks=range(len(results)))
     table = Table("", ["", *points], lines, folded=True)
     sources = [result.name for result in results]
-    return made.chart(drawing, "Figure 4: backbone sizes", said, table, sources)
+    return drawings.chart(drawing, "Figure 4: backbone sizes", said, table, sources)
 
 
-def figure5(results: Sequence[Result], made: Made, said: str) -> Chart:
+def figure5(results: Sequence[Result], drawings: Drawings, said: str) -> Chart:
     """Share of activated neurons by ratio, one line per model."""
     ratios = sorted(
         {int(k) for result in results for k, _ in result.figures["activated_mean"].items() if k.isdigit()}
@@ -327,10 +327,10 @@ def figure5(results: Sequence[Result], made: Made, said: str) -> Chart:
     table = Table("per cent", ["", *(f"k={k}" for k in ratios)], lines, folded=True)
     caption = f"Mean over layers; k=1 is the original model. {said}"
     sources = [result.name for result in results]
-    return made.chart(drawing, "Figure 5: activated neurons", caption, table, sources)
+    return drawings.chart(drawing, "Figure 5: activated neurons", caption, table, sources)
 
 
-def figure5_layers(result: Result, made: Made) -> Chart:
+def figure5_layers(result: Result, drawings: Drawings) -> Chart:
     """The same by layer, one line per ratio."""
     series, lines = [], []
     for k, layers in result.figures["activated"].items():
@@ -340,9 +340,9 @@ def figure5_layers(result: Result, made: Made) -> Chart:
         )
         lines.append([f"k={k}", *(node.show(".1f", 100) for node in layers)])
     drawing = Drawing(
-        f"figure5-{made.slug(result.name)}", "layer", "activated neurons, %", series, from_zero=True
+        f"figure5-{drawings.slug(result.name)}", "layer", "activated neurons, %", series, from_zero=True
     )
     width = max((len(line) for line in lines), default=1) - 1
     table = Table("per cent, by layer", ["", *map(str, range(width))], lines, folded=True)
     title = f"Figure 5 by layer: {_label(result)}"
-    return made.chart(drawing, title, _about(result), table, [result.name])
+    return drawings.chart(drawing, title, _about(result), table, [result.name])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from llm_variator.bench.report import COLUMNS
 from llm_variator.report.blocks import Card, Cell, Chart, Missing, Section, Table
 from llm_variator.report.charts import Drawing, Series
-from llm_variator.report.made import Made
+from llm_variator.report.drawings import Drawings
 from llm_variator.report.results import Node, Result
 
 # key, heading, format, scale
@@ -66,13 +66,13 @@ def cards(results: Sequence[Result]) -> list[Card]:
     return sorted(found, key=lambda card: card.dense is not None)[:5]
 
 
-def frontier_section(results: Sequence[Result], made: Made) -> Section:
+def frontier_section(results: Sequence[Result], drawings: Drawings) -> Section:
     """Quality against operations and KV entries; answers; lm-eval's tasks side by side."""
     blocks: list[Table | Chart | Missing] = []
     for result in results:
         for place, text in enumerate(result.figures["texts"]):
             if list(text["rows"]):
-                blocks += _text(result, text, place, made)
+                blocks += _text(result, text, place, drawings)
     for result in results:
         rows = result.figures["questions"]["rows"]
         if list(rows):
@@ -100,7 +100,7 @@ def _model(result: Result) -> str:
     return result.figures["model"].text.rpartition("/")[2] or result.name
 
 
-def _text(result: Result, text: Node, place: int, made: Made) -> list[Table | Chart | Missing]:
+def _text(result: Result, text: Node, place: int, drawings: Drawings) -> list[Table | Chart | Missing]:
     rows = list(text["rows"])
     about = (
         f"{_model(result)} on {text['data'].text}: the {result.figures['continuation'].number} tokens after "
@@ -116,10 +116,10 @@ def _text(result: Result, text: Node, place: int, made: Made) -> list[Table | Ch
             x, y = row[key].number, row["above_dense"].number
             if x is not None and y is not None and row["condition"].text != "no context":
                 series.append(Series(row["condition"].text, [(x, y)], line=False))
-        name = f"{'compute' if key == 'operations' else 'kv'}-{made.slug(result.name)}-{place}"
+        name = f"{'compute' if key == 'operations' else 'kv'}-{drawings.slug(result.name)}-{place}"
         drawing = Drawing(name, heading, "nats per token above dense", series)
         caption = f"{about}. A prompt left out altogether (no context) would stand far above; see the table."
-        blocks.append(made.chart(drawing, f"Quality against {what}", caption, None, [result.name]))
+        blocks.append(drawings.chart(drawing, f"Quality against {what}", caption, None, [result.name]))
     return [*blocks, _rows(about, text["rows"], _TEXT, result)]
 
 
@@ -162,13 +162,13 @@ def _prefill(result: Result) -> Table:
     return Table(title, ["", *labels], lines, ["Medians of reads in turns."], [result.name])
 
 
-def speed_section(results: Sequence[Result], made: Made) -> Section:
+def speed_section(results: Sequence[Result], drawings: Drawings) -> Section:
     """Measured speed beside its bound."""
     blocks: list[Table | Chart | Missing] = []
     for result in results:
         rows = [row for row in result.figures["rows"] if "case" in row and "of_dense" in row]
         if rows:
-            blocks += _bench(result, rows, made)
+            blocks += _bench(result, rows, drawings)
     if not blocks:
         for command in ("prefill", "decode"):
             words = f"python -m llm_variator.bench {command} --json eval/results/NAME.json"
@@ -182,7 +182,7 @@ def speed_section(results: Sequence[Result], made: Made) -> Section:
     )
 
 
-def _bench(result: Result, rows: Sequence[Node], made: Made) -> list[Table | Chart | Missing]:
+def _bench(result: Result, rows: Sequence[Node], drawings: Drawings) -> list[Table | Chart | Missing]:
     figures = result.figures
     facts = [f"{figures['layers'].number} layers" if figures["layers"].number else "", figures["dtype"].text]
     about = ", ".join(filter(None, [_model(result), *facts, figures["device"].text]))
@@ -218,7 +218,7 @@ def _bench(result: Result, rows: Sequence[Node], made: Made) -> list[Table | Cha
             series.append(Series(f"{label}, bound", line, dashed=True, colour=place))
     ticks = sorted({row["tokens"].number or 0 for group in groups.values() for row in group})
     drawing = Drawing(
-        f"bench-{made.slug(result.name)}",
+        f"bench-{drawings.slug(result.name)}",
         "tokens",
         "time, of dense",
         series,
@@ -226,7 +226,7 @@ def _bench(result: Result, rows: Sequence[Node], made: Made) -> list[Table | Cha
         from_zero=True,
         ticks=ticks,
     )
-    return [made.chart(drawing, title, figures["model"].text, None, [result.name]), table]
+    return [drawings.chart(drawing, title, figures["model"].text, None, [result.name]), table]
 
 
 def operations_section(results: Sequence[Result]) -> Section:

@@ -12,12 +12,13 @@ A source is one string:
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import hub_reachable
+from llm_variator.text import without_surrogates
 
 EMBEDDED = "pydoc-topics"
 DATA_DIR_VARIABLE = "VARIATOR_DATA"
@@ -98,6 +100,16 @@ def data_folder(data_dir: Path | None) -> Path | None:
             f"data folder {data_dir} does not exist; correct --data-dir or {DATA_DIR_VARIABLE}"
         )
     return data_dir
+
+
+def library(name: str) -> Any:
+    """A library that reads data; raises VariatorError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise VariatorError(
+            f"reading data needs the package {error.name or name}: pip install 'llm-variator[train]'"
+        ) from None
 
 
 def read_windows(
@@ -208,7 +220,7 @@ def _read_file(file: Path, column: str | None) -> list[str]:
             case ".jsonl":
                 return _as_documents(list(_read_jsonl(file, column)))
             case _:
-                return list(_join_lines(file.read_text(encoding="utf-8").splitlines(keepends=True)))
+                return list(_join_lines(file.read_text(encoding="utf-8-sig").splitlines(keepends=True)))
     except UnicodeDecodeError as error:
         raise VariatorError(f"{file}: not UTF-8 text ({error}); convert it") from None
     except OSError as error:
@@ -216,40 +228,47 @@ def _read_file(file: Path, column: str | None) -> list[str]:
 
 
 def _read_parquet(file: Path, column: str | None) -> list[str]:
-    import pyarrow
-    from pyarrow import parquet
-
+    pyarrow, parquet = library("pyarrow"), library("pyarrow.parquet")
     try:
-        schema = parquet.read_schema(file)
-        strings = [
-            field.name
-            for field in schema
-            if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
-        ]
-        column = _text_column(str(file), strings, column)
+        column = _text_column(str(file), _text_columns(parquet.read_schema(file)), column)
         rows = parquet.read_table(file, columns=[column]).column(column).to_pylist()
     except pyarrow.ArrowException as error:
         raise VariatorError(f"{file}: not a readable Parquet file ({error})") from None
     return [row for row in rows if row is not None]
 
 
+def _text_columns(schema: Any) -> list[str]:
+    """The columns of an Arrow schema that hold strings in any of their forms, as pandas and polars write them."""
+    types = library("pyarrow.types")
+    found = []
+    for field in schema:
+        kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+        if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+            found.append(field.name)
+    return found
+
+
 def _read_jsonl(file: Path, column: str | None) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    """The texts of a file of JSON lines; a null in the place of a text is left out, as in Parquet."""
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
                 if isinstance(record, str):
-                    yield record
+                    yield without_surrogates(record)
                     continue
                 strings = [key for key, value in record.items() if isinstance(value, str)]
-            except (json.JSONDecodeError, AttributeError):
+                nulls = [key for key, value in record.items() if value is None]
+            except (ValueError, AttributeError, RecursionError):
                 raise VariatorError(
                     f"{file}, line {number}: expected a JSON object or a JSON string"
                 ) from None
+            if (column or "text") in nulls or (column is None and nulls and not strings):
+                continue
             column = _text_column(f"{file}, line {number}", strings, column)
-            yield record[column]
+            yield without_surrogates(record[column])
 
 
 def _text_column(where: str, strings: Sequence[str], wanted: str | None) -> str:
@@ -264,8 +283,7 @@ def _text_column(where: str, strings: Sequence[str], wanted: str | None) -> str:
 
 
 def _read_hub(source: str, data_dir: Path | None) -> list[str]:
-    import datasets
-
+    datasets = library("datasets")
     name, config, split, column, *surplus = [*source.split(":"), "", "", ""]
     if any(surplus):
         raise VariatorError(f"data {source!r}: too many parts; write name:config:split:column")
@@ -276,10 +294,8 @@ def _read_hub(source: str, data_dir: Path | None) -> list[str]:
     except Exception as error:  # no network, no such name, gated, wrong split: each has its own kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _not_found(source, data_dir, reason) from None
-    strings = [
-        key for key, feature in rows.features.items() if getattr(feature, "dtype", "").endswith("string")
-    ]
-    return [row for row in rows[_text_column(f"data {source!r}", strings, column or None)] if row is not None]
+    column = _text_column(f"data {source!r}", _text_columns(rows.features.arrow_schema), column or None)
+    return [row for row in rows[column] if row is not None]
 
 
 def _not_found(source: str, data_dir: Path | None, reason: str) -> VariatorError:

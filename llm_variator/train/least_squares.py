@@ -177,7 +177,7 @@ class _Stack:
                     stack.callback(own.decompressor.register_forward_pre_hook(hook).remove)
             try:
                 for batch, size in zip(batches, sizes, strict=True):
-                    teacher = _Pass(partial(self._dense, batch))
+                    teacher = _ThreadedPass(partial(self._dense, batch))
                     made.append(_Compressed(partial(self._compressed, batch), teacher, size))
                 yield made
             finally:
@@ -246,7 +246,7 @@ class _Stack:
         return hook
 
 
-class _Pass:
+class _ThreadedPass:
     """A forward pass in a thread of its own, which waits at one place after the other with what is known there.
 
     Only one thread runs at a time: the model's own code goes on from layer to layer, and nothing is computed again.
@@ -303,17 +303,17 @@ class _Pass:
             self._there.release()
 
 
-class _Compressed(_Pass):
+class _Compressed(_ThreadedPass):
     """A pass with the plugin, beside its teacher's: `reach((site, layer))` is a `Sample`."""
 
-    def __init__(self, run: Callable[[], Any], teacher: _Pass, size: Tensor) -> None:
+    def __init__(self, run: Callable[[], Any], teacher: _ThreadedPass, size: Tensor) -> None:
         self.teacher = teacher
         self.size = size
         super().__init__(run)
 
 
 _SITES = ("attention", "ffn")
-_running: ContextVar[_Pass | None] = ContextVar("least_squares_pass", default=None)
+_running: ContextVar[_ThreadedPass | None] = ContextVar("least_squares_pass", default=None)
 
 
 def _seen() -> dict[str, Tensor]:

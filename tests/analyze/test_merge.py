@@ -1,4 +1,4 @@
-"""What a plugin has learned, on plugins whose weights are set by hand; tokens that suffer, counted by hand."""
+"""What a plugin has learned, on plugins whose weights are set by hand; tokens that lose most, counted by hand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ import torch
 from conftest import VOCAB, make_decoder, make_variator, randomise
 
 from llm_variator import VariatorConfig, VariatorModel
-from llm_variator.analyze import suffering as module
+from llm_variator.analyze import token_losses as module
 from llm_variator.analyze.__main__ import main
 from llm_variator.analyze.merge import observed
 from llm_variator.analyze.observe import Moments, drift
-from llm_variator.analyze.suffering import FAR, NEAR, NEW, SEEN, Losses, by_kind, origins, shape, token_losses
+from llm_variator.analyze.token_losses import (
+    FAR,
+    NEAR,
+    NEW,
+    SEEN,
+    Losses,
+    by_kind,
+    origins,
+    shape,
+    token_losses,
+)
 from llm_variator.measures.metrics import continuation_cross_entropy
 
 
@@ -135,7 +145,7 @@ def test_kinds_by_hand():
 def test_the_worst_place_comes_first(monkeypatch):
     monkeypatch.setattr(module, "_FEW", 1)
     losses = Losses(torch.zeros(1, 3), torch.tensor([[0.1, 2.0, 0.3]]))
-    found = module.suffering(
+    found = module.by_category(
         losses,
         torch.tensor([[1, 2, 3, 4, 5]]),
         2,

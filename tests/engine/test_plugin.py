@@ -11,7 +11,8 @@ import torch
 from conftest import make_decoder, make_variator, prompts, randomise
 from safetensors.torch import load_file, save_file
 
-from llm_variator import VariatorConfig, VariatorError, VariatorModel, plugin
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.engine import plugin
 from llm_variator.engine.files import write_atomically
 
 CONFIG = VariatorConfig(k=2, sites=("ffn", "kv"), r=5, layers=(0, 2))

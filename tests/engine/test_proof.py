@@ -1,4 +1,4 @@
-"""No pass is silently dense (DESIGN section 3, invariant 0): whatever takes the hooks off is noticed or mended."""
+"""No pass is silently dense: whatever takes the hooks off is noticed or mended."""
 
 from __future__ import annotations
 

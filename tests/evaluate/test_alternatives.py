@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.evaluate.alternatives import Drop, LateSkip, parse
-from llm_variator.measures.conditions import Dense, NoContext, Plugin, follow, greedy
+from llm_variator.measures.conditions import Dense, NoContext, WithPlugin, follow, greedy
 from llm_variator.measures.operations import Stack
 
 HEAD, TAIL, N, T = 2, 5, 31, 6
@@ -89,7 +89,7 @@ def test_plugin_dense_and_no_context_are_the_models_own_forward(name):
     )
     ids, more = pair()
     whole = torch.cat((ids, more), dim=1)
-    plugin = Plugin("mine", "default", model.plugins["default"])
+    plugin = WithPlugin("mine", "default", model.plugins["default"])
     expected = model(whole, prompt_length=N).logits[:, N - 1 :]
     torch.testing.assert_close(logits_of(plugin, model, ids, more), expected, atol=1e-4, rtol=1e-4)
     with model.disable_plugin():
@@ -102,7 +102,7 @@ def test_plugin_dense_and_no_context_are_the_models_own_forward(name):
 def test_greedy_is_generate():
     model = make_variator("llama", VariatorConfig(k=2, sites=("ffn", "kv"), r=4, dense_tail=TAIL))
     ids, _ = pair()
-    plugin = Plugin("mine", "default", model.plugins["default"])
+    plugin = WithPlugin("mine", "default", model.plugins["default"])
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False)
     found = greedy(model, plugin.read(model, ids), 7)
     assert found.tolist() == expected[:, N:].tolist()

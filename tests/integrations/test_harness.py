@@ -19,7 +19,7 @@ from lm_eval.models.utils import Collator
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.integrations.harness import VariatorLM, VariatorSeq2SeqLM, mean_config
-from llm_variator.integrations.scoring import Request, score
+from llm_variator.integrations.scoring import ScoringRequest, score
 from llm_variator.sources.models import byte_tokenizer, load_model
 
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=1, dense_tail=2)
@@ -168,7 +168,7 @@ def test_the_logits_cache_trap(compressed):
     text = compressed.tok_encode("One text, whose context may end early or late.")
     requests = [("a", text[:20], text[20:30]), ("b", text[:29], text[29:30]), ("c", text[:29], [7])]
     expected = [
-        score(compressed.variator, [Request(tuple(context), tuple(continuation))])[0].total
+        score(compressed.variator, [ScoringRequest(tuple(context), tuple(continuation))])[0].total
         for _, context, continuation in requests
     ]
 
@@ -185,7 +185,7 @@ def test_the_trap_without_a_plugin():
     lm = decoder()
     text = lm.tok_encode("One text, whose context may end early or late.")
     requests = [("a", text[:20], text[20:30]), ("b", text[:29], text[29:30]), ("c", text[:29], [7])]
-    wanted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+    wanted = [ScoringRequest(tuple(context), tuple(continuation)) for _, context, continuation in requests]
     expected = pytest.approx([each.total for each in score(lm.variator, wanted)], abs=1e-4)
     assert lm.logits_cache
     assert [value for value, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)] == expected
@@ -235,7 +235,7 @@ def test_rolling_needs_windows_with_a_plugin(compressed):
     assert [token for _, piece in pieces for token in piece] == tokens
     assert all(context == tokens[max(0, 8 * n - 30) : 8 * n] for n, (context, _) in enumerate(pieces) if n)
     assert pieces[0][0] == [lm.prefix_token_id]
-    expected = score(lm.variator, [Request(tuple(context), tuple(piece)) for context, piece in pieces])
+    expected = score(lm.variator, [ScoringRequest(tuple(context), tuple(piece)) for context, piece in pieces])
     assert found[0] == pytest.approx(sum(each.total for each in expected), abs=1e-4)
     with lm.variator.disable_plugin():  # the same windows
         dense = lm.loglikelihood_rolling(request, disable_tqdm=True)

@@ -11,7 +11,7 @@ import torch
 from conftest import DECODERS, ENCODERS, make_decoder, make_encoder, make_variator, prompts
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.integrations.scoring import Request, score
+from llm_variator.integrations.scoring import ScoringRequest, score
 
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=3)
 SEQ2SEQ = [name for name in ENCODERS if name != "bert"]
@@ -21,16 +21,16 @@ def tokens(n: int, seed: int) -> tuple[int, ...]:
     return tuple(prompts(n, seed=seed)[0][0].tolist())
 
 
-def requests() -> list[Request]:
+def requests() -> list[ScoringRequest]:
     """Contexts of several lengths; continuations of one and more tokens, some shared, one asked twice."""
     contexts = [tokens(n, seed=n) for n in (23, 23 + 7, 17, 5, 1, 23)]
     contexts[1] = contexts[0] + contexts[1][23:]  # one context is the beginning of another
-    found = [Request(c, tokens(n, seed=50 + n)) for c in contexts for n in (1, 2, 6)]
-    return [*found, Request(contexts[2], tokens(3, seed=7)), found[0]]
+    found = [ScoringRequest(c, tokens(n, seed=50 + n)) for c in contexts for n in (1, 2, 6)]
+    return [*found, ScoringRequest(contexts[2], tokens(3, seed=7)), found[0]]
 
 
 @torch.no_grad()
-def teacher_forced(model: VariatorModel, request: Request) -> torch.Tensor:
+def teacher_forced(model: VariatorModel, request: ScoringRequest) -> torch.Tensor:
     """One row on its own, prompt and continuation in one pass."""
     if model.config.is_encoder_decoder:
         labels = torch.tensor([request.continuation])
@@ -42,14 +42,14 @@ def teacher_forced(model: VariatorModel, request: Request) -> torch.Tensor:
     return log_probs[torch.arange(len(request.continuation)), torch.tensor(request.continuation)]
 
 
-def assert_right(model: VariatorModel, wanted: list[Request], **how) -> None:
+def assert_right(model: VariatorModel, wanted: list[ScoringRequest], **how) -> None:
     for request, found in zip(wanted, score(model, wanted, **how), strict=True):
         expected = teacher_forced(model, request)
         torch.testing.assert_close(found.log_probs.double(), expected, atol=2e-5, rtol=1e-5)
         assert found.total == pytest.approx(float(expected.sum()), abs=1e-4)
 
 
-def differs(model: VariatorModel, request: Request) -> float:
+def differs(model: VariatorModel, request: ScoringRequest) -> float:
     """How far the plugin moves the log-probabilities."""
     with_plugin = teacher_forced(model, request)
     with model.disable_plugin():
@@ -108,7 +108,7 @@ def test_where_the_context_ends_matters():
     """The same text with its context ending elsewhere: neither scores nor readings are shared."""
     model = make_variator("llama", CONFIG)
     text = tokens(24, seed=3)
-    trap = [Request(text[:20], text[20:]), Request(text[:23], text[23:])]
+    trap = [ScoringRequest(text[:20], text[20:]), ScoringRequest(text[:23], text[23:])]
     last = [float(teacher_forced(model, request)[-1]) for request in trap]
     assert abs(last[0] - last[1]) > 1e-3
     assert_right(model, trap, batch_size=4)
@@ -119,10 +119,10 @@ def test_later_tokens_do_not_leak(name):
     """Bit for bit: other tokens at the end of a continuation leave the scores before them as they are."""
     model = make_variator(name, CONFIG if name in DECODERS else VariatorConfig(k=3, r=4))
     context, continuation = tokens(23, seed=1), tokens(9, seed=2)
-    whole = score(model, [Request(context, continuation)])[0].log_probs
+    whole = score(model, [ScoringRequest(context, continuation)])[0].log_probs
     for length in range(1, len(continuation)):
         changed = continuation[:length] + tokens(len(continuation) - length, seed=90 + length)
-        found = score(model, [Request(context, changed)])[0].log_probs
+        found = score(model, [ScoringRequest(context, changed)])[0].log_probs
         assert found[:length].equal(whole[:length])
         assert not found[length:].equal(whole[length:])
 
@@ -138,7 +138,7 @@ def test_each_context_is_read_once(monkeypatch):
 
     monkeypatch.setattr(model.base, "forward", counting)
     context = tokens(30, seed=1)
-    score(model, [Request(context, (n, n + 1, n + 2)) for n in range(3, 11)], batch_size=4)
+    score(model, [ScoringRequest(context, (n, n + 1, n + 2)) for n in range(3, 11)], batch_size=4)
     assert seen == [(1, 30), (4, 2), (4, 2)]
 
 
@@ -147,12 +147,12 @@ def test_greedy_means_every_token():
     context = prompts(20)[0]
     best = tuple(model.generate(context, max_new_tokens=4, do_sample=False)[0, 20:].tolist())
     other = (*best[:-1], (best[-1] + 1) % 97)
-    right, wrong = score(model, [Request(tuple(context[0].tolist()), c) for c in (best, other)])
+    right, wrong = score(model, [ScoringRequest(tuple(context[0].tolist()), c) for c in (best, other)])
     assert right.greedy
     assert not wrong.greedy
 
 
-@pytest.mark.parametrize("request_", [Request((), (1,)), Request((1,), ())])
+@pytest.mark.parametrize("request_", [ScoringRequest((), (1,)), ScoringRequest((1,), ())])
 def test_empty_is_refused(request_):
     with pytest.raises(VariatorError, match="at least one token"):
         score(make_variator("llama", CONFIG), [request_])

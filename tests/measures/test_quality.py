@@ -8,7 +8,7 @@ from conftest import VOCAB, make_variator
 
 from llm_variator import VariatorConfig
 from llm_variator.engine.groups import split
-from llm_variator.measures.conditions import Dense, NoContext, Plugin
+from llm_variator.measures.conditions import Dense, NoContext, WithPlugin
 from llm_variator.measures.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.measures.quality import (
     agreement,
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def plugin(model):
-    return Plugin("mine", "default", model.plugins["default"])
+    return WithPlugin("mine", "default", model.plugins["default"])
 
 
 @pytest.fixture(scope="module")

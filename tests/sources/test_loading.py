@@ -8,8 +8,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import platformdirs
 import pytest
 import torch
+from platformdirs import windows
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
+from platformdirs.windows import Windows
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
@@ -368,6 +373,32 @@ def some_gguf(tmp_path):
     file = tmp_path / "some.gguf"
     file.write_bytes(b"weights")
     return file
+
+
+@pytest.mark.parametrize(
+    ("system", "variables", "folder"),
+    [
+        (Unix, {}, "home/.cache/llm_variator"),
+        (Unix, {"XDG_CACHE_HOME": ""}, "home/.cache/llm_variator"),
+        (Unix, {"XDG_CACHE_HOME": "{root}/xdg"}, "xdg/llm_variator"),
+        (MacOS, {}, "home/Library/Caches/llm_variator"),
+        (Windows, {"LOCALAPPDATA": "{root}/local"}, "local/llm_variator"),
+        *(
+            (system, {"XDG_CACHE_HOME": "{root}/xdg", "VARIATOR_CACHE": "~/own"}, "home/own")
+            for system in (Unix, MacOS, Windows)
+        ),
+    ],
+)
+def test_the_cache_is_the_platforms_or_the_users_own(tmp_path, monkeypatch, system, variables, folder):
+    for name in ("XDG_CACHE_HOME", "VARIATOR_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"HOME": "{root}/home"} | variables).items():
+        monkeypatch.setenv(name, value.format(root=tmp_path))
+    monkeypatch.setattr(platformdirs, "PlatformDirs", system)
+    if system is Windows:
+        monkeypatch.setattr(windows, "get_win_folder", windows.get_win_folder_from_env_vars)
+    assert smollm2.cache_dir() == tmp_path / folder
+    assert not (tmp_path / folder).exists(), "asking makes no folder"
 
 
 def test_conversion_happens_once_per_content(own_cache, some_gguf, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -89,6 +90,91 @@ def test_column_is_named_or_the_only_text(tmp_path):
         read_documents(f"{only}:label")
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.large_string()),
+    ],
+    ids=str,
+)
+def test_strings_of_every_arrow_type_are_read(tmp_path, kind):
+    words = pa.array(["one", None, "two", "one"])
+    column = words.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else words.cast(kind)
+    file = write_parquet(tmp_path / "d.parquet", body=column, n=[1, 2, 3, 4])
+    assert read_documents(str(file)) == ["one", "two", "one"]
+
+
+def test_text_as_pandas_writes_it(tmp_path):
+    import pandas
+
+    frame = pandas.DataFrame({"text": ["one", None, "two"], "kind": pandas.Categorical(["a", "b", "a"])})
+    frame.to_parquet(tmp_path / "d.parquet")
+    assert read_documents(str(tmp_path / "d.parquet")) == ["one", "two"]
+    assert read_documents(f"{tmp_path / 'd.parquet'}:kind") == ["a", "b", "a"]
+
+
+def test_numbers_in_a_dictionary_are_no_text(tmp_path):
+    file = write_parquet(tmp_path / "d.parquet", text=pa.array([1, 2]).dictionary_encode(), more=["a", "b"])
+    with pytest.raises(VariatorError, match=r"no text column 'text'; name one of \[more\]"):
+        read_documents(f"{file}:text")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (r'{"text": "caf\ud83d x"}', "caf\ufffd x"),
+        (r'{"text": "caf\udce9"}', "caf\ufffd"),
+        (r'"\ud83d"', "\ufffd"),
+        (r'{"text": "\ude00\ud83d"}', "\ufffd\ufffd"),
+        (r'{"text": "\ud83d\ude00 \ufeff"}', "\N{GRINNING FACE} \ufeff"),
+    ],
+)
+def test_lone_surrogates_become_replacement_characters(tmp_path, tokenizer, line, expected):
+    (tmp_path / "a.jsonl").write_text(line + "\n", encoding="utf-8")
+    documents = read_documents(str(tmp_path / "a.jsonl"))
+    assert documents == [expected]
+    assert tokenizer.decode(tokenize(documents, tokenizer)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "column", "expected"),
+    [
+        (['{"text": "a"}', '{"text": null}', '{"text": "b"}'], "", ["a", "b"]),
+        (['{"text": null, "title": "x"}', '{"text": "a", "title": "y"}'], "", ["a"]),
+        (['{"sentence": null, "n": 1}', '{"sentence": "a", "n": 2}'], "", ["a"]),
+        (['{"body": null, "text": "x"}', '{"body": "a", "text": "y"}'], ":body", ["a"]),
+        (['{"body": "a", "note": null}'], "", ["a"]),
+    ],
+)
+def test_nulls_are_left_out_as_in_parquet(tmp_path, lines, column, expected):
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_documents(f"{tmp_path / 'a.jsonl'}{column}") == expected
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", '{"text": "one"}\n"two"'), ("a.txt", "one")])
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_documents(str(tmp_path / name))[0] == "one"
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    file = write_parquet(tmp_path / "d.parquet", text=["one"])
+    for name in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        VariatorError, match=r"needs the package pyarrow: pip install 'llm-variator\[train\]'"
+    ):
+        read_documents(str(file))
+    with pytest.raises(VariatorError, match="needs the package datasets"):
+        read_documents("owner/name")
+    (tmp_path / "a.txt").write_text("two", encoding="utf-8")
+    assert read_documents(str(tmp_path / "a.txt")) == ["two"], "needs neither"
+
+
 def test_jsonl_and_folder(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "n": 1}\n\n"two"\n', encoding="utf-8")
     (tmp_path / "deep").mkdir()
@@ -114,6 +200,12 @@ def test_lines_are_joined_into_documents_that_end_at_empty_lines(tmp_path):
         ("a.parquet", b"not parquet", "not a readable Parquet file"),
         ("a.jsonl", b"{broken\n", "line 1: expected a JSON object"),
         ("a.jsonl", b"[1]\n", "line 1: expected a JSON object"),
+        ("a.jsonl", b'"one"\nnull\n', "line 2: expected a JSON object"),
+        ("a.jsonl", b'{"text": null}\n', "holds no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "line 2: no text column 'text'"),
+        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1: expected a JSON object"),
+        ("a.jsonl", b"[" * 200_000, "line 1: expected a JSON object"),
+        ("a.jsonl", '{"text": "one"}'.encode("utf-16"), "not UTF-8"),
         ("a.txt", b"\xff\xfe\xfa", "not UTF-8"),
         ("a.txt", b" \n\n", "holds no text"),
         ("a.txt", b"", "holds no text"),
@@ -166,6 +258,11 @@ def test_hub_dataset_is_read(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
     assert read_documents("owner/name:::body") == ["one", "two"]
     assert read_documents("owner/name") == ["one", "two"]
+    rows = datasets.Dataset.from_dict(
+        {"body": ["one", None], "n": [1, 2]},
+        features=datasets.Features(body=datasets.Value("string_view"), n=datasets.Value("int64")),
+    )
+    assert read_documents("owner/name") == ["one"]
 
 
 # --- windows ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llm_variator.engine.cache.layer import CompressedLayer
 from llm_variator.engine.cache.recent import Recent
-from llm_variator.engine.cache.stores import Store, whole
+from llm_variator.engine.cache.stores import KVStore, whole
 from llm_variator.engine.groups import FILLER
 from llm_variator.errors import VariatorError
 
@@ -58,7 +58,7 @@ def fork(cache: Cache) -> DynamicCache:
 def release(cache: Cache) -> None:
     """Give back the blocks of a pool that `cache` holds."""
     for layer in cache.layers:
-        if isinstance(layer, CompressedLayer) and isinstance(layer.store, Store):
+        if isinstance(layer, CompressedLayer) and isinstance(layer.store, KVStore):
             layer.store.free()
 
 
@@ -97,7 +97,7 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
                 own = torch.where(own == FILLER, FILLER, own + tokens - part.get_seq_length())
                 own = own.expand(len(keys), -1)
                 placed.append(F.pad(own, (store.get_seq_length() - own.shape[1], 0), value=FILLER))
-            if like.entries and isinstance(like.store, Store):
+            if like.entries and isinstance(like.store, KVStore):
                 store = like.store.like(*whole(store))
             columns = torch.cat(placed)
             new: Any = CompressedLayer.holding(store, tokens, columns, bool((columns == FILLER).any()))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_variator.engine.cache.stores import Sizes, Store
+from llm_variator.engine.cache.stores import KVStore, Sizes
 from llm_variator.errors import VariatorError
 
 Tables = list[list[int]]
@@ -131,7 +131,7 @@ class KVPool:
         return self._references[block] > 1
 
 
-class PagedStore(Store):
+class PagedStore(KVStore):
     """A store whose entries lie in the blocks of a `KVPool`."""
 
     def __init__(self, pool: KVPool, tables: Tables | None = None, entries: int = 0) -> None:

@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
     """Of one dense token."""
 
 
-class Store(DynamicLayer):
+class KVStore(DynamicLayer):
     """A store of ours, growing by `update`: what a compressed layer and the functions below ask of it."""
 
     @abstractmethod
@@ -53,11 +53,11 @@ class Store(DynamicLayer):
         """Keep the first `entries`, in place."""
 
     @abstractmethod
-    def fork(self) -> Store:
+    def fork(self) -> KVStore:
         """A store that goes on by itself from the same entries, sharing them."""
 
     @abstractmethod
-    def like(self, keys: Tensor, values: Tensor) -> Store:
+    def like(self, keys: Tensor, values: Tensor) -> KVStore:
         """A store of this kind with other entries."""
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Store(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
 
-class SharedStore(Store):
+class SharedStore(KVStore):
     """A store that goes on from tensors of others: `parts` are never written, only `keys` and `values` are its own.
 
     A part of one row serves any number of rows: it is expanded for the moment of an `update`, and not kept.
@@ -184,7 +184,7 @@ class SharedStore(Store):
 
 def fork_store(store: DynamicLayer) -> DynamicLayer:
     """A store that goes on by itself from the same entries, sharing them."""
-    if isinstance(store, Store):
+    if isinstance(store, KVStore):
         return store.fork()
     if type(store) is DynamicLayer and store.is_initialized:
         return SharedStore((whole(store),))
@@ -193,7 +193,7 @@ def fork_store(store: DynamicLayer) -> DynamicLayer:
 
 def truncate(store: DynamicLayer, entries: int) -> None:
     """Keep the first `entries` of a store, in place."""
-    if isinstance(store, Store):
+    if isinstance(store, KVStore):
         store.truncate(entries)
         return
     if isinstance(store, QuantizedLayer):
@@ -207,7 +207,7 @@ def truncate(store: DynamicLayer, entries: int) -> None:
 
 def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
     """All keys and values of a store in one tensor each (b, kv_heads, entries, head_dim)."""
-    if isinstance(store, Store):
+    if isinstance(store, KVStore):
         return store.whole()
     if isinstance(store, QuantizedLayer):
         stored: Any = store
@@ -224,7 +224,7 @@ def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
 
 def sizes(store: DynamicLayer) -> Sizes:
     """What a store takes."""
-    if isinstance(store, Store):
+    if isinstance(store, KVStore):
         return store.sizes()
     keys, values = whole(store)
     held = keys.nbytes + values.nbytes

@@ -14,7 +14,7 @@ from transformers import Cache
 from llm_variator.engine.cache import CompressedLayer, KVCacheReport, expand, fork, release, released_on_error
 from llm_variator.engine.cache.paging import KVPool
 from llm_variator.engine.cache.quantised import Quantised
-from llm_variator.engine.cache.stores import SharedStore, Store, whole
+from llm_variator.engine.cache.stores import KVStore, SharedStore, whole
 from llm_variator.engine.contexts import files
 from llm_variator.engine.contexts.fingerprints import plugin_fingerprint
 from llm_variator.engine.contexts.host import Host
@@ -82,7 +82,7 @@ class CompressedContext:
             raise VariatorError(
                 f"the plugin {self.plugin!r} has changed since it compressed this context: compress it again"
             )
-        after, _ = self.behind(more, attention_mask, answer=False)
+        after, _ = self.appended(more, attention_mask, answer=False)
         cache, past = after.cache, after.cache.get_seq_length()
         ids, mask = after.input_ids, after.attention_mask
         with released_on_error(cache):
@@ -106,7 +106,7 @@ class CompressedContext:
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer):
                 keys, values = (Quantised.of(t, bits) for t in whole(layer.store))
-                if isinstance(layer.store, Store):
+                if isinstance(layer.store, KVStore):
                     layer.store.free()
                 layer.store = SharedStore(((keys, values),))
         return dataclasses.replace(self, cache=cache)
@@ -125,7 +125,7 @@ class CompressedContext:
             raise VariatorError("this context was freed: compress or load it again")
         return self.cache
 
-    def behind(
+    def appended(
         self, more: Any, attention_mask: Tensor | None, *, answer: bool = True
     ) -> tuple[CompressedContext, Tensor]:
         """A context of its own with the tokens of `more`, whose cache has not read them yet; and these tokens.

@@ -22,7 +22,7 @@ from llm_variator.engine.cache import CompressedLayer
 from llm_variator.engine.cache.paging import KVPool, PagedStore
 from llm_variator.engine.cache.quantised import Quantised, dense
 from llm_variator.engine.cache.recent import Recent
-from llm_variator.engine.cache.stores import Part, SharedStore, Store, whole
+from llm_variator.engine.cache.stores import KVStore, Part, SharedStore, whole
 from llm_variator.engine.contexts.fingerprints import (
     model_fingerprint,
     plugin_fingerprint,
@@ -164,7 +164,7 @@ def _fields(
             columns = tensors[f"{index}.columns"].to(model.base.device)
             if columns.shape[1] != keys.shape[2]:
                 raise ValueError("columns")
-            store: Store = SharedStore(((keys, values),))
+            store: KVStore = SharedStore(((keys, values),))
             if pool is not None:
                 store = PagedStore(pool).like(dense(keys), dense(values))
             held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from llm_variator.errors import VariatorError
+from llm_variator.text import without_surrogates
 
 Chat = list[dict[str, Any]]
 _ANSWER = "\u2402\u2403"  # stands for an answer where only what a chat template prints after it is wanted
@@ -143,7 +144,7 @@ def _printed(tokenizer: Any, chat: Chat, prompt: bool) -> str:
 
 
 def _tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=special).input_ids
+    return tokenizer(without_surrogates(text), add_special_tokens=special).input_ids
 
 
 def _is_chat(what: Any) -> bool:

@@ -20,7 +20,7 @@ from llm_variator.engine.session import Session, first_dense, scope
 from llm_variator.errors import VariatorError
 
 
-class Pass(NamedTuple):
+class PrefillChunk(NamedTuple):
     """Tokens `start` to `end` of a prompt, read together; the first `head` and last `tail` of them stay dense."""
 
     start: int
@@ -29,23 +29,23 @@ class Pass(NamedTuple):
     tail: int
 
 
-def passes(n: int, *, head: int, tail: int, step: int, chunk: int) -> Iterator[Pass]:
-    """Cut a prompt of `n` tokens into passes of at most `chunk` tokens without splitting a group.
+def chunks(n: int, *, head: int, tail: int, step: int, chunk: int) -> Iterator[PrefillChunk]:
+    """Cut a prompt of `n` tokens into chunks of at most `chunk` tokens without splitting a group.
 
-    `step`: the least common multiple of all ratios; no pass can be narrower than head + step, where groups are.
+    `step`: the least common multiple of all ratios; no chunk can be narrower than head + step, where groups are.
     """
     start = 0
     while n - start > chunk:
         first = head if start == 0 else 0
         if start + first < n - tail:
             room = max(step, (chunk - first) // step * step)
-            part = Pass(start, min(start + first + room, n - tail), first, 0)
+            part = PrefillChunk(start, min(start + first + room, n - tail), first, 0)
         else:
-            part = Pass(start, start + chunk, first, chunk)
+            part = PrefillChunk(start, start + chunk, first, chunk)
         yield part
         start = part.end
     if start < n:
-        yield Pass(start, n, head if start == 0 else 0, min(tail, n - start))
+        yield PrefillChunk(start, n, head if start == 0 else 0, min(tail, n - start))
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def _read(
         step = math.lcm(*(site.k for site in plugin.sites.values()))
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     padded = not bool(mask.all())
-    for part in passes(n, head=head, tail=tail, step=step, chunk=chunk or n):
+    for part in chunks(n, head=head, tail=tail, step=step, chunk=chunk or n):
         with scope(Session(plugin, edges=(part.head, part.tail))) as session:
             base(
                 input_ids=ids[:, part.start : part.end],

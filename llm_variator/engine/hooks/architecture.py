@@ -7,7 +7,7 @@ entries' columns go to the cache and to attention.
 Attention: the whole self-attention runs on the entries, then a hook restores the tokens.
 Cross (T5): the decoder gets one merged encoder state per group, so that all of its layers read n/k of them.
 Where a model adds the residual inside the module that ends a site (BERT), the tokens are restored before it.
-Last layer of a decoder: what nobody reads is left out, see `unread`.
+Last layer of a decoder: what nobody reads is left out, see `last_layer`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from llm_variator.engine.hooks.attention import (
 )
 from llm_variator.engine.hooks.ffn import hook_ffn
 from llm_variator.engine.hooks.hook import ATTACHED, Hook, Mark, strip
+from llm_variator.engine.hooks.last_layer import hook_last_layer
 from llm_variator.engine.hooks.passes import begin_answer, begin_encoding, begin_pass, end_pass
 from llm_variator.engine.hooks.switch import HookSwitch, Hung
-from llm_variator.engine.hooks.unread import hook_last_layer
 from llm_variator.errors import VariatorError
 
 

@@ -27,7 +27,7 @@ from llm_variator.engine.hooks.ageing import age, remember
 from llm_variator.engine.hooks.ffn import in_eights
 from llm_variator.engine.hooks.hook import Hook
 from llm_variator.engine.hooks.kernels import group_causal_attention, pooled_bias, visible
-from llm_variator.engine.hooks.unread import at_the_end
+from llm_variator.engine.hooks.last_layer import at_the_end
 from llm_variator.engine.plan import Plan
 from llm_variator.engine.plugin import SiteLayers
 from llm_variator.engine.session import Pass, broken, current_pass

@@ -35,7 +35,7 @@ PASS = "variator.pass"
 """Where the running pass hangs in vLLM's forward context."""
 
 
-class Pass:
+class BatchPass:
     """One forward pass: its chunks, the layouts that layers share, and what was really compressed."""
 
     def __init__(self, chunks: list[Chunk], shapes: Mapping[int, Shape]) -> None:
@@ -52,7 +52,7 @@ class Pass:
         return self._layouts[key]
 
 
-def running_pass() -> Pass | None:
+def running_pass() -> BatchPass | None:
     """The pass that compresses something now, None where all is dense."""
     return get_forward_context().additional_kwargs.get(PASS)
 
@@ -176,16 +176,16 @@ class VariatorMixin:
         current = self._pass(next(iter(context.attn_metadata.values())))
         return self._run(host, context, current, input_ids, positions, *args, **kwargs)
 
-    def _pass(self, metadata: Any) -> Pass | None:
+    def _pass(self, metadata: Any) -> BatchPass | None:
         table = self.variator_rows
         if not table.any_plugin or getattr(metadata, "max_query_len", 2) <= 1:
             return None  # one token per request is never a group
         chunks = table.prepared
         if chunks is None:
             chunks = table.chunks(metadata.query_start_loc.tolist(), metadata.seq_lens.tolist())
-        return Pass(chunks, self.variator.shapes)
+        return BatchPass(chunks, self.variator.shapes)
 
-    def _run(self, host: Any, context: Any, current: Pass | None, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, host: Any, context: Any, current: BatchPass | None, *args: Any, **kwargs: Any) -> Any:
         if current is None:
             return host.forward(*args, **kwargs)
         context.additional_kwargs[PASS] = current
@@ -196,7 +196,7 @@ class VariatorMixin:
         self._check(current)
         return output
 
-    def _check(self, current: Pass) -> None:
+    def _check(self, current: BatchPass) -> None:
         """Every compressed MLP must have run on fewer rows: a silent dense run would cost what we promise to save."""
         expected = [
             layout.entries
@@ -223,7 +223,7 @@ class VariatorMixin:
         """At start, on the runner's dummy batch and through its compiled graph: each plugin must compress it."""
         rows = len(positions)
         for k, served in self.variator.plugins.items():
-            current = Pass([Chunk(0, rows, 0, rows, k)], self.variator.shapes)
+            current = BatchPass([Chunk(0, rows, 0, rows, k)], self.variator.shapes)
             self._run(host, context, current, input_ids, positions, *args, **kwargs)
             logger.info(
                 "self-check: %s compresses, %s", served.folder.name, sorted(set(current.compressed_rows))

@@ -15,12 +15,12 @@ import io
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -104,10 +104,5 @@ def cache_dir() -> Path:
     """Folder for converted weights: `VARIATOR_CACHE`, else the platform's cache folder for this package."""
     if override := os.environ.get("VARIATOR_CACHE"):
         return Path(override).expanduser()
-    if sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "llm_variator"
+    # without opinion: no folder "Cache" of its own on Windows
+    return platformdirs.user_cache_path("llm_variator", appauthor=False, opinion=False)

@@ -9,7 +9,15 @@ from llm_variator.sources.tasks.scoring import (
     score,
     token_f1,
 )
-from llm_variator.sources.tasks.table import DECODER_END, DECODER_START, SPLITS, TASKS, Split, Task, find_task
+from llm_variator.sources.tasks.table import (
+    DECODER_END,
+    DECODER_START,
+    SPLITS,
+    TASKS,
+    Task,
+    TaskSplit,
+    find_task,
+)
 
 __all__ = [
     "DECODER_END",
@@ -18,8 +26,8 @@ __all__ = [
     "TASKS",
     "Example",
     "Origin",
-    "Split",
     "Task",
+    "TaskSplit",
     "average",
     "exact_match",
     "find_task",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from llm_variator.errors import VariatorError
-from llm_variator.sources.corpora import DATA_DIR_VARIABLE, data_folder
+from llm_variator.sources.corpora import DATA_DIR_VARIABLE, data_folder, library
 from llm_variator.sources.models import hub_reachable
 from llm_variator.sources.tasks.table import Task, find_task
 
@@ -131,9 +131,6 @@ def load_examples(
 
 def _read_local(task: Task, split: str, data_dir: Path | None) -> tuple[pyarrow.Table, Origin] | None:
     """The rows of the first local file there is; None where there is none."""
-    import pyarrow
-    from pyarrow import parquet
-
     if data_dir is None:
         return None
     name = task.split(split).name
@@ -141,6 +138,7 @@ def _read_local(task: Task, split: str, data_dir: Path | None) -> tuple[pyarrow.
         file = data_dir / task.name / f"{name}{suffix}.parquet"
         if not file.is_file():
             continue
+        pyarrow, parquet = library("pyarrow"), library("pyarrow.parquet")
         try:
             table = parquet.read_table(file)
         except (pyarrow.ArrowException, OSError) as error:
@@ -150,8 +148,7 @@ def _read_local(task: Task, split: str, data_dir: Path | None) -> tuple[pyarrow.
 
 
 def _read_hub(task: Task, split: str, data_dir: Path | None) -> tuple[pyarrow.Table, Origin]:
-    import datasets
-
+    datasets = library("datasets")
     if not HF_HUB_OFFLINE and not hub_reachable():
         raise _not_found(task, split, data_dir, "it does not answer; HF_HUB_OFFLINE=1 reads what is cached")
     name = task.split(split).name

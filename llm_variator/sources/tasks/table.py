@@ -26,7 +26,7 @@ SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class Split:
+class TaskSplit:
     """One split of a task's data set."""
 
     name: str
@@ -58,10 +58,10 @@ class Task:
     """Text of every label, in the order of the labels; empty where the answer is free text."""
     metrics: tuple[str, ...] = ("accuracy",)
     """The figures `score` returns; the first one counts in the average over the tasks."""
-    train: Split
-    validation: Split
+    train: TaskSplit
+    validation: TaskSplit
 
-    def split(self, name: str) -> Split:
+    def split(self, name: str) -> TaskSplit:
         """The split "train" or "validation"; raises VariatorError for any other name."""
         if name not in SPLITS:
             raise VariatorError(
@@ -94,8 +94,8 @@ _TABLE = (
             "Answer:"
         ),
         answers=("Yes", "Maybe", "No"),
-        train=Split("train", 392_702),
-        validation=Split("validation_matched", 9_815),
+        train=TaskSplit("train", 392_702),
+        validation=TaskSplit("validation_matched", 9_815),
     ),
     Task(
         name="qnli",
@@ -112,8 +112,8 @@ _TABLE = (
             "Answer:"
         ),
         answers=("Yes", "No"),
-        train=Split("train", 104_743),
-        validation=Split("validation", 5_463),
+        train=TaskSplit("train", 104_743),
+        validation=TaskSplit("validation", 5_463),
     ),
     Task(
         name="qqp",
@@ -130,8 +130,8 @@ _TABLE = (
             "Answer:"
         ),
         answers=("No", "Yes"),
-        train=Split("train", 363_846),
-        validation=Split("validation", 40_430),
+        train=TaskSplit("train", 363_846),
+        validation=TaskSplit("validation", 40_430),
     ),
     Task(
         name="rte",
@@ -147,8 +147,8 @@ _TABLE = (
             "Answer:"
         ),
         answers=("Yes", "No"),
-        train=Split("train", 2_490),
-        validation=Split("validation", 277),
+        train=TaskSplit("train", 2_490),
+        validation=TaskSplit("validation", 277),
     ),
     Task(
         name="sst2",
@@ -161,8 +161,8 @@ _TABLE = (
             "Sentence: {sentence}\nDoes this sentence express positive or negative emotions?\nAnswer:"
         ),
         answers=("negative", "positive"),
-        train=Split("train", 67_349),
-        validation=Split("validation", 872),
+        train=TaskSplit("train", 67_349),
+        validation=TaskSplit("validation", 872),
     ),
     Task(
         name="mrpc",
@@ -180,8 +180,8 @@ _TABLE = (
         ),
         answers=("No", "Yes"),
         metrics=("f1", "accuracy"),
-        train=Split("train", 3_668),
-        validation=Split("validation", 408),
+        train=TaskSplit("train", 3_668),
+        validation=TaskSplit("validation", 408),
     ),
     Task(
         name="squad",
@@ -192,8 +192,8 @@ _TABLE = (
         template="Question: {question} Context: {context} Answer: <extra_id_0>",
         decoder_template="Context: {context}\nQuestion: {question}\nAnswer:",
         metrics=("exact_match", "f1"),
-        train=Split("train", 87_599),
-        validation=Split("validation", 10_570),
+        train=TaskSplit("train", 87_599),
+        validation=TaskSplit("validation", 10_570),
     ),
 )
 

@@ -12,6 +12,7 @@ from conftest import make_decoder, make_variator, pad, prompts, randomise
 from transformers import DynamicCache
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.engine.contexts import CompressedContext
 from llm_variator.sources.models import byte_tokenizer
 
 MIXED = VariatorConfig(k={"ffn": 4, "kv": 3}, sites=("ffn", "kv"), r=5, dense_head=2, dense_tail=3)
@@ -224,6 +225,24 @@ def test_text_and_messages():
     answer, _ = model.generate(asked, context=after, return_context=True, **GREEDY)
     assert tokenizer.decode(answer[0, :-5]) == "</s><user>Why?</s><assistant>"
     assert model.compress([system, system], tokenizer=tokenizer).rows == 2
+
+
+def test_lone_surrogates_are_replaced(tmp_path):
+    model = make_variator("llama", MIXED, vocab_size=259)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    text = model.compress("A caf\ud83d x of some length.", tokenizer=tokenizer)
+    assert tokenizer.decode(text.input_ids[0]) == "A caf\ufffd x of some length."
+    model.generate(" caf\udce9?", context=text, **GREEDY)
+
+    system, asked = [{"role": "system", "content": "caf\ud83d"}], [{"role": "user", "content": "\udce9"}]
+    context = model.compress(system, tokenizer=tokenizer)
+    answer, after = model.generate(asked, context=context, return_context=True, **GREEDY)
+    assert tokenizer.decode(answer[0, :-5]) == "<user>\ufffd</s><assistant>"
+    model.generate(asked, context=after, **GREEDY)
+    context.save(tmp_path / "saved")
+    again = CompressedContext.load(tmp_path / "saved", model, tokenizer=tokenizer)
+    assert again.messages == [system]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conftest import make_decoder, make_variator, pad, prompts
 from transformers import DynamicCache
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.engine.contexts.prefill import passes
+from llm_variator.engine.contexts.prefill import chunks
 from llm_variator.engine.groups import FILLER
 
 MIXED = VariatorConfig(k={"ffn": 4, "kv": 3}, sites=("ffn", "kv"), r=5, dense_head=2, dense_tail=3)
@@ -19,16 +19,16 @@ GREEDY = dict(do_sample=False, max_new_tokens=5)
 
 
 @pytest.mark.parametrize("ratios", [(1,), (2,), (3, 4), (8,)])
-def test_passes_cover_the_prompt_and_keep_its_groups(ratios):
+def test_chunks_cover_the_prompt_and_keep_its_groups(ratios):
     step = math.lcm(*ratios)
     for n in (1, 2, 5, 17, 40, 101):
         for head, tail, chunk in [(0, 0, 1), (0, 1, 8), (4, 1, 8), (4, 16, 8), (3, 2, 30), (4, 64, 500)]:
-            parts = list(passes(n, head=head, tail=tail, step=step, chunk=chunk))
+            parts = list(chunks(n, head=head, tail=tail, step=step, chunk=chunk))
             assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])]
             assert parts[-1].end == n
             assert all(part.end - part.start <= max(chunk, head + step) for part in parts)
             for k in ratios:
-                # the groups that the passes make, each split as any prompt is
+                # the groups that the chunks make, each split as any prompt is
                 made = [
                     [part.start + i for i in entry.positions]
                     for part in parts

@@ -1,4 +1,4 @@
-"""T5 and BERT: what must always hold (DESIGN section 3) when all tokens of an encoder are compressed."""
+"""T5 and BERT: what must always hold when all tokens of an encoder are compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens after a compressed prompt suffer most: the loss of each, dense and compressed, sorted by kind."""
+"""The loss of every token after a compressed prompt, dense and compressed, sorted by kind: which tokens lose most."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def by_kind(losses: Losses, kinds: Sequence[Sequence[str]]) -> list[dict[str, An
     return sorted(rows, key=lambda row: -row["harm"])
 
 
-def suffering(
+def by_category(
     losses: Losses,
     windows: Tensor,
     context: int,
@@ -125,7 +125,7 @@ def suffering(
     *,
     most: int = 12,
 ) -> dict[str, Any]:
-    """Losses by where a token comes from, by its looks, and the tokens and places that suffer most.
+    """Losses by where a token comes from, by its looks, and the tokens and places that lose most.
 
     Args:
         losses: of the tokens after the prompt.
