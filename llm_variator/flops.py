@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.baselines import make_student
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError

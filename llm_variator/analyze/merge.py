@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.analyze.activations import mean, read
 from llm_variator.analyze.observe import Observer, drift
 from llm_variator.analyze.suffering import suffering, token_losses

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.analyze.activations import (
     TOLERANCE,
     Definition,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.architectures import architecture_of
 from llm_variator.bench.timing import CLOCKS, Case, interleaved
 from llm_variator.config import VariatorConfig

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.cache.naming import cache_of
 from llm_variator.corpora import EMBEDDED, read_windows, spread
 from llm_variator.errors import VariatorError

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.architectures import architecture_of
 from llm_variator.config import VariatorConfig
 from llm_variator.corpora import read_windows, repeat_passages, spread

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from llm_variator.cli import Parser, json_mapping, names, parse, positive_float, positive_int, run
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.corpora import EMBEDDED
 from llm_variator.errors import VariatorError
@@ -29,6 +28,7 @@ from llm_variator.integrations.vllm.arguments import engine_arguments
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
 from llm_variator.loading import load_config, load_model, plugin_folder
 from llm_variator.model import VariatorModel
+from llm_variator.old_cli import Parser, json_mapping, names, parse, positive_float, positive_int, run
 from llm_variator.operations import Stack, prefill
 from llm_variator.results import write_result
 from llm_variator.serve.__main__ import choice, parse_plugins

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.cache import CompressedLayer
 from llm_variator.config import VariatorConfig
 from llm_variator.contexts import CompressedContext
