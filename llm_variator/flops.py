@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.baselines import make_student
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError

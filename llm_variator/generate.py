@@ -6,31 +6,22 @@ a table and the texts.
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from llm_variator.cli import (
-    Parser,
-    add_quantize_flag,
-    model_options,
-    natural,
-    natural_float,
-    parse,
-    positive_float,
-    positive_int,
-    run,
-)
+from llm_variator import cli
+from llm_variator.cli import flag, flags
+from llm_variator.cli.values import NaturalFloat, PositiveFloat, PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.measures.compare import DENSE, Generation, compare, generate, print_comparison
 from llm_variator.measures.results import peak_memory_gib, write_result
@@ -39,31 +30,116 @@ from llm_variator.sources.models import load_model, load_tokenizer, shipped_plug
 from llm_variator.sources.models.aliases import ALIASES
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Prompt: exactly one source; without a flag it is read from stdin."""
+
+    prompt: str | None = flag(None, "the prompt itself", metavar="TEXT")
+    prompt_file: str | None = flag(None, "a UTF-8 text file; - is stdin", metavar="FILE")
+    chat: bool = flag(False, "wrap the prompt in the model's chat template")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Output."""
+
+    max_new_tokens: PositiveInt = flag(128, "tokens to generate")
+    stream: bool = flag(False, "print the text while it is generated")
+    compare: bool = flag(False, "greedy, dense against every plugin, as a table")
+    repetitions: PositiveInt = flag(5, "with --compare: timings of the first token, interleaved")
+    json: Path | None = flag(None, "write the figures there too", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Sampling: greedy without any of these."""
+
+    temperature: NaturalFloat | None = flag(None, "0 is greedy")
+    top_p: PositiveFloat | None = flag(None, "sample from this much probability mass")
+    top_k: PositiveInt | None = flag(None, "sample from this many tokens")
+
+    def __post_init__(self) -> None:
+        if self.top_p is not None and self.top_p > 1:
+            raise VariatorError(f"--top-p is a share of the probability mass, at most 1, not {self.top_p}")
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `generate`; empty for greedy."""
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("temperature") == 0:
+            return {}
+        return {"do_sample": True, **given} if given else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(flags.BaseModel, Sampling, Output, Prompt):
+    """Continue a prompt with a compression plugin, or compare plugins with the dense model."""
+
+    model: str = flag("smollm2-135m", f"alias ({', '.join(ALIASES)}), local folder or hub id")
+    plugin: tuple[str, ...] = flag(
+        (),
+        f"folder, hub id or shipped ({', '.join(shipped_plugins()) or 'none'}); several with --compare",
+        metavar="[NAME=]PLUGIN",
+        repeats=True,
+    )
+    device_map: Literal["auto"] | None = flag(
+        None, "spread the layers over all GPUs and the CPU's memory, in place of --device"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plugins = self.plugins()
+        if self.compare:
+            if not plugins:
+                raise VariatorError("--compare needs something to compare with: add --plugin")
+            if self.stream or self.sampling():
+                raise VariatorError(
+                    "--compare is greedy and prints its texts at the end: leave out --stream and sampling"
+                )
+        if len(plugins) > 1 and not self.compare:
+            raise VariatorError("several plugins need --compare; give one --plugin to generate with")
+
+    def plugins(self) -> dict[str, str]:
+        """Plugins by name."""
+        return parse_plugins(self.plugin)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; raises VariatorError for wrong input."""
     started = time.perf_counter()
-    args = parse(build_parser(), argv)
-    plugins = parse_plugins(args.plugin)
-    _check_flags(args, plugins)
-    prompt = read_prompt(args.prompt, args.prompt_file)
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    model = VariatorModel(_load(args))
+    settings = cli.read(Settings, argv, prog="python -m llm_variator.generate")
+    plugins = settings.plugins()
+    prompt = read_prompt(settings.prompt, settings.prompt_file)
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    model = VariatorModel(
+        load_model(
+            settings.model, device=settings.device, device_map=settings.device_map, **settings.loading()
+        )
+    )
     model.decoder_only("this command", "T5's generate is at hand in Python, through VariatorModel")
     for name, plugin in plugins.items():
         model.load_plugin(plugin, plugin_name=name)
-    input_ids = encode(tokenizer, prompt, model, args.max_new_tokens, chat=args.chat)
-    set_seed(args.seed)
-    if args.compare:
+    input_ids = encode(tokenizer, prompt, model, settings.max_new_tokens, chat=settings.chat)
+    set_seed(settings.seed)
+    if settings.compare:
         rows = compare(
-            model, tokenizer, input_ids, max_new_tokens=args.max_new_tokens, repetitions=args.repetitions
+            model,
+            tokenizer,
+            input_ids,
+            max_new_tokens=settings.max_new_tokens,
+            repetitions=settings.repetitions,
         )
-        print_comparison(rows, input_ids.shape[1], args.max_new_tokens)
+        print_comparison(rows, input_ids.shape[1], settings.max_new_tokens)
         figures: dict[str, Any] = {"rows": [asdict(row) for row in rows]}
     else:
         model.set_plugin(next(iter(plugins), None))
-        inner = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None
-        result = generate(model, tokenizer, input_ids, args.max_new_tokens, inner=inner, **_sampling(args))
-        if not args.stream:
+        inner = (
+            TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if settings.stream else None
+        )
+        result = generate(
+            model, tokenizer, input_ids, settings.max_new_tokens, inner=inner, **settings.sampling()
+        )
+        if not settings.stream:
             print(result.text)
         print(_summary(model.active_plugin, input_ids.shape[1], result), file=sys.stderr)
         figures = {
@@ -76,81 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "kv_dense_bytes": result.cache.dense_bytes,
             "peak_memory_gib": peak_memory_gib(),
         }
-    if args.json is not None:
-        figures |= {"model": args.model, "prompt_tokens": input_ids.shape[1]}
+    if settings.json is not None:
+        figures |= {"model": settings.model, "prompt_tokens": input_ids.shape[1]}
         command = ["llm_variator.generate", *(sys.argv[1:] if argv is None else argv)]
-        write_result(args.json, figures, command=command, seed=args.seed, started=started)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of this command line."""
-    parser = Parser(
-        prog="python -m llm_variator.generate",
-        description="Continue a prompt with a compression plugin, or compare plugins with the dense model.",
-    )
-    parser.add_argument(
-        "--model", default="smollm2-135m", help=f"alias ({', '.join(ALIASES)}), local folder or hub id"
-    )
-    parser.add_argument(
-        "--plugin",
-        nargs="+",
-        action=_Plugins,
-        default=[],
-        metavar="[NAME=]PLUGIN",
-        help=f"folder, hub id or shipped ({', '.join(shipped_plugins()) or 'none'}); several with --compare",
-    )
-    text = parser.add_argument_group("prompt", "Exactly one source; without a flag it is read from stdin.")
-    text.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
-    text.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text file; - is stdin")
-    text.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
-    output = parser.add_argument_group("output")
-    output.add_argument("--max-new-tokens", type=positive_int, default=128, help="tokens to generate")
-    output.add_argument("--stream", action="store_true", help="print the text while it is generated")
-    output.add_argument(
-        "--compare", action="store_true", help="greedy, dense against every plugin, as a table"
-    )
-    output.add_argument(
-        "--repetitions",
-        type=positive_int,
-        default=5,
-        help="with --compare: timings of the first token, interleaved",
-    )
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    sampling = parser.add_argument_group("sampling", "Greedy without any of these.")
-    sampling.add_argument("--temperature", type=natural_float, help="0 is greedy")
-    sampling.add_argument("--top-p", type=positive_float, help="sample from this much probability mass")
-    sampling.add_argument("--top-k", type=positive_int, help="sample from this many tokens")
-    sampling.add_argument("--seed", type=natural, default=0, help="of sampling and of --random-init")
-    host = parser.add_argument_group("model")
-    host.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
-    host.add_argument("--device", default="cpu", help="where to run, as in cpu or cuda:0")
-    host.add_argument("--random-init", action="store_true", help="the model's shape with random weights")
-    host.add_argument("--num-layers", type=positive_int, help="with --random-init: another depth")
-    add_quantize_flag(host.add_argument)
-    host.add_argument(
-        "--device-map",
-        choices=["auto"],
-        help="spread the layers over all GPUs and the CPU's memory, in place of --device",
-    )
-    return parser
-
-
-def _load(args: argparse.Namespace) -> PreTrainedModel:
-    return load_model(args.model, device=args.device, device_map=args.device_map, **model_options(args))
-
-
-class _Plugins(argparse.Action):
-    """Collects repeated flags; the first one replaces what a recipe gave."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(() if before is self.default else before or ()), *(values or ())])
+        write_result(settings.json, figures, command=command, seed=settings.seed, started=started)
 
 
 def parse_plugins(values: Sequence[str]) -> dict[str, str]:
@@ -231,29 +236,6 @@ def encode(
     return torch.tensor([ids], device=model.device)
 
 
-def _check_flags(args: argparse.Namespace, plugins: dict[str, str]) -> None:
-    if args.compare:
-        if not plugins:
-            raise VariatorError("--compare needs something to compare with: add --plugin")
-        if args.stream or _sampling(args):
-            raise VariatorError(
-                "--compare is greedy and prints its texts at the end: leave out --stream and sampling"
-            )
-    if args.top_p is not None and args.top_p > 1:
-        raise VariatorError(f"--top-p is a share of the probability mass, at most 1, not {args.top_p}")
-    if len(plugins) > 1 and not args.compare:
-        raise VariatorError("several plugins need --compare; give one --plugin to generate with")
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `generate` for the sampling flags; empty for greedy."""
-    given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.get("temperature") == 0:
-        return {}
-    return {"do_sample": True, **given} if given else {}
-
-
 def _summary(plugin: str | None, prompt_tokens: int, result: Generation) -> str:
     speed = "" if result.tokens_per_second is None else f", then {result.tokens_per_second:.1f} tokens/s"
     return (
@@ -264,4 +246,4 @@ def _summary(plugin: str | None, prompt_tokens: int, result: Generation) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,41 +1,84 @@
-"""Recipes, plugin flags, and how errors are shown."""
+"""Settings from flags and recipes, and how errors are shown."""
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
+from typing import Literal
+
 import pytest
 
-from llm_variator import VariatorConfig, VariatorError, cli
+from llm_variator import VariatorConfig, VariatorError, cli, flags
+from llm_variator.cli import REQUIRED, flag
+from llm_variator.cli.values import PositiveFloat, PositiveInt
 
 
-def build() -> cli.Parser:
-    parser = cli.Parser(prog="prog")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--steps", type=cli.positive_int, default=5)
-    parser.add_argument("--rate", type=cli.positive_float, default=0.5)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--loss", choices=["mse", "mse+kl"], default="mse")
-    parser.add_argument("--pair", type=int, nargs=2)
-    parser.add_argument("--data", nargs="+", default=["x"])
-    cli.add_variator_flags(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Start: how it begins."""
+
+    model: str = flag(REQUIRED, "the model")
+    data: tuple[str, ...] = flag(("x",), "where 100% of the text is", metavar="SOURCE")
+    resume: bool = flag(False, "go on")
+    warm: bool = flag(True, "warm up")
 
 
-def parse(tmp_path, recipe: str, *argv: str):
+@dataclass(frozen=True, kw_only=True)
+class Settings(flags.PluginConfig, Start):
+    """Do something."""
+
+    steps: PositiveInt = flag(5, "how many")
+    rate: PositiveFloat = flag(0.5, "how fast")
+    loss: Literal["mse", "mse+kl"] = flag("mse", "what is learned")
+    task: str | None = flag(None, "which task", choices=("sst2", "mnli"))
+    pair: tuple[PositiveInt, PositiveInt] | None = flag(None, "least and most", metavar=("MIN", "MAX"))
+    plugin: tuple[str, ...] = flag((), "some plugins", repeats=True)
+    out: Path | None = flag(None, "a folder")
+    data: tuple[str, ...] = ("y",)
+
+    def __post_init__(self) -> None:
+        if self.steps > 100:
+            raise VariatorError("--steps: at most 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Fill a table."""
+
+    file: Path = flag(REQUIRED, "the table", positional=True)
+    secret: int = flag(0, "not told", hidden=True)
+    least: int = flag(0, "at least")
+
+
+def read(*argv: str) -> Settings:
+    return cli.read(Settings, argv, prog="prog")
+
+
+def with_recipe(tmp_path, recipe: str, *argv: str) -> Settings:
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe, encoding="utf-8")
-    return cli.parse(build(), ["--config", str(file), *argv])
+    return read(*argv, "--config", str(file))
 
 
-def test_recipe_values_go_through_their_flags(tmp_path):
-    args = parse(
+def test_defaults_are_the_dataclasses():
+    assert read("--model", "m") == Settings(model="m")
+    with pytest.raises(FrozenInstanceError):
+        read("--model", "m").steps = 3
+
+
+def test_recipe_values_are_read_as_flags_are(tmp_path):
+    settings = with_recipe(
         tmp_path,
         """
         model: tiny
         steps: 7
         rate: 1e-3
         resume: true
+        warm: false
         pair: [3, 4]
         data: [a, b]
+        plugin: p
+        out: runs/a
         k: {ffn: 2, kv: 4}
         sites: [ffn, kv]
         layers: 0-2,5
@@ -43,35 +86,55 @@ def test_recipe_values_go_through_their_flags(tmp_path):
         r: null
         """,
     )
-    assert (args.model, args.steps, args.rate, args.resume) == ("tiny", 7, 1e-3, True)
-    assert (args.pair, args.data) == ([3, 4], ["a", "b"])
-    assert (args.k, args.sites, args.layers) == ({"ffn": 2, "kv": 4}, ("ffn", "kv"), (0, 1, 2, 5))
-    assert args.k_per_layer == {"ffn": [1, 2]}
-    assert not hasattr(args, "r")
-    assert args.loss == "mse"
+    words = (
+        "--model tiny --steps 7 --rate 1e-3 --resume --no-warm --pair 3 4 --data a b --plugin p --out runs/a"
+    )
+    words += " --k ffn=2,kv=4 --sites ffn,kv --layers 0-2,5"
+    assert settings == read(*words.split(), "--k-per-layer", '{"ffn": [1, 2]}')
+    assert (settings.model, settings.steps, settings.rate, settings.resume) == ("tiny", 7, 1e-3, True)
+    assert (settings.pair, settings.data, settings.plugin, settings.warm) == (
+        (3, 4),
+        ("a", "b"),
+        ("p",),
+        False,
+    )
+    assert (settings.k, settings.sites, settings.layers) == ({"ffn": 2, "kv": 4}, ("ffn", "kv"), (0, 1, 2, 5))
+    assert settings.k_per_layer == {"ffn": [1, 2]}
+    assert (settings.r, settings.loss, settings.out) == (None, "mse", Path("runs/a"))
 
 
 def test_command_line_overrides_the_recipe(tmp_path):
-    args = parse(tmp_path, "model: tiny\nsteps: 7\ndata: [a, b]\n", "--steps", "9", "--data", "c", "--k", "3")
-    assert (args.model, args.steps, args.data, args.k) == ("tiny", 9, ["c"], 3)
+    recipe = "model: tiny\nsteps: 7\ndata: [a, b]\nplugin: [p, q]\nk: {ffn: 4}\n"
+    words = ["--steps", "9", "--data", "c", "--k", "3", "--plugin", "r", "s", "--plugin", "t", "--plugin=u"]
+    settings = with_recipe(tmp_path, recipe, *words)
+    assert (settings.model, settings.steps, settings.data, settings.k) == ("tiny", 9, ("c",), 3)
+    assert settings.plugin == ("r", "s", "t", "u")
 
 
-def test_recipe_serves_sub_commands(tmp_path):
-    parser = cli.Parser(prog="prog")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("one").add_argument("--size", type=int, default=1)
-    commands.add_parser("two").add_argument("--speed", type=int, required=True)
-    file = tmp_path / "recipe.yaml"
-    file.write_text("speed: 3\n", encoding="utf-8")
-    assert cli.parse(parser, ["two", "--config", str(file)]).speed == 3
-    with pytest.raises(VariatorError, match="unknown key 'speed'"):
-        cli.parse(build_two(), ["one", "--config", str(file)])
+def test_texts_stay_as_they_are():
+    for text in ("null", "true", "3", "[a]", "{a: 1}", "-1", ""):
+        assert read("--model", text).model == text
 
 
-def build_two() -> cli.Parser:
-    parser = cli.Parser(prog="prog")
-    parser.add_subparsers(dest="command", required=True).add_parser("one").add_argument("--size", type=int)
-    return parser
+def test_positionals(tmp_path):
+    assert cli.read(Table, ["a.yaml", "--secret", "3"], prog="prog") == Table(file=Path("a.yaml"), secret=3)
+    with pytest.raises(VariatorError, match="required: file"):
+        cli.read(Table, [], prog="prog")
+
+
+def test_commands():
+    def read(*argv: str) -> object:
+        return cli.read_command({"do": Settings, "fill": Table}, argv, prog="prog", text="Do things.")
+
+    assert read("do", "--model", "m") == Settings(model="m")
+    assert read("fill", "f") == Table(file=Path("f"))
+    with pytest.raises(VariatorError, match=r"see `prog do --help`"):
+        read("do", "--nothing")
+    for words in (["undo"], ["--model", "m"], []):
+        with pytest.raises(VariatorError, match="see `prog --help`"):
+            read(*words)
+    with pytest.raises(VariatorError, match=r"'undo'.*'do', 'fill'"):
+        read("undo")
 
 
 @pytest.mark.parametrize(
@@ -80,15 +143,34 @@ def build_two() -> cli.Parser:
         ("model: tiny\nstep: 3\n", "unknown key 'step'; did you mean 'steps'"),
         ("model: tiny\nqqq: 3\n", "unknown key 'qqq'; known keys: .*data"),
         ("model: tiny\nconfig: other.yaml\n", "unknown key 'config'"),
+        ("model: tiny\nmodel.name: 3\n", "unknown key 'model.name'"),
         ("model: tiny\nsteps: many\n", "steps: .*whole number"),
         ("model: tiny\nsteps: 2.5\n", "steps: .*whole number"),
         ("model: tiny\nsteps: true\n", "steps: .*got True"),
-        ("model: tiny\nsteps: [1, 2]\n", "steps: expected one value, got a list"),
-        ("model: tiny\nsteps: {a: 1}\n", "steps: expected a plain value, got a mapping"),
-        ("model: tiny\ndata: [[a], b]\n", "data: expected plain values in the list"),
-        ("model: tiny\npair: [1, 2, 3]\n", "pair: "),
-        ("model: tiny\nresume: maybe\n", "resume: expected true or false"),
+        ("model: tiny\nsteps: [1, 2]\n", r"steps: expected a whole number of at least 1, got \[1, 2\]"),
+        ("model: tiny\nsteps: {a: 1}\n", "steps: expected a whole number of at least 1, got {'a': 1}"),
+        ("model: tiny\nsteps: 1000\n", None),
+        ("model: [a]\n", r"model: expected str, got \['a'\]"),
+        ("model: {a: 1}\n", "model: expected str, got {'a': 1}"),
+        ("model: tiny\nr: [1]\n", r"r: expected a whole number, got \[1\]"),
+        ("model: tiny\nr: true\n", "r: expected a whole number, got True"),
+        ("model: tiny\nr: a\n", "r: expected a whole number, got 'a'"),
+        ("model: tiny\nout: [a]\n", "out: expected str, .*PathLike object, not list"),
+        ("model: tiny\ndata: [[a], b]\n", r"data: expected plain values in the list, got \[\['a'\], 'b'\]"),
+        ("model: tiny\nplugin: [[a], b]\n", "plugin: expected plain values in the list"),
+        ("model: tiny\ndata: [1]\n", "data: expected str, got 1"),
+        ("model: tiny\ndata: []\n", "data: expected plain values in the list"),
+        ("model: tiny\npair: [1, 2, 3]\n", r"pair: expected a list of 2, got \[1, 2, 3\]"),
+        ("model: tiny\npair: [1, x]\n", "pair: expected a whole number of at least 1, got 'x'"),
+        ("model: tiny\nresume: maybe\n", "resume: expected true or false, got 'maybe'"),
+        ("model: tiny\nwarm: 1\n", "warm: expected true or false, got 1"),
         ("model: tiny\nloss: l1\n", "loss: .*mse"),
+        ("model: tiny\ntask: l1\n", "task: .*sst2"),
+        ("model: tiny\nk: true\n", "k: expected a whole number or one per site"),
+        ("model: tiny\nk: 2.5\n", "k: expected a whole number or one per site"),
+        ("model: tiny\nk: {null: !!binary ''}\n", "k: expected plain keys"),
+        ("model: tiny\nsites: 3\n", "sites: expected names"),
+        ("model: tiny\nlayers: {a: 1}\n", "layers: expected layer numbers"),
         ("model: tiny\nk_per_layer: 3\n", "k_per_layer: .*JSON object"),
         ("- model\n- tiny\n", "expected a mapping"),
         ("just text", "expected a mapping"),
@@ -97,46 +179,80 @@ def build_two() -> cli.Parser:
     ],
 )
 def test_bad_recipe_names_file_and_key(tmp_path, recipe, message):
-    with pytest.raises(VariatorError, match=rf"recipe .*recipe\.yaml: {message}"):
-        parse(tmp_path, recipe)
+    with pytest.raises(
+        VariatorError, match=rf"recipe .*recipe\.yaml: {message}" if message else "at most 100"
+    ):
+        with_recipe(tmp_path, recipe)
 
 
 def test_missing_recipe_names_the_file():
     with pytest.raises(VariatorError, match=r"recipe nowhere\.yaml: cannot be read"):
-        cli.parse(build(), ["--config", "nowhere.yaml"])
+        read("--config", "nowhere.yaml")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "--model"),
+        ([], "required: --model; see `prog --help`"),
         (["--model", "m", "--steps", "0"], "--steps: expected a whole number of at least 1, got '0'"),
+        (["--model", "m", "--steps", "2.5"], "--steps: expected a whole number of at least 1, got '2.5'"),
+        (["--model", "m", "--steps"], "--steps: expected one argument"),
+        (["--model", "m", "--steps", "101"], "--steps: at most 100"),
         (["--model", "m", "--rate", "-1"], "--rate: expected a number above 0"),
         (["--model", "m", "--rate", "nan"], "--rate: expected a number above 0"),
-        (["--model", "m", "--ste", "3"], "unrecognized arguments: --ste"),
+        (["--model", "m", "--r", "x"], "--r: expected a whole number, got 'x'"),
+        (["--model", "m", "--ste", "3"], "unrecognized arguments: --ste 3; did you mean --steps"),
+        (["--model", "m", "--step=3"], "unrecognized arguments: --step=3; did you mean --steps"),
+        (["--model", "m", "--wholly-other"], "unrecognized arguments: --wholly-other; see"),
+        (["--model", "m", "--max_steps", "3"], "unrecognized arguments: --max_steps"),
+        (["--model", "m", "stray"], "unrecognized arguments: stray"),
+        (["--model", "m", "--resume=yes"], "--resume"),
+        (["--model", "m", "--loss", "l1"], r"--loss: expected one of \['mse', 'mse\+kl'\], got l1"),
+        (["--model", "m", "--task", "l1"], "--task: .*'sst2'"),
+        (["--model", "m", "--pair", "1"], "--pair: expected 2 arguments"),
         (["--model", "m", "--k", "two"], "--k: expected a whole number or one per site"),
         (["--model", "m", "--k", "ffn=two"], "--k: expected a whole number or one per site"),
         (["--model", "m", "--layers", "3-1"], "--layers: expected layer numbers"),
+        (["--model", "m", "--layers", "0-99999999999"], "--layers: expected layer numbers"),
         (["--model", "m", "--k-per-layer", "{"], "--k-per-layer: expected a JSON object"),
+        (["--model", "m", "--k-per-layer", "[" * 100_000], "--k-per-layer: expected a JSON object"),
     ],
 )
-def test_bad_flag_is_an_error_that_names_it(argv, message):
-    with pytest.raises(VariatorError, match=message):
-        cli.parse(build(), argv)
+def test_bad_flag_is_an_error_of_one_line_that_names_it(argv, message):
+    with pytest.raises(VariatorError, match=message) as error:
+        read(*argv)
+    assert "\n" not in str(error.value)
+
+
+def test_help_tells_every_flag_with_its_default():
+    text = " ".join(cli.parser_of(Settings, prog="prog").format_help().split())
+    assert "Do something." in text
+    assert "Start: how it begins:" in text
+    assert "--model MODEL the model (required)" in text
+    assert "--data SOURCE [SOURCE ...] where 100% of the text is (default: y)" in text
+    assert "--warm, --no-warm warm up (default: True)" in text
+    assert "--steps STEPS how many (default: 5)" in text
+    assert "--loss {mse,mse+kl} what is learned (default: mse)" in text
+    assert "--pair MIN MAX least and most" in text
+    assert "--k-per-layer JSON" in text
+    assert "(default: None)" not in text
+    other = cli.parser_of(Table, prog="prog").format_help()
+    assert "--secret" not in other
+    assert "(default: 0)" in other
 
 
 def test_plugin_flags_make_a_config():
     argv = "--model m --k ffn=2,kv=4 --sites kv,ffn --r 8 --layers 0-2,5 --dense-tail 7 --activation tanh"
-    assert cli.variator_config_from(cli.parse(build(), argv.split())) == VariatorConfig(
+    assert read(*argv.split()).plugin_config() == VariatorConfig(
         k={"ffn": 2, "kv": 4}, sites=("ffn", "kv"), r=8, layers=(0, 1, 2, 5), dense_tail=7, activation="tanh"
     )
-    assert cli.variator_config_from(cli.parse(build(), ["--model", "m"])) == VariatorConfig()
+    assert read("--model", "m").plugin_config() == VariatorConfig()
 
 
 def test_preset_gives_way_to_flags():
-    args = cli.parse(build(), ["--model", "m", "--preset", "paper", "--k", "2", "--dense-tail", "9"])
-    assert cli.variator_config_from(args) == VariatorConfig.paper(2, dense_tail=9)
-    assert cli.variator_flags_given(args) == ["--preset", "--k", "--dense-tail"]
+    settings = read("--model", "m", "--preset", "paper", "--k", "2", "--dense-tail", "9")
+    assert settings.plugin_config() == VariatorConfig.paper(2, dense_tail=9)
+    assert settings.plugin_flags_given() == ["--preset", "--k", "--dense-tail"]
 
 
 def test_run_prints_one_line_and_exits_with_2(capsys):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_variator import VariatorConfig, cli
+from llm_variator import VariatorConfig
+from llm_variator import old_cli as cli
 from llm_variator.config import BaseSignature
 from llm_variator.sources.models import load_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.analyze import merge, neurons
 
 

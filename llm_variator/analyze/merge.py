@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.analyze.activations import mean, read
 from llm_variator.analyze.observe import Observer, drift
 from llm_variator.analyze.token_losses import by_category, token_losses

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.sources.corpora import EMBEDDED
 from llm_variator.train.__main__ import RESULT_FILE
 from llm_variator.train.__main__ import main as train

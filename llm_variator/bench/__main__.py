@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.bench import compiling, formulations, reading, swapping, training
 from llm_variator.bench.report import publish
 from llm_variator.bench.setting import Setting, add_flags

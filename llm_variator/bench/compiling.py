@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.bench.setting import DENSE, Setting
 from llm_variator.engine.hooks.compiled import DECODE, PREFILL
 from llm_variator.measures.timing import Case, Spread, bar, ratio

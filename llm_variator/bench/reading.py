@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.bench.setting import DENSE, Setting
 from llm_variator.engine.cache import CompressedLayer, KVCacheReport, adopt
 from llm_variator.engine.cache.naming import cache_of

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.evaluate import frontier, harness, sensitivity, task
 from llm_variator.measures import tables

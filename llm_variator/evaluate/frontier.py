@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.config import WEIGHTS_FILE
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError

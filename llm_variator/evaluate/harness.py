@@ -16,7 +16,7 @@ from typing import Any
 
 import huggingface_hub.constants
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import table
 from llm_variator.sources.corpora import DATA_DIR_VARIABLE, data_folder

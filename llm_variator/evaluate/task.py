@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import track
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.baselines import TokenPruning
 from llm_variator.baselines.ltp import LTP_FILE
 from llm_variator.measures.results import write_result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
 

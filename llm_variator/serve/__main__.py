@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from llm_variator.cli import Parser, json_mapping, parse, positive_float, positive_int, run
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm import SERVER
 from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
 from llm_variator.integrations.vllm.rows import AUTO
+from llm_variator.old_cli import Parser, json_mapping, parse, positive_float, positive_int, run
 from llm_variator.serve.scratch import scratch_folder
 from llm_variator.sources.models import shipped_plugins
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from llm_variator.cli import Parser, json_mapping, names, parse, positive_float, positive_int, run
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.arguments import engine_arguments
@@ -30,6 +29,7 @@ from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.results import write_result
 from llm_variator.measures.timing import Case, interleaved, ratio
 from llm_variator.model import VariatorModel
+from llm_variator.old_cli import Parser, json_mapping, names, parse, positive_float, positive_int, run
 from llm_variator.serve.__main__ import choice, parse_plugins
 from llm_variator.serve.load import measure_load
 from llm_variator.sources.corpora import EMBEDDED

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import hub_reachable
-from llm_variator.text import without_surrogates
+from llm_variator.sources.text import without_surrogates
 
 EMBEDDED = "pydoc-topics"
 DATA_DIR_VARIABLE = "VARIATOR_DATA"

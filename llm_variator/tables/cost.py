@@ -7,7 +7,7 @@ import argparse
 import torch
 from transformers import PreTrainedModel
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.baselines import make_student
 from llm_variator.config import VariatorConfig
 from llm_variator.measures.operations import EncoderShape, Stack, encoding, parameters, prefill

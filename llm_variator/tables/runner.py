@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_variator.cli import parse
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.__main__ import main as evaluate
 from llm_variator.measures.results import scrub_paths
+from llm_variator.old_cli import parse
 from llm_variator.tables.recipe import Flags, Row, TableRecipe, as_argv
 from llm_variator.train.__main__ import RESULT_FILE
 from llm_variator.train.__main__ import main as train

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_result

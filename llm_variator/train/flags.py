@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.errors import VariatorError
 from llm_variator.sources.corpora import EMBEDDED
 from llm_variator.sources.tasks.table import TASKS

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.baselines import TokenPruning, make_student
 from llm_variator.engine.groups import split
 from llm_variator.engine.plugin import SiteLayers

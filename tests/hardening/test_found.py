@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import make_variator, prompts
 
-from llm_variator import VariatorConfig, VariatorError, cli
+from llm_variator import VariatorConfig, VariatorError
+from llm_variator import old_cli as cli
 from llm_variator.config import BaseSignature
 from llm_variator.engine.contexts.inputs import encode
 from llm_variator.sources.models import byte_tokenizer

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llm_variator import VariatorConfig, VariatorError, cli
+from llm_variator import VariatorConfig, VariatorError
+from llm_variator import old_cli as cli
 from llm_variator.config import ACTIVATIONS, COMPRESSORS, CONFIG_FILE, DECOMPRESSORS, SITES, BaseSignature
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.sources.models import byte_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llm_variator import cli
+from llm_variator import old_cli as cli
 from llm_variator.bench.contexts import ageing, memory, pool, reuse, rounding
 from llm_variator.bench.contexts.setting import build_model
 from llm_variator.measures.results import write_result

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from llm_variator.errors import VariatorError
-from llm_variator.text import without_surrogates
+from llm_variator.sources.text import without_surrogates
 
 Chat = list[dict[str, Any]]
 _ANSWER = "\u2402\u2403"  # stands for an answer where only what a chat template prints after it is wanted

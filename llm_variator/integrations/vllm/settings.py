@@ -76,7 +76,9 @@ class Settings:
             raise VariatorError('the default "auto" needs at least one plugin')
         stack = Stack.of(hf_config)
         dense = prefill(stack, TYPICAL_PROMPT).total
-        costs = {k: prefill(stack, TYPICAL_PROMPT, one.plan.config).total / dense for k, one in plugins.items()}
+        costs = {
+            k: prefill(stack, TYPICAL_PROMPT, one.plan.config).total / dense for k, one in plugins.items()
+        }
         settings = cls(plugins, default, values.get("policy", {}), costs)
         if plugins:
             settings.make_policy()

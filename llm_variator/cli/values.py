@@ -1,0 +1,97 @@
+"""Values with a form of their own, as types of a settings dataclass.
+
+The functions in `Annotated` take what the command line says (a text) or what a recipe holds (any YAML value).
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+
+def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        try:
+            if (
+                isinstance(value, (str, int, kind))
+                and not isinstance(value, bool)
+                and holds(number := kind(value))
+            ):
+                return number
+        except (ValueError, OverflowError):
+            pass
+        raise ArgumentTypeError(f"expected {wanted}, got {value!r}")
+
+    return read
+
+
+Whole = Annotated[int, _number(int, "a whole number", lambda number: True)]
+PositiveInt = Annotated[int, _number(int, "a whole number of at least 1", lambda number: number >= 1)]
+Natural = Annotated[int, _number(int, "a whole number of at least 0", lambda number: number >= 0)]
+PositiveFloat = Annotated[float, _number(float, "a number above 0", lambda number: 0 < number < float("inf"))]
+NaturalFloat = Annotated[
+    float, _number(float, "a number of at least 0", lambda number: 0 <= number < float("inf"))
+]
+Share = Annotated[float, _number(float, "a share above 0, at most 1", lambda number: 0 < number <= 1)]
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """`ffn,kv` or a list -> ("ffn", "kv")."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise ArgumentTypeError(f"expected names as in a,b; got {value!r}")
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def json_mapping(value: Any) -> dict[str, Any]:
+    """A JSON object, or a mapping of plain keys and values."""
+    try:
+        value = json.loads(value if isinstance(value, str) else json.dumps(value))
+    except TypeError as error:
+        raise ArgumentTypeError(f"expected plain keys and values, got {value!r} ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ArgumentTypeError(f"expected a JSON object, got {value!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"expected a JSON object, got {value!r}")
+    return value
+
+
+def ratio(value: Any) -> int | dict[str, int]:
+    """`2` -> 2; `ffn=2,kv=4`, `{"ffn": 2, "kv": 4}` or such a mapping -> one ratio per site."""
+    try:
+        if isinstance(value, Mapping) or str(value).lstrip().startswith("{"):
+            return json_mapping(value)
+        if isinstance(value, str) and "=" in value:
+            pairs = (part.split("=", 1) for part in names(value))
+            return {site.strip(): int(number) for site, number in pairs}
+        if isinstance(value, (str, int)) and not isinstance(value, bool):
+            return int(value)
+    except ValueError:
+        pass
+    raise ArgumentTypeError(f"expected a whole number or one per site, as in ffn=2,kv=4; got {value!r}")
+
+
+_MOST_LAYERS = 10_000  # of any model: a range beyond is a slip of the pen
+
+
+def layer_ranges(value: Any) -> tuple[int, ...]:
+    """`0-5,8` or a list -> (0, 1, 2, 3, 4, 5, 8)."""
+    layers: list[int] = []
+    try:
+        parts = map(str, value) if isinstance(value, (list, tuple)) else names(str(value))
+        for part in parts:
+            first, _, last = part.partition("-")
+            layers.extend(range(int(first), min(int(last or first), int(first) + _MOST_LAYERS) + 1))
+    except ValueError:
+        layers = []
+    if not layers or len(layers) > _MOST_LAYERS:
+        raise ArgumentTypeError(f"expected layer numbers as in 0-5,8; got {value!r}")
+    return tuple(layers)
+
+
+Names = Annotated[tuple[str, ...], names]
+JsonMapping = Annotated[dict[str, Any], json_mapping]
+Ratio = Annotated[int | dict[str, int], ratio]
+Layers = Annotated[tuple[int, ...], layer_ranges]
