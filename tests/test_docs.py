@@ -156,10 +156,9 @@ def test_the_first_program_runs():
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    compressed, dense = ran.stdout.split("The town of Harrow Ferry")[1:]
-    assert compressed.split("\n", 9)[0] == dense.split("\n", 9)[0]  # the same prompt
-    assert compressed != dense
-    assert re.search(r"^KV cache [\d,]+ bytes, dense [\d,]+ \(5\d\.\d%\)$", dense, re.MULTILINE)
+    answers, report = ran.stdout.split("KV cache ")
+    assert len(answers.split()) > 40
+    assert re.match(r"[\d,]+ bytes, dense [\d,]+ \(5\d\.\d%\)\n", report)  # k2 keeps 0.54 of the prompt's
 
 
 # Links
