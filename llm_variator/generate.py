@@ -104,10 +104,15 @@ class Settings(flags.BaseModel, Sampling, Output, Prompt):
         return parse_plugins(self.plugin)
 
 
+def read(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line, with its recipe, gives."""
+    return cli.read(Settings, argv, prog="python -m llm_variator.generate")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; raises VariatorError for wrong input."""
     started = time.perf_counter()
-    settings = cli.read(Settings, argv, prog="python -m llm_variator.generate")
+    settings = read(argv)
     plugins = settings.plugins()
     prompt = read_prompt(settings.prompt, settings.prompt_file)
     tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)

@@ -84,18 +84,9 @@ def accept(module: str, words: list[str]) -> None:
     Raises:
         VariatorError: it would refuse them.
     """
-    if module == "llm_variator.evaluate" and (
-        words[0] == "harness" or (words[0].startswith("-") and words[0] != "--help")
-    ):
-        pytest.importorskip("lm_eval")
-        harness = importlib.import_module("llm_variator.evaluate.harness")
-        harness._with_recipe(harness.build_parser().parse_args(words[words[0] == "harness" :]))
-        return
     found = importlib.import_module(module)
     door = importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found
-    args = cli.parse(door.build_parser(), words[: words.index("--")] if "--" in words else words)
-    if hasattr(door, "check_flags"):
-        door.check_flags(args)
+    door.read(words[: words.index("--")] if "--" in words else words)
 
 
 def ours(words: list[str]) -> tuple[str, list[str]] | None:
