@@ -32,7 +32,7 @@ from llm_variator.engine.contexts.prefill import read
 from llm_variator.engine.holder import PluginHolder
 from llm_variator.engine.hooks.compiled import CompiledStack
 from llm_variator.engine.plugin import CompressionPlugin, warn_if_other_weights
-from llm_variator.engine.prompts import check_generation, check_prompt, pad_prompt, read_ahead, setting
+from llm_variator.engine.prompts import check_generation, check_vocabulary, normalised, read_ahead, setting
 from llm_variator.engine.session import Session, broken, current, scope
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import load_model, plugin_folder
@@ -168,9 +168,8 @@ class VariatorModel(PluginHolder):
         if self._architecture.decoder:
             check_generation(self._host, plugin, kwargs)
             if cache is None or not cache.get_seq_length():
-                check_prompt(self._host, kwargs)
-                pad_prompt(kwargs)
-            read_ahead(self.base, self._host, plugin, kwargs)
+                kwargs = normalised(self._host, kwargs)
+            kwargs = read_ahead(self.base, self._host, plugin, kwargs)
         return self._generate(plugin, kwargs)
 
     def _generate(self, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]) -> Any:
@@ -205,8 +204,8 @@ class VariatorModel(PluginHolder):
             cache_argument(self._host): after.cache,
         }
         with released_on_error(after.cache):
-            check_prompt(self._host, {"input_ids": question})
-            read_ahead(self.base, self._host, plugin, kwargs, forked=True)
+            check_vocabulary(self._host, question)
+            kwargs = read_ahead(self.base, self._host, plugin, kwargs, forked=True)
             output = self._generate(plugin, kwargs)
         whole = output if isinstance(output, Tensor) else output.sequences
         new = whole[:, after.tokens :]
@@ -248,7 +247,7 @@ class VariatorModel(PluginHolder):
         """
         self.decoder_only("compress", "an encoder keeps no KV cache")
         ids, mask = (t.to(self._host.device) for t in encode(context, tokenizer, attention_mask))
-        check_prompt(self._host, {"input_ids": ids, "attention_mask": mask})
+        check_vocabulary(self._host, ids)
         layers = range(self.signature.num_layers)
         cache: Any = DynamicCache(config=self._host.config)
         for layer in layers:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from llm_variator.engine.cache.naming import cache_argument
-from llm_variator.engine.contexts.inputs import pad_left, pads_first
+from llm_variator.engine.contexts.inputs import Prompt, pads_first
 from llm_variator.engine.contexts.prefill import read, slides
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
@@ -52,16 +52,8 @@ def check_generation(
         )
 
 
-def check_prompt(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
-    """Refuse a prompt without tokens, or with tokens that are none of the model's."""
-    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if not isinstance(ids, Tensor):
-        return
-    empty = not ids.numel()
-    if isinstance(mask, Tensor) and mask.shape == ids.shape:
-        empty = empty or not bool(mask.bool().any(1).all())
-    if empty:
-        raise VariatorError("the prompt is empty: every row needs at least one token")
+def check_vocabulary(host: PreTrainedModel, ids: Tensor) -> None:
+    """Refuse tokens that are none of the model's."""
     embeddings: Any = host.get_input_embeddings()
     size = int(embeddings.num_embeddings)
     least, most = ids.min().item(), ids.max().item()
@@ -71,22 +63,26 @@ def check_prompt(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def pad_prompt(kwargs: dict[str, Any]) -> None:
-    """Move a prompt's right padding to the left."""
+def normalised(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with their prompt, where it is token ids, checked and padded on the left."""
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if ids is not None and mask is not None and mask.ndim == 2 and mask.shape == ids.shape:
-        kwargs["input_ids"], kwargs["attention_mask"] = pad_left(ids, mask)
+    if not isinstance(ids, Tensor):
+        return dict(kwargs)
+    fits = isinstance(mask, Tensor) and mask.shape == ids.shape
+    prompt = Prompt.of(ids, mask if fits else None)
+    check_vocabulary(host, ids)
+    return {**kwargs, "input_ids": prompt.ids, "attention_mask": prompt.mask} if fits else dict(kwargs)
 
 
 def read_ahead(
-    base: Any, host: Any, plugin: CompressionPlugin | None, kwargs: dict[str, Any], *, forked: bool = False
-) -> None:
-    """Read all of the prompt but its last token where that needs several passes; `kwargs` are changed to go on.
+    base: Any, host: Any, plugin: CompressionPlugin | None, given: Mapping[str, Any], *, forked: bool = False
+) -> dict[str, Any]:
+    """Read all of the prompt but its last token where that needs several passes; returns the arguments to go on.
 
     `forked`: the cache is a context's, of one row or of one per prompt.
     """
-    chunk = setting(host, kwargs, "prefill_chunk_size")
-    kwargs.pop("prefill_chunk_size", None)
+    chunk = setting(host, given, "prefill_chunk_size")
+    kwargs = {name: value for name, value in given.items() if name != "prefill_chunk_size"}
     if getattr(kwargs.get("generation_config") or host.generation_config, "prefill_chunk_size", None):
         config = copy.deepcopy(kwargs.get("generation_config") or host.generation_config)
         config.prefill_chunk_size = None
@@ -108,6 +104,7 @@ def read_ahead(
         forked = True
     if forked and repeats > 1:
         cache.batch_repeat_interleave(repeats)
+    return kwargs
 
 
 def _refuse(ids: Tensor | None, mask: Tensor | None, past: int, repeats: int, use_cache: bool | None) -> None:

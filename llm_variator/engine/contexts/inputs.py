@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -16,10 +16,32 @@ Chat = list[dict[str, Any]]
 _ANSWER = "\u2402\u2403"  # stands for an answer where only what a chat template prints after it is wanted
 
 
-def encode(
-    what: Any, tokenizer: Any = None, mask: Tensor | None = None, *, special: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, n) and mask (rows, n), padded on the left.
+class Prompt(NamedTuple):
+    """Token ids (rows, n), padded on the left, and the mask (rows, n) that says where padding is."""
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None = None) -> Prompt:
+        """Of ids padded on either side; `mask` None: nothing is padding.
+
+        Raises:
+            VariatorError: a row has no token.
+        """
+        mask = torch.ones_like(ids) if mask is None else mask
+        refuse_empty(ids.numel(), mask)
+        return cls(ids, mask) if bool(mask[:, -1].all()) else pads_first(ids, mask)
+
+
+def refuse_empty(size: int, valid: Tensor | None) -> None:
+    """Raise unless every row of `size` columns in all has a token; `valid` (rows, n): where; None: everywhere."""
+    if size == 0 or (valid is not None and not bool(valid.bool().any(1).all())):
+        raise VariatorError("the prompt is empty: every row needs at least one token")
+
+
+def encode(what: Any, tokenizer: Any = None, mask: Tensor | None = None, *, special: bool = True) -> Prompt:
+    """The prompt in whatever form a user gives it.
 
     Args:
         what: ids (a tensor (n,) or (rows, n), a list, a list of lists), a tokenizer's output, a text, a list of
@@ -47,17 +69,16 @@ def encode(
                 f"attention_mask {tuple(mask.shape)} does not fit token ids {tuple(ids.shape)}"
             )
         mask = torch.ones_like(ids) if mask is None else mask.reshape(ids.shape).to(ids.device)
-        return pad_left(ids, mask)
+        return Prompt.of(ids, mask)
     several = isinstance(what, (list, tuple)) and not _is_chat(what) and not _is_ids(what)
     rows = list(what) if several else [what]
     tokens = [_row(row, tokenizer, special) for row in rows]
-    if not tokens or not all(tokens):
-        raise VariatorError("the prompt is empty: every row needs at least one token")
+    refuse_empty(min(map(len, tokens), default=0), None)
     if not all(0 <= token < 2**31 for row in tokens for token in row):
         raise VariatorError("token ids must lie in the vocabulary")
     width = max(map(len, tokens))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens])
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens])
+    return Prompt(ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens]))
 
 
 def prompt_lengths(given: Any) -> int | list[int] | None:
@@ -75,15 +96,10 @@ def prompt_lengths(given: Any) -> int | list[int] | None:
     return each if isinstance(plain, (list, tuple)) else plain
 
 
-def pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move right padding to the left, row by row; generation continues at the right edge."""
-    return (ids, mask) if ids.shape[1] == 0 or bool(mask[:, -1].all()) else pads_first(ids, mask)
-
-
-def pads_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move all padding to the beginning of its row."""
+def pads_first(ids: Tensor, mask: Tensor) -> Prompt:
+    """Move all padding to the beginning of its row; generation continues at the right edge."""
     order = mask.bool().long().argsort(dim=1, stable=True)  # padding first, tokens in their order
-    return ids.gather(1, order), mask.gather(1, order)
+    return Prompt(ids.gather(1, order), mask.gather(1, order))
 
 
 def chats(what: Any) -> list[Chat] | None:

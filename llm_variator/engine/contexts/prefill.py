@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from llm_variator.engine.cache import fork, stack
+from llm_variator.engine.contexts.inputs import refuse_empty
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.engine.session import Session, first_dense, scope
 from llm_variator.errors import VariatorError
@@ -83,8 +84,7 @@ def read(
     past, width = mask.shape[1] - ids.shape[1], ids.shape[1]
     new = mask[:, past:].bool()
     pads = (width - new.sum(1)).tolist()
-    if width == 0 or max(pads) == width:
-        raise VariatorError("the prompt is empty: every row needs at least one token")
+    refuse_empty(width, new)
     if not bool((new == (torch.arange(width, device=new.device) >= width - new.sum(1, keepdim=True))).all()):
         raise VariatorError("attention_mask must have its padding at one side of the prompt, not inside it")
     if plugin is not None and unread > plugin.plan.tail:

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from llm_variator.engine.cache import adopt, is_compressed
 from llm_variator.engine.cache.naming import NAMES, take_cache
+from llm_variator.engine.contexts.inputs import refuse_empty
 from llm_variator.engine.groups import FILLER, Segment
 from llm_variator.engine.session import Pass, Session, current, first_dense
 from llm_variator.errors import VariatorError
@@ -36,7 +37,7 @@ def begin_pass(
     session.now = None
     if (tokens := _tokens(args, kwargs)) is None:
         return None  # the model raises its own error
-    _refuse_empty(tokens.shape[0], None)
+    refuse_empty(tokens.shape[0], None)
     plugin, config = session.plugin, host.config
     assert isinstance(config, PreTrainedConfig)
     cache = take_cache(kwargs)
@@ -101,7 +102,7 @@ def _encoded(session: Session, tokens: Tensor, mask: Any) -> Segment:
     assert session.plugin is not None
     plan, width = session.plugin.plan, tokens.shape[1]
     valid = _valid(mask, width)
-    _refuse_empty(width, valid)
+    refuse_empty(width, valid)
     prompts = width if valid is None else valid.sum(1).tolist()
     return Segment(
         width,
@@ -154,16 +155,11 @@ def _valid(mask: Any, width: int) -> Tensor | None:
     return None if mask is None else mask[:, -width:].bool()
 
 
-def _refuse_empty(size: int, valid: Tensor | None) -> None:
-    if size == 0 or (valid is not None and not bool(valid.any(1).all())):
-        raise VariatorError("the prompt is empty: every row needs at least one token")
-
-
 def _segment(session: Session, tokens: Tensor, mask: Any, past: int, cache: Any) -> Segment:
     """The tokens (rows, width, ...) of a pass after `past` columns of `cache`, `mask` over both."""
     rows, width = tokens.shape[:2]
     valid = _valid(mask, width)
-    _refuse_empty(rows * width, None if past else valid)
+    refuse_empty(rows * width, None if past else valid)
     if session.plugin is None:
         return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
 
