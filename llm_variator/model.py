@@ -26,13 +26,21 @@ from llm_variator.engine.cache import (
 from llm_variator.engine.cache.naming import cache_argument, take_cache
 from llm_variator.engine.cache.paging import KVPool, PagedStore
 from llm_variator.engine.contexts import CompressedContext
-from llm_variator.engine.contexts.fingerprints import plugin_fingerprint
+from llm_variator.engine.contexts.fingerprints import function_state, plugin_fingerprint
 from llm_variator.engine.contexts.inputs import chats, encode, prompt_lengths
 from llm_variator.engine.contexts.prefill import read
+from llm_variator.engine.devices import input_device
 from llm_variator.engine.holder import PluginHolder
 from llm_variator.engine.hooks.compiled import CompiledStack
 from llm_variator.engine.plugin import CompressionPlugin, warn_if_other_weights
-from llm_variator.engine.prompts import check_generation, check_vocabulary, normalised, read_ahead, setting
+from llm_variator.engine.prompts import (
+    check_generation,
+    check_vocabulary,
+    normalised,
+    read_ahead,
+    setting,
+    uncompiled,
+)
 from llm_variator.engine.session import Session, broken, current, scope
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import load_model, plugin_folder
@@ -64,6 +72,10 @@ class VariatorModel(PluginHolder):
 
         `base`: a loaded model, or a name for `loading.load_model`, which gets `kwargs` (dtype, device, ...).
         """
+        if kwargs and not isinstance(base, str):
+            raise VariatorError(
+                f"{', '.join(kwargs)}: for loading a model by name; this one is loaded already"
+            )
         model = cls(load_model(base, **kwargs) if isinstance(base, str) else base)
         model.load_plugin(plugin, plugin_name)
         model.set_plugin(plugin_name)
@@ -158,6 +170,10 @@ class VariatorModel(PluginHolder):
             )
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        if context is None and isinstance(kwargs.get("input_ids"), (list, tuple, str)):
+            prompt = encode(kwargs["input_ids"])
+            device = input_device(self._host)
+            kwargs |= {"input_ids": prompt.ids.to(device), "attention_mask": prompt.mask.to(device)}
         if context is not None:
             return self._generate_after(context, return_context, kwargs)
         if return_context:
@@ -174,9 +190,8 @@ class VariatorModel(PluginHolder):
 
     def _generate(self, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]) -> Any:
         session = Session(plugin, generating=True, skip_unread=self.skip_unread)
-        # generate compiles by itself with a static cache on a GPU, and would stop at every hook: see `compile`
         with scope(session):
-            output = self.base.generate(**{"disable_compile": True, **kwargs})
+            output = self.base.generate(**uncompiled(kwargs))
         self._finish(session, kwargs)
         if session.cache is not None:
             session.cache.ends_before_last_token = True  # type: ignore[attr-defined]
@@ -246,7 +261,7 @@ class VariatorModel(PluginHolder):
             VariatorError: nothing to read, a form that is not known, or the model is no decoder.
         """
         self.decoder_only("compress", "an encoder keeps no KV cache")
-        ids, mask = (t.to(self._host.device) for t in encode(context, tokenizer, attention_mask))
+        ids, mask = (t.to(input_device(self._host)) for t in encode(context, tokenizer, attention_mask))
         check_vocabulary(self._host, ids)
         layers = range(self.signature.num_layers)
         cache: Any = DynamicCache(config=self._host.config)
@@ -258,8 +273,9 @@ class VariatorModel(PluginHolder):
         self._report = KVCacheReport.of(cache)
         plugin = self._active()
         made_by = None if plugin is None else plugin_fingerprint(plugin)
+        state = function_state(self.base)
         return CompressedContext(
-            self, self.active_plugin, ids, mask, cache, tokenizer, chats(context), made_by
+            self, self.active_plugin, ids, mask, cache, tokenizer, chats(context), made_by, state
         )
 
     def kv_cache_report(self, cache: Any = None) -> KVCacheReport:

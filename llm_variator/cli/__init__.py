@@ -128,7 +128,7 @@ def _given(parsed: Any) -> dict[str, Any]:
 def run(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a command line and end the process: 0, 2 after a VariatorError (one line), 130 when interrupted."""
     if not sys.stderr.isatty():  # a file would keep every update of a bar
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         main(None)
     except VariatorError as error:

@@ -106,7 +106,7 @@ def _options(default: Any, hint: Any, how: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _help(default: Any, how: Mapping[str, Any]) -> str:
-    text = how["text"]
+    text = str(how["text"])
     if default is REQUIRED:
         return f"{text} (required)"
     if default is None or default is False or default == () or "(default" in text:

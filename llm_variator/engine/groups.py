@@ -297,6 +297,8 @@ class Segment:
         `ragged`: the last group of a prompt may be short.
         """
         self.width, self.head, self.tail, self.device, self.ragged = width, head, tail, device, ragged
+        self.valid: Tensor | None = None
+        """(rows, width) bool on the CPU, where rows differ; None: no column is padding."""
         uniform = isinstance(prompts, int) or len(set(prompts)) == 1
         self.uniform_prompt = (prompts if isinstance(prompts, int) else prompts[0]) if uniform else None
         if valid is not None and bool(valid.all()):
@@ -318,6 +320,7 @@ class Segment:
                 part = Split(head, groups, tail + self.width - prompt)
                 self._groupings[k] = Slices(k, part, self.width, self.device)
             else:
+                assert self.valid is not None
                 made = Indices(self.valid, self.prompts, k, self.head, self.tail, ragged=self.ragged)
                 self._groupings[k] = made.to(self.device)
         return self._groupings[k]

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from llm_variator.config import VariatorConfig
+from llm_variator.engine.devices import execution_device
 from llm_variator.engine.hooks import architecture_of, host_of
-from llm_variator.engine.hooks.architecture import execution_device
 from llm_variator.engine.hooks.hook import ATTACHED, refuse_attached
 from llm_variator.engine.hooks.selfcheck import check_attachment
 from llm_variator.engine.plan import Plan
@@ -56,6 +56,11 @@ class PluginHolder(nn.Module):
         self._host: Any = host_of(base)
         if not isinstance(self._host, PreTrainedModel):
             raise VariatorError(f"the base must be a loaded Hugging Face model, got {type(base).__name__}")
+        if any(config.is_prompt_learning for config in getattr(base, "peft_config", {}).values()):
+            raise VariatorError(
+                "the base has soft prompts (PEFT's prompt or prefix tuning), virtual tokens that are no part of a "
+                "prompt: wrap the model without them; LoRA works"
+            )
         self._architecture = architecture_of(self._host)
         blocks = self._architecture.blocks(self._host)
         refuse_attached(self._host)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -182,14 +183,15 @@ class CompressionPlugin(nn.Module):
         settings: dict[str, Any] = {"k": config.k, "sites": ", ".join(config.sites), "r": config.r}
         settings |= {"dense head": config.dense_head, "dense tail": config.dense_tail}
         rows = [*settings.items(), ("parameters", f"{count:,}"), *(facts or {}).items()]
-        table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+        table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
+        facts_of_it = {"library_name": "llm_variator", "base_model": base}
+        head = yaml.safe_dump({**facts_of_it, "tags": ["variator", "compression-plugin"]}, sort_keys=False)
         return (
-            f"---\nlibrary_name: llm_variator\nbase_model: {base}\ntags: [variator, compression-plugin]\n---\n\n"
-            f"# Compression plugin for {base}\n\n"
+            f"---\n{head}---\n\n# Compression plugin for {' '.join(base.split())}\n\n"
             "Merges neighbouring prompt vectors so that a long prompt costs less compute and KV cache; "
             "the base model is untouched.\n\n"
             "```python\nfrom llm_variator import VariatorModel\n\n"
-            f'model = VariatorModel.from_pretrained("{base}", "{source}")\n```\n\n'
+            f"model = VariatorModel.from_pretrained({json.dumps(base)}, {json.dumps(source)})\n```\n\n"
             f"| | |\n|---|---|\n{table}\n"
         )
 
@@ -206,6 +208,11 @@ def _check_size(config: VariatorConfig, ratios: Ratios, dim: int) -> None:
         raise VariatorError(
             f"the plugin would have {count:,} parameters, more than the free memory holds: choose a smaller k or r"
         )
+
+
+def _cell(value: Any) -> str:
+    """A fact in a Markdown table."""
+    return " ".join(str(value).replace("|", "\\|").split())
 
 
 def _text_digest(text: str) -> str:

@@ -46,6 +46,11 @@ def check_generation(
             'cache_implementation="paged" generates past the plugin, in a thread of its own: leave it out, or disable '
             "the plugin"
         )
+    if (setting(host, kwargs, "guidance_scale") or 1) != 1:
+        raise VariatorError(
+            "classifier-free guidance (guidance_scale) reads a second prompt past the plugin: leave it out, or disable "
+            "the plugin"
+        )
     if plugin is not None and plugin.cache_layers and implementation not in _GROWING:
         raise VariatorError(
             f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"
@@ -72,6 +77,16 @@ def normalised(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, An
     prompt = Prompt.of(ids, mask if fits else None)
     check_vocabulary(host, ids)
     return {**kwargs, "input_ids": prompt.ids, "attention_mask": prompt.mask} if fits else dict(kwargs)
+
+
+def uncompiled(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with generate's own torch.compile off: with a static cache on a GPU it would stop at every hook."""
+    config = kwargs.get("generation_config")
+    if config is None:
+        return {"disable_compile": True, **kwargs}
+    config = copy.deepcopy(config)  # beside a configuration of its own, generate takes no settings
+    config.disable_compile = True
+    return {**kwargs, "generation_config": config}
 
 
 def read_ahead(

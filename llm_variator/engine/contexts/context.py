@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llm_variator.engine.cache.paging import KVPool
 from llm_variator.engine.cache.quantised import Quantised
 from llm_variator.engine.cache.stores import KVStore, SharedStore, whole
 from llm_variator.engine.contexts import files
-from llm_variator.engine.contexts.fingerprints import plugin_fingerprint
+from llm_variator.engine.contexts.fingerprints import check_function, plugin_fingerprint
 from llm_variator.engine.contexts.host import Host
 from llm_variator.engine.contexts.inputs import Chat, chats, continued_chat, encode, pads_first
 from llm_variator.engine.contexts.prefill import read
@@ -46,6 +47,8 @@ class CompressedContext:
     """Each row's conversation so far, where the context was given as messages."""
     fingerprint: str | None = dataclasses.field(default=None, repr=False)
     """Of the plugin as it was when it compressed this."""
+    function: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    """Of the base as it was then: `fingerprints.function_state`."""
 
     @property
     def rows(self) -> int:
@@ -132,6 +135,7 @@ class CompressedContext:
 
         `answer`: whether messages end where an answer begins.
         """
+        check_function(self.model.base, self.function, "the context")
         talk = chats(more) if self.messages is not None else None
         if talk is not None:
             more, talk = self._continued(talk, answer)

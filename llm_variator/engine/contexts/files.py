@@ -24,17 +24,19 @@ from llm_variator.engine.cache.quantised import Quantised, dense
 from llm_variator.engine.cache.recent import Recent
 from llm_variator.engine.cache.stores import KVStore, Part, SharedStore, whole
 from llm_variator.engine.contexts.fingerprints import (
+    check_function,
     model_fingerprint,
     plugin_fingerprint,
     tokenizer_fingerprint,
 )
 from llm_variator.engine.contexts.host import Host
 from llm_variator.engine.contexts.inputs import Chat, chats
+from llm_variator.engine.devices import input_device
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 
 FORMAT = "llm_variator.context"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _QUANTISED = ("codes", "scale", "low")  # tensors of a `Quantised`
 
 
@@ -47,6 +49,8 @@ class Kept(Protocol):
     def plugin(self) -> str | None: ...  # noqa: D102
     @property
     def fingerprint(self) -> str | None: ...  # noqa: D102
+    @property
+    def function(self) -> Mapping[str, str]: ...  # noqa: D102
     @property
     def input_ids(self) -> Tensor: ...  # noqa: D102
     @property
@@ -161,7 +165,7 @@ def _fields(
     for index, layer in enumerate(facts["layers"]):
         keys, values = (_read(tensors, f"{index}.{name}", layer, model) for name in ("keys", "values"))
         if "has_fillers" in layer:
-            columns = tensors[f"{index}.columns"].to(model.base.device)
+            columns = tensors[f"{index}.columns"].to(input_device(model.base))
             if columns.shape[1] != keys.shape[2]:
                 raise ValueError("columns")
             store: KVStore = SharedStore(((keys, values),))
@@ -170,7 +174,8 @@ def _fields(
             held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])
             if "recent" in layer:
                 hidden, *position = (
-                    tensors[f"{index}.recent.{i}"].to(model.base.device) for i in range(layer["recent"])
+                    tensors[f"{index}.recent.{i}"].to(input_device(model.base))
+                    for i in range(layer["recent"])
                 )
                 held.recent = Recent(hidden, tuple(position))
             cache.layers[index] = held
@@ -181,9 +186,10 @@ def _fields(
     return {
         "plugin": plugin,
         "fingerprint": (facts["belongs_to"]["plugin"] or {}).get("fingerprint"),
-        "input_ids": tensors["input_ids"].to(model.base.device),
-        "attention_mask": tensors["attention_mask"].to(model.base.device),
+        "input_ids": tensors["input_ids"].to(input_device(model.base)),
+        "attention_mask": tensors["attention_mask"].to(input_device(model.base)),
         "cache": cache,
+        "function": facts["belongs_to"]["base"]["function"],
         "messages": facts["messages"],
     }
 
@@ -211,8 +217,8 @@ def _read(
     tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any], model: Host
 ) -> Tensor | Quantised:
     if "bits" not in layer:
-        return tensors[name].to(model.base.device)
-    parts = {part: tensors[f"{name}.{part}"].to(model.base.device) for part in _QUANTISED}
+        return tensors[name].to(input_device(model.base))
+    parts = {part: tensors[f"{name}.{part}"].to(input_device(model.base)) for part in _QUANTISED}
     return Quantised(**parts, bits=layer["bits"], dtype=model.base.dtype)
 
 
@@ -224,6 +230,7 @@ def _owners(context: Kept) -> dict[str, Any]:
             "name": model.signature.name,
             "dtype": str(model.base.dtype),
             "fingerprint": model_fingerprint(model.base),
+            "function": dict(context.function),
         },
         "plugin": None
         if context.plugin is None
@@ -244,6 +251,7 @@ def _owner(path: Path, made: Mapping[str, Any], model: Host, tokenizer: Any) -> 
             f"{path} was made with {base['name']!r}, this model ({name!r}) has other weights: compress the "
             "context again, or load the model it was made with"
         )
+    check_function(model.base, base["function"], str(path))
     if tokenizer is not None and made["tokenizer"] not in (None, tokenizer_fingerprint(tokenizer)):
         raise VariatorError(
             f"{path} was made with another tokenizer: load the one that belongs to {base['name']!r}"

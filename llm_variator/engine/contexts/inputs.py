@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -87,13 +88,14 @@ def prompt_lengths(given: Any) -> int | list[int] | None:
     Raises:
         VariatorError: anything else.
     """
-    plain = given.tolist() if isinstance(given, Tensor) else given
+    plain = given.tolist() if hasattr(given, "tolist") else given  # tensors and arrays
     each = list(plain) if isinstance(plain, (list, tuple)) else [plain]
-    if plain is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in each):
+    if plain is not None and not all(isinstance(n, Integral) and not isinstance(n, bool) for n in each):
         raise VariatorError(
             f"prompt_length must be a whole number, or one for every row (rows,); got {given!r}"
         )
-    return each if isinstance(plain, (list, tuple)) else plain
+    each = [int(n) for n in each if n is not None]
+    return each if isinstance(plain, (list, tuple)) else (each[0] if each else None)
 
 
 def pads_first(ids: Tensor, mask: Tensor) -> Prompt:
@@ -134,7 +136,7 @@ def continued_chat(before: Chat, after: Chat, tokenizer: Any, seen: list[int], *
 
 def _row(row: Any, tokenizer: Any, special: bool) -> list[int]:
     if _is_ids(row) or row is None or (isinstance(row, (list, tuple)) and not row):
-        return list(row or ())
+        return [int(token) for token in row or ()]
     if tokenizer is None and (isinstance(row, str) or _is_chat(row)):
         raise VariatorError("text and messages need a tokenizer: pass tokenizer=..., or token ids")
     if isinstance(row, str):
@@ -171,5 +173,5 @@ def _is_ids(what: Any) -> bool:
     return (
         isinstance(what, (list, tuple))
         and bool(what)
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in what)
+        and all(isinstance(token, Integral) and not isinstance(token, bool) for token in what)
     )

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -170,13 +169,3 @@ def _links(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Mo
         if name in module._modules:  # a wrapper (FSDP) passes on what is inside
             yield module, name, child
         module = child
-
-
-def execution_device(block: nn.Module) -> torch.device:
-    """Where a layer computes: with `device_map` its weights may lie elsewhere between passes."""
-    for module in block.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if (device := getattr(one, "execution_device", None)) is not None:
-                return torch.device(device)
-    return next(block.parameters()).device

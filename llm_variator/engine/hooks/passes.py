@@ -33,7 +33,13 @@ def begin_pass(
                 "this KV cache is compressed: pass it to the VariatorModel, not to its base model"
             )
         return None
-    assert not args, "VariatorModel and generate pass everything by name"
+    if args or (
+        session.generating and session.now is not None and session.now.cache and not _goes_on(kwargs)
+    ):
+        raise VariatorError(
+            "inside generate something else reads a prompt with the base model (guidance, a logits processor, "
+            "custom_generate): have it call the VariatorModel"
+        )
     session.now = None
     if (tokens := _tokens(args, kwargs)) is None:
         return None  # the model raises its own error
@@ -53,6 +59,7 @@ def begin_pass(
     segment = None
     if tokens.shape[1] != 1 or session.edges is not None:
         segment = _segment(session, tokens, kwargs.get("attention_mask"), past, cache)
+        _refuse_packed(kwargs, segment)
     session.now = Pass(plugin, segment, cache, _columns_read(host, kwargs) if session.skip_unread else None)
     if cache is not None:
         cache.ends_before_last_token = False
@@ -153,6 +160,28 @@ def _valid(mask: Any, width: int) -> Tensor | None:
     if mask is not None and mask.shape[1] < width:
         raise VariatorError(f"attention_mask has {mask.shape[1]} columns for {width} tokens")
     return None if mask is None else mask[:, -width:].bool()
+
+
+def _goes_on(kwargs: dict[str, Any]) -> bool:
+    """Whether a pass has a cache to go on from."""
+    return any(kwargs.get(name) is not None for name in NAMES)
+
+
+def _refuse_packed(kwargs: dict[str, Any], segment: Segment) -> None:
+    """Raise where a row holds several documents: groups and dense heads would be those of one."""
+    positions = kwargs.get("position_ids")
+    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == segment.width:
+        back = positions.diff(dim=1) < 0
+        if segment.valid is not None:
+            valid = segment.valid.to(back.device)
+            back = back & valid[:, 1:] & valid[:, :-1]
+        packed = packed or bool(back.any())
+    if packed:
+        raise VariatorError(
+            "packed sequences (position_ids that start again inside a row) cannot be compressed: give every document "
+            "a row of its own, padded, or disable the plugin"
+        )
 
 
 def _segment(session: Session, tokens: Tensor, mask: Any, past: int, cache: Any) -> Segment:

@@ -1,0 +1,223 @@
+"""Situations from public reports about libraries of this kind: the right answer, or one line that names the mend."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_decoder, make_variator, pad, prompts, randomise
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import LogitsProcessor
+
+from llm_variator import CompressedContext, VariatorConfig, VariatorError, VariatorModel
+
+CONFIG = VariatorConfig(k=2, sites=("ffn", "kv"), r=5, dense_head=1, dense_tail=2)
+GREEDY = dict(max_new_tokens=6, do_sample=False)
+
+
+# A context belongs to the function that its base computed.
+
+
+@pytest.fixture
+def adapted():
+    """A plugin on a base with two LoRA adapters, "a" in use."""
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    base = get_peft_model(make_decoder("llama"), lora, adapter_name="a")
+    base.add_adapter("b", lora)
+    model = VariatorModel(base, CONFIG)
+    randomise(model.plugin())
+    return model
+
+
+def rescale(model):
+    for module in model.base.modules():
+        if isinstance(module.__dict__.get("scaling"), dict):
+            module.scaling["a"] *= 2
+
+
+CHANGES = {
+    "another adapter": (lambda m: m.base.set_adapter("b"), "adapters"),
+    "adapters off": (lambda m: m.base.base_model.disable_adapter_layers(), "adapters"),
+    "rescaled": (rescale, "adapters"),
+    "another setting": (lambda m: setattr(m.base.config, "rms_norm_eps", 0.1), "settings"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_context_of_another_function_is_refused(adapted, change, tmp_path):
+    alter, what = CHANGES[change]
+    document, question = prompts(30, 7)
+    context = adapted.compress(document)
+    expected = adapted.generate(question, context=context, **GREEDY)
+    context.save(tmp_path / "context.safetensors")
+    again = CompressedContext.load(tmp_path / "context.safetensors", adapted)
+    assert torch.equal(adapted.generate(question, context=again, **GREEDY), expected)
+    alter(adapted)
+    for use in (
+        lambda: adapted.generate(question, context=context, **GREEDY),
+        lambda: context.fork().extend(question),
+        lambda: CompressedContext.load(tmp_path / "context.safetensors", adapted),
+    ):
+        with pytest.raises(VariatorError, match=f"other {what} of the base model"):
+            use()
+
+
+def test_what_does_not_change_the_function_is_no_reason_to_refuse():
+    model, (document, question) = make_variator("llama", CONFIG), prompts(30, 7)
+    context = model.compress(document)
+    expected = model.generate(question, context=context, **GREEDY)
+    model.base.config.use_cache = False
+    model.base.config.eos_token_id = 5
+    assert torch.equal(model.generate(question, context=context, use_cache=True, **GREEDY), expected)
+
+
+def test_one_changed_value_is_enough(tmp_path):
+    model, (document,) = make_variator("llama", CONFIG), prompts(30)
+    model.compress(document).save(tmp_path / "context.safetensors")
+    with torch.no_grad():
+        model.base.model.layers[1].mlp.up_proj.weight[7, 11] += 1e-3  # none of a sample of values
+    with pytest.raises(VariatorError, match="other weights"):
+        CompressedContext.load(tmp_path / "context.safetensors", model)
+
+
+# Several documents in a row.
+
+
+@pytest.mark.parametrize("sites", [("ffn",), ("ffn", "kv")])
+def test_packed_sequences_are_refused(sites):
+    model = make_variator("llama", VariatorConfig(k=2, sites=sites, r=5))
+    row = torch.cat(prompts(24, 24), dim=1)
+    positions = torch.arange(24).repeat(2)[None]
+    with pytest.raises(VariatorError, match="packed sequences"):
+        model(row, position_ids=positions)
+    with pytest.raises(VariatorError, match="packed sequences"):
+        model(row, cu_seq_lens_q=torch.tensor([0, 24, 48]))
+    with model.disable_plugin():
+        model(row, position_ids=positions)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_padding_are_no_packing(side):
+    model = make_variator("llama", CONFIG)
+    batch = pad(prompts(20, 9), side)
+    positions = (batch["attention_mask"].cumsum(1) - 1).masked_fill(batch["attention_mask"] == 0, 1)
+    model(**batch, position_ids=positions)
+    model(prompts(20)[0], position_ids=torch.arange(5, 25)[None])
+
+
+# Bases with virtual tokens, and generation that reads more than its prompt.
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_soft_prompts_are_refused(config):
+    base = get_peft_model(make_decoder("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(VariatorError, match="soft prompts"):
+        VariatorModel(base, CONFIG)
+
+
+def test_guidance_is_refused_before_anything_is_computed():
+    model, (ids,) = make_variator("llama", CONFIG), prompts(20)
+    with pytest.raises(VariatorError, match="guidance_scale"):
+        model.generate(ids, guidance_scale=1.5, **GREEDY)
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, guidance_scale=1.0, **GREEDY), expected)
+
+
+class _Second(LogitsProcessor):
+    """Reads another prompt at every step."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, ids, scores):
+        return scores + 0.5 * self.call(prompts(11, seed=3)[0]).logits[:, -1]
+
+
+def test_a_processor_that_reads_a_prompt_of_its_own():
+    model, (ids,) = make_variator("llama", CONFIG), prompts(20)
+    with pytest.raises(VariatorError, match="have it call the VariatorModel"):
+        model.generate(ids, logits_processor=[_Second(lambda x: model.base(input_ids=x))], **GREEDY)
+    with pytest.raises(VariatorError, match="have it call the VariatorModel"):
+        model.generate(ids, logits_processor=[_Second(lambda x: model.base(x))], **GREEDY)
+    added = 0.5 * model(prompts(11, seed=3)[0]).logits[:, -1]
+    by_hand = model.generate(ids, logits_processor=[lambda _, scores: scores + added], **GREEDY)
+    out = model.generate(ids, logits_processor=[_Second(model)], **GREEDY)
+    assert torch.equal(out, by_hand)
+    assert model.kv_cache_report().layers[0].dense_entries >= 20, (
+        "of the answer, not of the processor's prompt"
+    )
+
+
+# Offloaded bases.
+
+
+def test_contexts_of_a_base_whose_layers_lie_on_disk(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    document, question = prompts(30, 7)
+    plain = make_variator("llama", CONFIG)
+    expected = plain.generate(question, context=plain.compress(document), **GREEDY)
+    plain.compress(document).save(tmp_path / "context.safetensors")
+    base = accelerate.disk_offload(make_decoder("llama"), tmp_path / "weights", execution_device="cpu")
+    assert all(parameter.is_meta for parameter in base.parameters())
+    model = VariatorModel(base, CONFIG)
+    model.plugin().load_state_dict(plain.plugin().state_dict())
+    context = model.compress(document)
+    assert torch.equal(model.generate(question, context=context, **GREEDY), expected)
+    context.save(tmp_path / "own.safetensors")
+    for file in ("own", "context"):
+        again = CompressedContext.load(tmp_path / f"{file}.safetensors", model)
+        assert torch.equal(model.generate(question, context=again, **GREEDY), expected)
+
+
+# Model cards.
+
+
+@pytest.mark.parametrize("name", ["run: 1", "no", "v2 #best", "123", "a\nb", 'quo"ted'])
+def test_any_name_fits_a_model_card(name, tmp_path):
+    base = make_decoder("llama")
+    base.config._name_or_path = name
+    model = VariatorModel(base, CONFIG)
+    model.save_pretrained(tmp_path, facts={"data": "a | b\nc"})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == name
+    (row,) = [line for line in card.content.splitlines() if line.startswith("| data")]
+    assert row == r"| data | a \| b c |"
+    assert [line.count("|") for line in card.content.splitlines() if line.startswith("| k ")] == [3]
+
+
+# What is given in another form than expected.
+
+
+def test_lists_and_numpy_integers():
+    model, (ids,) = make_variator("llama", CONFIG), prompts(20)
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids[0].tolist(), **GREEDY), expected)
+    assert torch.equal(model.generate([ids[0].numpy()[i] for i in range(20)], **GREEDY), expected)
+    two = model.generate([ids[0].tolist(), ids[0, :9].tolist()], **GREEDY)
+    assert torch.equal(two[0], expected[0])
+    with pytest.raises(VariatorError, match="need a tokenizer"):
+        model.generate("a text", **GREEDY)
+    logits = model(ids, prompt_length=12).logits
+    assert torch.equal(model(ids, prompt_length=np.int64(12)).logits, logits)
+    assert torch.equal(model(ids, prompt_length=np.array([12])).logits, logits)
+
+
+def test_a_generation_config_draws_no_warning():
+    model, (ids,) = make_variator("llama", CONFIG), prompts(20)
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(**GREEDY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = model.generate(ids, generation_config=settings)
+    assert torch.equal(out, model.generate(ids, **GREEDY))
+
+
+def test_what_cannot_be_used_is_refused(tmp_path):
+    model = make_variator("llama", CONFIG)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(VariatorError, match="dtype, nonsense: for loading a model by name"):
+        VariatorModel.from_pretrained(make_decoder("llama"), tmp_path, dtype=torch.bfloat16, nonsense=1)
