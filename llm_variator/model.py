@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import inspect
 import os
 import tempfile
 from collections.abc import Mapping
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.engine.cache import (
@@ -30,7 +29,6 @@ from llm_variator.engine.contexts.fingerprints import function_state, plugin_fin
 from llm_variator.engine.contexts.inputs import chats, encode, prompt_lengths
 from llm_variator.engine.contexts.prefill import read
 from llm_variator.engine.devices import input_device
-from llm_variator.engine.holder import PluginHolder
 from llm_variator.engine.hooks.compiled import CompiledStack
 from llm_variator.engine.plugin import CompressionPlugin, warn_if_other_weights
 from llm_variator.engine.prompts import (
@@ -41,13 +39,14 @@ from llm_variator.engine.prompts import (
     setting,
     uncompiled,
 )
-from llm_variator.engine.session import Session, broken, current, scope
+from llm_variator.engine.session import Session, broken, scope
+from llm_variator.engine.trainable import TrainableHolder
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import load_model, plugin_folder
 from llm_variator.sources.models.hub import upload
 
 
-class VariatorModel(PluginHolder):
+class VariatorModel(TrainableHolder):
     """A base model, frozen, and its plugins by name. Anything not found here is looked up on the base model."""
 
     _hf_peft_config_loaded = True
@@ -55,7 +54,6 @@ class VariatorModel(PluginHolder):
 
     skip_unread = True
     """Leave out what nobody reads of a decoder's last layer: see `engine.hooks.last_layer`."""
-    _checkpointing = False
     _report: KVCacheReport | None = None
 
     # --- plugins
@@ -113,8 +111,12 @@ class VariatorModel(PluginHolder):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *,
+        *args: Any,
         prompt_length: int | Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base's forward with the prompt compressed by the active plugin; returns what the base returns.
@@ -126,8 +128,18 @@ class VariatorModel(PluginHolder):
                 forcing); an int, or one per row (rows,), padding not counted. None: all tokens are prompt; a
                 single token after a cache is always dense. Not for encoders (T5, BERT), which compress all
                 of their tokens.
-            **kwargs: the base's further arguments (a cache, `labels`, ...).
+            *args: what the base takes third and further by position.
+            position_ids: (rows, tokens), the base's, as the next three: named because Hugging Face's Trainer gives a
+                model the columns of a data set that its forward names.
+            token_type_ids: (rows, tokens), of BERT.
+            inputs_embeds: (rows, tokens, d) in place of `input_ids`.
+            labels: the loss counts every one: leave those of the prompt out (-100), tokens of a group see each other.
+            **kwargs: the base's further arguments (a cache, ...).
         """
+        kwargs |= dict(zip(self._positional()[2:], args, strict=False))
+        named = (position_ids, token_type_ids, inputs_embeds, labels)
+        names = ("position_ids", "token_type_ids", "inputs_embeds", "labels")
+        kwargs |= {name: value for name, value in zip(names, named, strict=True) if value is not None}
         if prompt_length is not None:
             self.decoder_only("prompt_length", "all tokens of an encoder are compressed, leave it out")
         plugin, cache = self._active(), self._give_cache(kwargs)
@@ -294,6 +306,10 @@ class VariatorModel(PluginHolder):
             )
         return self._report
 
+    def _positional(self) -> list[str]:
+        """The names of the base's arguments, in its order."""
+        return list(inspect.signature(type(self._host).forward).parameters)[1:]
+
     def _give_cache(self, kwargs: dict[str, Any]) -> Any:
         """The cache among a caller's arguments, which the base gets under the name that it knows."""
         cache = take_cache(kwargs)
@@ -339,48 +355,6 @@ class VariatorModel(PluginHolder):
         """Undo `compile`."""
         self._host.base_model._compiled_call_impl = None
 
-    # --- training
-
-    def train(self, mode: bool = True) -> VariatorModel:
-        """Training mode for plugins. The frozen base stays in evaluation mode: dropout there only adds noise."""
-        super().train(mode)
-        self.base.eval()
-        if self._checkpointing:  # transformers checkpoints a layer only while that layer itself is training
-            for module in self.base.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = mode
-        return self
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
-    ) -> None:
-        """Recompute the base's layers in the backward pass, with the plugin that the forward pass used."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise VariatorError("gradient checkpointing of a frozen base needs use_reentrant=False")
-        options["context_fn"] = lambda: (contextlib.nullcontext(), scope(current()))
-        self._switch_checkpointing("enable", options)
-        self._checkpointing = True
-        self.train(self.training)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self._switch_checkpointing("disable")
-        self._checkpointing = False
-        self.train(self.training)
-
-    def _switch_checkpointing(self, verb: str, *options: Any) -> None:
-        new, old = (
-            f"{kind}_checkpointing_{verb}" for kind in ("activation", "gradient")
-        )  # new name, old name
-        getattr(self._host, new if hasattr(self._host, new) else old)(*options)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the active plugin's parameter count beside the base's."""
-        trainable = sum(p.numel() for p in self.plugin().parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.base.parameters())
-        print(f"plugin {trainable:,} trainable parameters, base {total:,} frozen: {trainable / total:.2%}")
-
     # --- files
 
     def save_pretrained(
@@ -411,6 +385,4 @@ class VariatorModel(PluginHolder):
         """Detach every hook and give the base model back as it was; this object is of no use afterwards."""
         if self.is_decoder:
             self.uncompile()
-        if self._checkpointing:
-            self._switch_checkpointing("disable")
         return super().unload()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_decoder, make_variator, pad, prompts, randomise
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import LogitsProcessor
+from safetensors.torch import load_file
+from transformers import LogitsProcessor, Trainer, TrainingArguments
 
 from llm_variator import CompressedContext, VariatorConfig, VariatorError, VariatorModel
 
@@ -187,6 +190,86 @@ def test_any_name_fits_a_model_card(name, tmp_path):
     (row,) = [line for line in card.content.splitlines() if line.startswith("| data")]
     assert row == r"| data | a \| b c |"
     assert [line.count("|") for line in card.content.splitlines() if line.startswith("| k ")] == [3]
+
+
+# The Trainer as everybody uses it.
+
+
+def data(column="labels"):
+    rows = [row[0].tolist() for row in prompts(*[24] * 8)]
+    return Dataset.from_dict(
+        {"input_ids": rows, "attention_mask": [[1] * 24] * 8, column: rows, "note": ["x"] * 8}
+    )
+
+
+def arguments(folder, **more):
+    given = dict(
+        max_steps=4, per_device_train_batch_size=2, save_steps=2, logging_steps=1, eval_strategy="steps"
+    )
+    return TrainingArguments(str(folder), **given, eval_steps=2, use_cpu=True, report_to="none", **more)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_plain_trainer_trains_saves_and_resumes_the_plugin_alone(tmp_path, checkpointing):
+    config = VariatorConfig(k=2, sites=("ffn", "kv"), r=5)
+
+    def trainer(folder):
+        model = VariatorModel(make_decoder("llama"), config)
+        name = (
+            "activation"
+            if "activation_checkpointing" in signature(TrainingArguments).parameters
+            else "gradient"
+        )
+        more = {f"{name}_checkpointing": True} if checkpointing else {}
+        return Trainer(model, arguments(folder, **more), train_dataset=data(), eval_dataset=data())
+
+    whole = trainer(tmp_path / "whole")
+    before = {name: value.clone() for name, value in whole.model.base.state_dict().items()}
+    start = {name: value.clone() for name, value in whole.model.plugin().state_dict().items()}
+    whole.train()
+    assert {"loss", "eval_loss"} <= {name for entry in whole.state.log_history for name in entry}
+    assert all(torch.equal(value, before[name]) for name, value in whole.model.base.state_dict().items())
+    trained = whole.model.plugin().state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in trained.items())
+    saved = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    assert saved.keys() == {f"plugin_default.{name}" for name in trained}
+    again = trainer(tmp_path / "whole")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, value in again.model.plugin().state_dict().items():
+        torch.testing.assert_close(value, trained[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["activation", "gradient"])
+def test_checkpointing_under_either_name_keeps_less(kind):
+    def kept(enable):
+        model = make_variator("llama", CONFIG)
+        model.train()
+        if enable:
+            getattr(model, f"{kind}_checkpointing_enable")()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(prompts(40)[0], labels=prompts(40)[0]).loss.backward()
+        return sum(sizes)
+
+    assert kept(True) < 0.5 * kept(False)
+
+
+def test_weights_that_are_not_the_plugins_are_refused():
+    model = make_variator("llama", CONFIG)
+    weights = model.state_dict()
+    with pytest.raises(VariatorError, match="not the plugins' weights: 0 missing"):
+        model.load_state_dict({**weights, "base.lm_head.weight": torch.zeros(1)})
+    doubled = {name: value * 2 for name, value in weights.items()}
+    model.load_state_dict(doubled)
+    assert all(torch.equal(value, doubled[name]) for name, value in model.state_dict().items())
+
+
+def test_what_a_base_takes_by_position():
+    model, (ids,) = make_variator("bert", VariatorConfig(k=2, sites=("ffn",), r=5)), prompts(20)
+    mask, kinds = torch.ones_like(ids), (torch.arange(20) > 9).long()[None]
+    by_name = model(ids, mask, token_type_ids=kinds).logits
+    assert torch.equal(model(ids, mask, kinds).logits, by_name)
+    assert not torch.equal(model(ids, mask).logits, by_name)
 
 
 # What is given in another form than expected.

@@ -53,7 +53,7 @@ class PluginHolder(nn.Module):
             VariatorError: `base` is not a supported model, or `config` does not fit it.
         """
         super().__init__()
-        self._host: Any = host_of(base)
+        self.base: Any = base
         if not isinstance(self._host, PreTrainedModel):
             raise VariatorError(f"the base must be a loaded Hugging Face model, got {type(base).__name__}")
         if any(config.is_prompt_learning for config in getattr(base, "peft_config", {}).values()):
@@ -65,7 +65,6 @@ class PluginHolder(nn.Module):
         blocks = self._architecture.blocks(self._host)
         refuse_attached(self._host)
         self.signature = base_signature(self._host, len(blocks))
-        self.base: Any = base
         self._plugins: dict[str, CompressionPlugin] = {}
         self._default: str | None = None
         if config is not None:
@@ -82,6 +81,11 @@ class PluginHolder(nn.Module):
             raise
         self.train(self._was_training)
         self._default = "default" if config is not None else None
+
+    @property
+    def _host(self) -> Any:
+        """The Hugging Face model in the base."""
+        return host_of(self.base)
 
     def _attach(self) -> None:
         refuse_attached(self._host)
@@ -213,7 +217,7 @@ class PluginHolder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base", "_host", "_plugins", "_architecture"):  # not set yet: no base could be loaded
+            if name in ("base", "_plugins", "_architecture"):  # not set yet: no base could be loaded
                 raise
             found = getattr(self.base, name)
             self._refuse_bypass(name, found)
