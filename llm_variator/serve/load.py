@@ -6,7 +6,6 @@ times that. After the last answer a calm while and three single requests show wh
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -19,14 +18,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from llm_variator.cli import flag, flags
+from llm_variator.cli.values import JsonMapping, PositiveFloat, PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
-from llm_variator.sources.corpora import read_documents, tokenize
+from llm_variator.serve.flags import Choice, Plugins
+from llm_variator.sources.corpora import EMBEDDED, read_documents, tokenize
 from llm_variator.sources.models import load_tokenizer
 
 SEED = 0
@@ -34,6 +37,26 @@ FIRST_RATE = 0.1  # of what dense sustains
 PHASES = 10  # of the time in which requests arrive
 CALM_SECONDS, CALM_REQUESTS = 12.0, 3
 START_SECONDS = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load(flags.Stored, Plugins):
+    """Rising arrivals over HTTP."""
+
+    url: str | None = flag(None, "of a running server; default: start one, for as long as it takes")
+    log: Path | None = flag(None, "file for the output of a server that is started")
+    policy: JsonMapping | None = flag(None, "arguments of its LoadPolicy, as JSON")
+    choices: tuple[Choice, ...] = flag((0, 2, 4, AUTO), "fixed ratios and auto")
+    requests: PositiveInt = flag(300, "for each choice")
+    tokens: tuple[PositiveInt, ...] = flag((384, 640), "shortest and longest prompt")
+    max_tokens: PositiveInt = flag(8, "generated tokens")
+    data: str = flag(EMBEDDED, "text the prompts are cut from, a source as in training")
+    peak: PositiveFloat = flag(2.0, "peak arrivals over dense capacity")
+    earlier: tuple[Path, ...] = flag(
+        (),
+        "results of other choices: their dense capacity is used, their answers are compared with",
+        metavar="FILE",
+    )
 
 
 class Answer(NamedTuple):
@@ -50,43 +73,44 @@ class Answer(NamedTuple):
     """Empty where all is well."""
 
 
-def measure_load(args: argparse.Namespace, plugins: dict[str, str]) -> dict[str, Any]:
-    """Send the same rising arrivals for each of `args.choices`, to `args.url` or to a server of our own."""
-    earlier, settings = [_read(path) for path in args.earlier], _settings(args)
+def measure_load(settings: Load, plugins: dict[str, str], server_flags: list[str]) -> dict[str, Any]:
+    """Send the same rising arrivals for each of `settings.choices`, to `settings.url` or to a server of our own."""
+    earlier, shared = [_read(path) for path in settings.earlier], _shared(settings, server_flags)
     for figures in earlier:
-        if differs := [name for name, value in settings.items() if figures["settings"].get(name) != value]:
+        if differs := [name for name, value in shared.items() if figures["settings"].get(name) != value]:
             raise VariatorError(f"--earlier was measured with other settings: {', '.join(differs)}")
-    prompts = text_prompts(args)
-    with contextlib.nullcontext(args.url) if args.url else served(args, plugins) as url:
-        return {"settings": settings, **asyncio.run(_load(args, url, prompts, earlier))}
+    prompts = text_prompts(settings)
+    own = contextlib.nullcontext(settings.url) if settings.url else served(settings, plugins, server_flags)
+    with own as url:
+        return {"settings": shared, **asyncio.run(_load(settings, url, prompts, earlier))}
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _shared(settings: Load, server_flags: list[str]) -> dict[str, Any]:
     """What runs must share to be compared."""
     return {
-        "model": args.model,
-        "data": args.data,
-        "requests": args.requests,
-        "prompt_tokens": list(args.tokens),
-        "answer_tokens": args.max_tokens,
-        "dtype": args.dtype,
-        "peak": args.peak,
-        "server_flags": args.server_flags,
+        "model": settings.model,
+        "data": settings.data,
+        "requests": settings.requests,
+        "prompt_tokens": list(settings.tokens),
+        "answer_tokens": settings.max_tokens,
+        "dtype": settings.dtype,
+        "peak": settings.peak,
+        "server_flags": server_flags,
     }
 
 
-def text_prompts(args: argparse.Namespace) -> list[list[int]]:
-    """Stretches of running text that begin at different places; lengths uniform in `args.tokens`."""
-    tokenizer = load_tokenizer(args.model)
-    stream = torch.cat(tokenize(read_documents(args.data), tokenizer))
-    shortest, longest = args.tokens[0], args.tokens[-1]
+def text_prompts(settings: Load) -> list[list[int]]:
+    """Stretches of running text that begin at different places; lengths uniform in `settings.tokens`."""
+    tokenizer = load_tokenizer(settings.model)
+    stream = torch.cat(tokenize(read_documents(settings.data), tokenizer))
+    shortest, longest = settings.tokens[0], settings.tokens[-1]
     last = len(stream) - longest
-    if last < args.requests or shortest > longest:
+    if last < settings.requests or shortest > longest:
         raise VariatorError(
-            f"{args.requests} prompts of {shortest} to {longest} tokens cannot be cut from {len(stream)}"
+            f"{settings.requests} prompts of {shortest} to {longest} tokens cannot be cut from {len(stream)}"
         )
     rng = random.Random(SEED)
-    starts = torch.linspace(0, last, args.requests + 1).long().tolist()[:-1]
+    starts = torch.linspace(0, last, settings.requests + 1).long().tolist()[:-1]
     return [stream[start : start + rng.randint(shortest, longest)].tolist() for start in starts]
 
 
@@ -104,17 +128,18 @@ def arrivals(requests: int, first: float, last: float, seed: int = SEED) -> list
 
 
 @contextlib.contextmanager
-def served(args: argparse.Namespace, plugins: dict[str, str]) -> Iterator[str]:
+def served(settings: Load, plugins: dict[str, str], server_flags: list[str]) -> Iterator[str]:
     """The address of a server with these plugins, which lives as long as the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "llm_variator.serve", "--model", args.model, "--port", str(port)]
+    words = [sys.executable, "-m", "llm_variator.serve", "--model", settings.model, "--port", str(port)]
     words += ["--plugin", *(f"{name}={plugin}" for name, plugin in plugins.items()), "--host", "127.0.0.1"]
-    words += ["--dtype", args.dtype, "--policy", json.dumps(args.policy or {}), "--"]
-    words += ["--max-model-len", str(args.tokens[-1] + args.max_tokens), "--disable-uvicorn-access-log"]
-    words += ["--no-enable-prefix-caching", *args.server_flags]  # no prompt is read twice
-    with Path(args.log).open("wb") if args.log else contextlib.nullcontext(subprocess.DEVNULL) as log:
+    words += ["--dtype", settings.dtype, "--policy", json.dumps(settings.policy or {}), "--"]
+    words += ["--max-model-len", str(settings.tokens[-1] + settings.max_tokens)]
+    words += ["--disable-uvicorn-access-log", "--no-enable-prefix-caching"]  # no prompt is read twice
+    words += server_flags
+    with settings.log.open("wb") if settings.log else contextlib.nullcontext(subprocess.DEVNULL) as log:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
     try:
         asyncio.run(_answers(f"http://127.0.0.1:{port}", process))
@@ -155,47 +180,47 @@ def _session(url: str) -> Any:
 
 
 async def _load(
-    args: argparse.Namespace, url: str, prompts: list[list[int]], earlier: list[dict[str, Any]]
+    settings: Load, url: str, prompts: list[list[int]], earlier: list[dict[str, Any]]
 ) -> dict[str, Any]:
     known = {choice: row for figures in earlier for choice, row in figures["choices"].items()}
     async with _session(url) as session:
         sustained = next((figures["sustained_dense_requests_per_second"] for figures in earlier), None)
         if sustained is None:
-            sustained = await _sustained(session, args, prompts)
-        offsets = arrivals(args.requests, FIRST_RATE * sustained, args.peak * sustained)
+            sustained = await _sustained(session, settings, prompts)
+        offsets = arrivals(settings.requests, FIRST_RATE * sustained, settings.peak * sustained)
         found: dict[str, Any] = {}
-        for choice in args.choices:
-            found[str(choice)] = await _run(session, args, prompts, offsets, choice)
+        for choice in settings.choices:
+            found[str(choice)] = await _run(session, settings, prompts, offsets, choice)
             found[str(choice)] |= _compared(choice, found[str(choice)], known | found)
     return {
-        "policy": args.policy or {},
+        "policy": settings.policy or {},
         "sustained_dense_requests_per_second": sustained,
         "arriving_seconds": offsets[-1],
         "choices": found,
     }
 
 
-async def _sustained(session: Any, args: argparse.Namespace, prompts: list[list[int]]) -> float:
+async def _sustained(session: Any, settings: Load, prompts: list[list[int]]) -> float:
     """Requests a second that dense answers when all arrive at once, after warming up."""
     sample = prompts[:: max(1, len(prompts) // 24)][:24]
-    await asyncio.gather(*(_ask(session, args, prompt, 0) for prompt in sample[:2]))
+    await asyncio.gather(*(_ask(session, settings, prompt, 0) for prompt in sample[:2]))
     began = time.perf_counter()
-    answers = await asyncio.gather(*(_ask(session, args, prompt, 0) for prompt in sample))
+    answers = await asyncio.gather(*(_ask(session, settings, prompt, 0) for prompt in sample))
     if errors := [answer.error for answer in answers if answer.error]:
         raise VariatorError(f"the server does not answer as it should: {errors[0]}")
     return len(sample) / (time.perf_counter() - began)
 
 
 async def _run(
-    session: Any, args: argparse.Namespace, prompts: list[list[int]], offsets: list[float], choice: int | str
+    session: Any, settings: Load, prompts: list[list[int]], offsets: list[float], choice: int | str
 ) -> dict[str, Any]:
     for prompt in prompts[:2]:  # whatever this ratio has to do once
-        await _ask(session, args, prompt[::-1], 0 if choice == AUTO else choice)
+        await _ask(session, settings, prompt[::-1], 0 if choice == AUTO else choice)
     counts, start = [await _counts(session)], time.perf_counter()
 
     async def arrive(at: float, prompt: list[int]) -> Answer:
         await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
-        return await _ask(session, args, prompt, choice, start)
+        return await _ask(session, settings, prompt, choice, start)
 
     async def watch() -> None:
         for phase in range(PHASES):
@@ -209,7 +234,7 @@ async def _run(
     before = await _counts(session)
     if choice == AUTO:
         for prompt in prompts[:CALM_REQUESTS]:
-            await _ask(session, args, prompt[::-1], choice)
+            await _ask(session, settings, prompt[::-1], choice)
     return _summary(answers, wall) | {
         "requests_by_ratio": dict(sorted(total.items())),
         "requests_by_ratio_and_phase": [
@@ -221,12 +246,12 @@ async def _run(
 
 
 async def _ask(
-    session: Any, args: argparse.Namespace, prompt: Sequence[int], choice: int | str, start: float = 0.0
+    session: Any, settings: Load, prompt: Sequence[int], choice: int | str, start: float = 0.0
 ) -> Answer:
     """One streamed completion."""
-    body = {"model": args.model, "prompt": list(prompt), "max_tokens": args.max_tokens, "temperature": 0}
+    body = {"model": settings.model, "prompt": list(prompt), "max_tokens": settings.max_tokens}
     body |= {"stream": True, "ignore_eos": True, "logprobs": 0, "return_tokens_as_token_ids": True}
-    body |= {"vllm_xargs": {ARGUMENT: choice}}
+    body |= {"temperature": 0, "vllm_xargs": {ARGUMENT: choice}}
     began, first, tokens, error = time.perf_counter(), None, [], ""
     try:
         async with session.post("/v1/completions", json=body) as answer:
@@ -240,7 +265,7 @@ async def _ask(
                         tokens += [int(name.partition(":")[2]) for name in part["logprobs"]["tokens"]]
     except (TimeoutError, OSError, ValueError, KeyError) as failure:
         error = repr(failure)
-    if not error and len(tokens) != args.max_tokens:
+    if not error and len(tokens) != settings.max_tokens:
         error = f"{len(tokens)} tokens"
     return Answer(began - start, first, time.perf_counter() - began, tokens, error)
 

@@ -7,7 +7,6 @@ flags after a bare `--`. Plugins that are not given are untrained: they cost wha
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -15,133 +14,116 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llm_variator import cli
+from llm_variator.cli import flag, flags
+from llm_variator.cli.values import PositiveInt
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.arguments import engine_arguments
-from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
+from llm_variator.integrations.vllm.rows import ARGUMENT
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.results import write_result
 from llm_variator.measures.timing import Case, interleaved, ratio
 from llm_variator.model import VariatorModel
-from llm_variator.old_cli import Parser, json_mapping, names, parse, positive_float, positive_int, run
-from llm_variator.serve.__main__ import choice, parse_plugins
-from llm_variator.serve.load import measure_load
-from llm_variator.sources.corpora import EMBEDDED
+from llm_variator.serve.flags import Plugins, parse_plugins, split
+from llm_variator.serve.load import Load, measure_load
 from llm_variator.sources.models import load_config, load_model, plugin_folder
 
 SEED = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Plugins):
+    """Prompts and KV cache."""
+
+    tokens: PositiveInt = flag(4096, "tokens of each prompt")
+    block_size: PositiveInt = flag(32, "tokens in a KV block")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill(flags.Stored, Prompts):
+    """Wall time of long prompts."""
+
+    repetitions: PositiveInt = flag(5, "of every ratio")
+    compile: bool = flag(False, "with vLLM's torch.compile; else eager")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(flags.Stored, Prompts):
+    """KV blocks and requests."""
+
+    requests: PositiveInt = flag(8, "prompts at once")
+    pool: PositiveInt | None = flag(None, "blocks of the small pool; default: two dense prompts'")
+
+
+def read(argv: Sequence[str] | None = None) -> Prefill | Blocks | Load:
+    """The settings that a command line, with its recipe, gives."""
+    settings: Prefill | Blocks | Load = cli.read_command(
+        {"prefill": Prefill, "blocks": Blocks, "load": Load},
+        split(argv)[0],
+        prog="python -m llm_variator.serve.measure",
+        text="Measure what plugins save inside vLLM.",
+    )
+    return settings
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; raises VariatorError for wrong input."""
     started = time.perf_counter()
-    words = list(sys.argv[1:] if argv is None else argv)
-    split = words.index("--") if "--" in words else len(words)
-    args = parse(build_parser(), words[:split])
-    args.server_flags = words[split + 1 :]
+    settings, server_flags = read(argv), split(argv)[1]
     with tempfile.TemporaryDirectory() as folder:
-        figures = {"prefill": measure_prefill, "blocks": measure_blocks, "load": measure_load}[args.what](
-            args, make_plugins(args, folder)
-        )
+        plugins = make_plugins(settings, folder)
+        match settings:
+            case Prefill():
+                figures = measure_prefill(settings, plugins)
+            case Blocks():
+                figures = measure_blocks(settings, plugins)
+            case Load():
+                figures = measure_load(settings, plugins, server_flags)
     print(json.dumps(figures, indent=2))
-    if args.json is not None:
-        command = ["llm_variator.serve.measure", *words]
-        write_result(args.json, figures, command=command, seed=SEED, started=started)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of this command line."""
-    parser = Parser(prog="python -m llm_variator.serve.measure", description=__doc__)
-    kinds = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
-    texts = {
-        "prefill": "wall time of long prompts",
-        "blocks": "KV blocks and requests",
-        "load": "rising arrivals over HTTP",
-    }
-    prefill_, blocks, load = (
-        kinds.add_parser(kind, help=text, description=text) for kind, text in texts.items()
-    )
-    for part in (prefill_, blocks, load):
-        add = part.add_argument
-        add("--model", default="smollm2-135m", help="alias, local folder or hub id")
-        add("--k", nargs="+", type=positive_int, default=[2, 4], help="ratios")
-        add("--plugin", nargs="+", default=[], metavar="kN=PLUGIN", help="trained plugins of some ratios")
-        add("--sites", type=names, default=("ffn", "kv"), help="of untrained plugins: ffn or ffn,kv")
-        add("--dense-tail", type=positive_int, default=64, help="dense last tokens of untrained plugins")
-        add("--dtype", default="float32", help="of the model, as vLLM calls it")
-        add("--json", type=Path, help="write the figures to this file")
-    for part in (prefill_, blocks):
-        part.add_argument("--tokens", type=positive_int, default=4096, help="tokens of each prompt")
-        part.add_argument("--block-size", type=positive_int, default=32, help="tokens in a KV block")
-    prefill_.add_argument("--repetitions", type=positive_int, default=5, help="of every ratio")
-    prefill_.add_argument("--compile", action="store_true", help="with vLLM's torch.compile; else eager")
-    blocks.add_argument("--requests", type=positive_int, default=8, help="prompts at once")
-    blocks.add_argument(
-        "--pool", type=positive_int, help="blocks of the small pool; default: two dense prompts'"
-    )
-    add_load_flags(load)
-    return parser
-
-
-def add_load_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `load`."""
-    add = parser.add_argument
-    add("--url", help="of a running server; default: start one, for as long as it takes")
-    add("--log", type=Path, help="file for the output of a server that is started")
-    add("--policy", type=json_mapping, help="arguments of its LoadPolicy, as JSON")
-    add("--choices", nargs="+", type=choice, default=[0, 2, 4, AUTO], help="fixed ratios and auto")
-    add("--requests", type=positive_int, default=300, help="for each choice")
-    add("--tokens", nargs="+", type=positive_int, default=[384, 640], help="shortest and longest prompt")
-    add("--max-tokens", type=positive_int, default=8, help="generated tokens")
-    add("--data", default=EMBEDDED, help="text the prompts are cut from, a source as in training")
-    add("--peak", type=positive_float, default=2.0, help="peak arrivals over dense capacity")
-    add(
-        "--earlier",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="results of other choices: their dense capacity is used, their answers are compared with",
-    )
+    if settings.json is not None:
+        command = ["llm_variator.serve.measure", *(sys.argv[1:] if argv is None else argv)]
+        write_result(settings.json, figures, command=command, seed=SEED, started=started)
 
 
 # --- inside one process
 
 
-def make_plugins(args: argparse.Namespace, folder: str) -> dict[str, str]:
+def make_plugins(settings: Plugins, folder: str) -> dict[str, str]:
     """The plugins that were given and, under `folder`, untrained ones of the other ratios, by name."""
-    plugins = parse_plugins(args.plugin)
-    if getattr(args, "url", None):
+    plugins = parse_plugins(settings.plugin)
+    if isinstance(settings, Load) and settings.url:
         return plugins  # the server has its own
-    for k in args.k:
+    for k in settings.k:
         if f"k{k}" not in plugins:
-            config = VariatorConfig(k=k, sites=args.sites, dense_head=4, dense_tail=args.dense_tail)
+            config = VariatorConfig(k=k, sites=settings.sites, dense_head=4, dense_tail=settings.dense_tail)
             plugins[f"k{k}"] = str(Path(folder) / f"k{k}")
-            VariatorModel(load_model(args.model), config).save_pretrained(plugins[f"k{k}"])
+            VariatorModel(load_model(settings.model), config).save_pretrained(plugins[f"k{k}"])
     return plugins
 
 
-def engine(args: argparse.Namespace, plugins: dict[str, str], **options: Any) -> Any:
+def engine(settings: Prompts, plugins: dict[str, str], **options: Any) -> Any:
     """A vLLM engine in this process."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
-    settings: dict[str, Any] = dict(
-        dtype=args.dtype,
-        max_model_len=args.tokens + 64,
-        block_size=args.block_size,
+    defaults: dict[str, Any] = dict(
+        dtype=settings.dtype,
+        max_model_len=settings.tokens + 64,
+        block_size=settings.block_size,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
         seed=SEED,
     )
-    return LLM(**engine_arguments(args.model, plugins, **(settings | options)))
+    return LLM(**engine_arguments(settings.model, plugins, **(defaults | options)))
 
 
 def vllm_version() -> str:
@@ -167,65 +149,65 @@ def random_prompts(vocabulary: int, tokens: int, count: int) -> list[list[int]]:
     return torch.randint(3, vocabulary, (count, tokens), generator=generator).tolist()
 
 
-def measure_prefill(args: argparse.Namespace, plugins: dict[str, str]) -> dict[str, Any]:
+def measure_prefill(settings: Prefill, plugins: dict[str, str]) -> dict[str, Any]:
     """Seconds from a prompt to its first token at each ratio, interleaved, and the median share of dense."""
-    config = load_config(args.model)
+    config = load_config(settings.model)
     llm = engine(
-        args,
+        settings,
         plugins,
-        max_num_batched_tokens=args.tokens,
+        max_num_batched_tokens=settings.tokens,
         max_num_seqs=1,
-        enforce_eager=not args.compile,
-        num_gpu_blocks_override=2 * (args.tokens + 64) // args.block_size,
+        enforce_eager=not settings.compile,
+        num_gpu_blocks_override=2 * (settings.tokens + 64) // settings.block_size,
     )
-    ratios = [0, *args.k]
-    prompts = random_prompts(config.vocab_size, args.tokens, (args.repetitions + 1) * len(ratios))
+    ratios = [0, *settings.k]
+    prompts = random_prompts(config.vocab_size, settings.tokens, (settings.repetitions + 1) * len(ratios))
     fresh = partial(next, iter(prompts))
 
     def answering(k: int) -> Case:
         return Case(lambda prompt: generate(llm, [prompt], k, 1), prepare=fresh)
 
-    seconds = interleaved({k: answering(k) for k in ratios}, args.repetitions)
+    seconds = interleaved({k: answering(k) for k in ratios}, settings.repetitions)
     stack = Stack.of(config)
-    dense = prefill(stack, args.tokens).total
+    dense = prefill(stack, settings.tokens).total
     middle = {k: statistics.median(times) for k, times in seconds.items()}
 
     def bound(k: int) -> float:
         plugin = VariatorConfig.from_json(plugin_folder(plugins[f"k{k}"]) / CONFIG_FILE)
-        return prefill(stack, args.tokens, plugin).total / dense
+        return prefill(stack, settings.tokens, plugin).total / dense
 
     return {
-        "model": args.model,
+        "model": settings.model,
         "vllm": vllm_version(),
-        "tokens": args.tokens,
-        "sites": list(args.sites),
-        "plugin": args.plugin,
-        "dense_tail": args.dense_tail,
-        "dtype": args.dtype,
-        "compiled": args.compile,
+        "tokens": settings.tokens,
+        "sites": list(settings.sites),
+        "plugin": list(settings.plugin),
+        "dense_tail": settings.dense_tail,
+        "dtype": settings.dtype,
+        "compiled": settings.compile,
         "threads": torch.get_num_threads(),
         "seconds": {str(k): times for k, times in seconds.items()},
         "median_seconds": {str(k): value for k, value in middle.items()},
-        "share_of_dense": {str(k): ratio(seconds[k], seconds[0]).median for k in args.k},
-        "share_of_operations": {str(k): bound(k) for k in args.k},
+        "share_of_dense": {str(k): ratio(seconds[k], seconds[0]).median for k in settings.k},
+        "share_of_operations": {str(k): bound(k) for k in settings.k},
     }
 
 
-def measure_blocks(args: argparse.Namespace, plugins: dict[str, str]) -> dict[str, Any]:
+def measure_blocks(settings: Blocks, plugins: dict[str, str]) -> dict[str, Any]:
     """Peak KV blocks of several long prompts, and how many fit at once into a small pool; exact counts."""
-    config = load_config(args.model)
-    prompts = random_prompts(config.vocab_size, args.tokens, args.requests)
-    each = -(-(args.tokens + 64) // args.block_size)
-    small = args.pool or 2 * each + 1
-    figures: dict[str, Any] = {"model": args.model, "vllm": vllm_version(), "dense_tail": args.dense_tail}
-    figures |= {"tokens": args.tokens, "requests": args.requests}
-    figures |= {"block_size": args.block_size, "small_pool": small, "peak_blocks": {}, "concurrent": {}}
-    for pool in (args.requests * each + 8, small):
+    config = load_config(settings.model)
+    prompts = random_prompts(config.vocab_size, settings.tokens, settings.requests)
+    each = -(-(settings.tokens + 64) // settings.block_size)
+    small = settings.pool or 2 * each + 1
+    figures: dict[str, Any] = {"model": settings.model, "vllm": vllm_version()}
+    figures |= {"dense_tail": settings.dense_tail, "tokens": settings.tokens, "requests": settings.requests}
+    figures |= {"block_size": settings.block_size, "small_pool": small, "peak_blocks": {}, "concurrent": {}}
+    for pool in (settings.requests * each + 8, small):
         llm = engine(
-            args,
+            settings,
             plugins,
-            max_num_seqs=args.requests,
-            max_num_batched_tokens=args.requests * args.tokens,  # all at once: nobody ends before
+            max_num_seqs=settings.requests,
+            max_num_batched_tokens=settings.requests * settings.tokens,  # all at once: nobody ends before
             num_gpu_blocks_override=pool,
             enforce_eager=True,
         )
@@ -234,7 +216,7 @@ def measure_blocks(args: argparse.Namespace, plugins: dict[str, str]) -> dict[st
             raise VariatorError(
                 "blocks are counted of one block table: give plugins whose KV cache has one ratio in all layers"
             )
-        for k in (0, *args.k):
+        for k in (0, *settings.k):
             free = cache.block_pool.get_num_free_blocks()
             blocks, requests = _peaks(llm, cache, prompts, k)
             if cache.block_pool.get_num_free_blocks() != free:
@@ -245,7 +227,7 @@ def measure_blocks(args: argparse.Namespace, plugins: dict[str, str]) -> dict[st
                 figures["peak_blocks"][str(k)] = blocks
         llm.llm_engine.engine_core.shutdown()
     peak = figures["peak_blocks"]
-    return figures | {"times_fewer_blocks": {str(k): peak["0"] / peak[str(k)] for k in args.k}}
+    return figures | {"times_fewer_blocks": {str(k): peak["0"] / peak[str(k)] for k in settings.k}}
 
 
 def _peaks(llm: Any, cache: Any, prompts: list[list[int]], k: int) -> tuple[int, int]:
@@ -268,4 +250,4 @@ def _peaks(llm: Any, cache: Any, prompts: list[list[int]], k: int) -> tuple[int,
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import model_folder
@@ -11,6 +11,7 @@ from tiny import model_folder
 from llm_variator import VariatorError
 from llm_variator.serve.load import (
     Answer,
+    Load,
     _compared,
     _summary,
     arrivals,
@@ -18,6 +19,7 @@ from llm_variator.serve.load import (
     quantile,
     text_prompts,
 )
+from llm_variator.serve.measure import Prefill, read
 
 
 def test_arrivals_rise_to_the_peak():
@@ -31,15 +33,41 @@ def test_arrivals_rise_to_the_peak():
     assert arrivals(5, 0.5, 10.0) == arrivals(5, 0.5, 10.0)
 
 
+def test_settings_from_flags_and_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("choices: [0, auto]\ntokens: [30, 50]\npolicy: {target_seconds: 0.5}\n")
+    words = [
+        "load",
+        "--config",
+        str(recipe),
+        "--tokens",
+        "40",
+        "--plugin",
+        "k2=a",
+        "k4=b",
+        "--",
+        "--port",
+        "1",
+    ]
+    settings = Load(
+        choices=(0, "auto"), tokens=(40,), policy={"target_seconds": 0.5}, plugin=("k2=a", "k4=b")
+    )
+    assert read(words) == settings
+    assert read(["load", "--choices", "0", "auto"]).choices == (0, "auto")
+    assert read(["prefill", "--k", "2", "--sites", "ffn"]) == Prefill(k=(2,), sites=("ffn",))
+    with pytest.raises(VariatorError, match="--choices: expected 0, a ratio or \"auto\", got 'two'"):
+        read(["load", "--choices", "0", "two"])
+    with pytest.raises(VariatorError, match="--requests"):
+        read(["prefill", "--requests", "3"])
+
+
 def test_earlier_runs_with_other_settings_are_refused_before_a_server_starts(tmp_path):
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps({"figures": {"settings": {"model": "m", "peak": 2.0}, "choices": {}}}))
-    args = argparse.Namespace(
-        model="m", data="d", requests=3, tokens=[4], max_tokens=5, dtype="float32", peak=3.0,
-        server_flags=[], earlier=[earlier], url=None,
-    )  # fmt: skip
+    words = ["--model", "m", "--data", "d", "--requests", "3", "--tokens", "4", "--max-tokens", "5"]
+    settings = read(["load", *words, "--peak", "3", "--earlier", str(earlier), "--", "--enforce-eager"])
     with pytest.raises(VariatorError, match=r"other settings: data, requests, .*peak, server_flags"):
-        measure_load(args, {})
+        measure_load(settings, {}, ["--enforce-eager"])
 
 
 def test_quantile():
@@ -73,11 +101,10 @@ def test_answers_are_compared():
 def test_prompts_are_distinct_stretches_of_text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(" ".join(str(number) for number in range(2000)))
-    model = model_folder()
-    args = argparse.Namespace(model=model, data=str(file), requests=20, tokens=[30, 50])
-    prompts = text_prompts(args)
+    settings = Load(model=model_folder(), data=str(file), requests=20, tokens=(30, 50))
+    prompts = text_prompts(settings)
     assert len(prompts) == len({tuple(prompt[:4]) for prompt in prompts}) == 20
     assert {len(prompt) for prompt in prompts} <= set(range(30, 51))
     assert len({len(prompt) for prompt in prompts}) > 3
     with pytest.raises(VariatorError, match="cannot be cut"):
-        text_prompts(argparse.Namespace(**vars(args) | {"tokens": [30, 50_000]}))
+        text_prompts(replace(settings, tokens=(30, 50_000)))
