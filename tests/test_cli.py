@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from llm_variator import VariatorConfig, VariatorError, cli, flags
-from llm_variator.cli import REQUIRED, flag
+from llm_variator import VariatorConfig, VariatorError, cli
+from llm_variator.cli import REQUIRED, flag, flags
 from llm_variator.cli.values import PositiveFloat, PositiveInt
 
 

@@ -89,7 +89,7 @@ def _options(default: Any, hint: Any, how: Mapping[str, Any]) -> dict[str, Any]:
     # Defaults are the dataclass's alone: what is parsed is what was given.
     options |= {
         "default": argparse.SUPPRESS,
-        "help": argparse.SUPPRESS if "hidden" in how else _help(default, how).replace("%", "%%"),
+        "help": argparse.SUPPRESS if "hidden" in how else _help(default, hint, how).replace("%", "%%"),
     }
     if NoneType in get_args(hint):  # X | None
         hint = next(part for part in get_args(hint) if part is not NoneType)
@@ -105,11 +105,12 @@ def _options(default: Any, hint: Any, how: Mapping[str, Any]) -> dict[str, Any]:
     return options | {"type": get_args(hint)[1] if get_origin(hint) is Annotated else hint}
 
 
-def _help(default: Any, how: Mapping[str, Any]) -> str:
+def _help(default: Any, hint: Any, how: Mapping[str, Any]) -> str:
     text = str(how["text"])
     if default is REQUIRED:
         return f"{text} (required)"
     if default is None or default is False or default == () or "(default" in text:
         return text
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    between = " " if get_origin(hint) is tuple else ","  # as it is typed: several words, or one
+    shown = between.join(map(str, default)) if isinstance(default, tuple) else str(default)
     return f"{text} (default: {shown})"

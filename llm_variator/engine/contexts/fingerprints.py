@@ -66,7 +66,7 @@ def function_state(base: Any) -> dict[str, str]:
             scales = {one: module.scaling.get(one) for one in used}
             adapters.append([name, scales, sorted(map(str, getattr(module, "merged_adapters", ())))])
     config = {name: value for name, value in base.config.to_dict().items() if name not in _IDLE}
-    return {"adapters": _digest(adapters), "settings": _digest(config)}
+    return {"adapters": _digest(adapters), "settings": _digest(config), "number format": str(base.dtype)}
 
 
 def check_function(base: Any, made: Mapping[str, str], what: str) -> None:
