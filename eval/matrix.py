@@ -35,7 +35,18 @@ def run(python: Path, tests: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        flags = ["-n", "2", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        # the test of what this command writes comes after it
+        later = "tests/engine/test_proof.py::test_the_matrix_has_passed_what_is_claimed"
+        flags = [
+            f"--deselect={later}",
+            "-n",
+            "2",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *tests,
+        ]
         code = subprocess.run(
             [python, "-m", "pytest", *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}
         ).returncode

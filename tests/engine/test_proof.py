@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import tomllib
 import types
@@ -424,17 +425,11 @@ def test_attaching_leaves_no_trace(decoder):
         model.kv_cache_report()
 
 
-def test_encoders_are_checked_too(encoder, monkeypatch):
+def test_modules_that_run_past_their_hooks_are_noticed(encoder, monkeypatch):
     base = make_encoder(encoder)
-    block = VariatorModel(base)._architecture.blocks(base)[1]
-    base = copy.deepcopy(base)
-    ffn = "intermediate" if encoder == "bert" else "layer.1"
-    block = type(VariatorModel(make_encoder(encoder))._architecture).blocks(
-        VariatorModel(copy.deepcopy(base))._architecture, base
-    )[1]
-    inner = block.get_submodule(ffn) if encoder == "bert" else block.get_submodule(ffn).DenseReluDense
-    inner.__call__ = None
-    monkeypatch.setattr(type(inner), "__call__", lambda self, x, *rest: self.forward(x, *rest))
+    path = "layer.1.intermediate" if encoder == "bert" else "block.1.layer.1.DenseReluDense"
+    ffn = base.base_model.encoder.get_submodule(path)
+    monkeypatch.setattr(type(ffn), "__call__", lambda self, x: self.forward(x))
     with pytest.raises(VariatorError, match="site 'ffn' of layer 0 did not merge"):
         VariatorModel(base)
 
@@ -454,3 +449,16 @@ def test_the_floor_is_the_one_declared():
     (declared,) = [need for need in project["dependencies"] if need.startswith("transformers")]
     floor = declared.removeprefix("transformers>=").split(",")[0]
     assert selfcheck.OLDEST_TESTED.startswith(floor)
+
+
+def test_the_matrix_has_passed_what_is_claimed():
+    """`make test-matrix` stores what it ran: the ends of the range that `selfcheck` names, without a failure."""
+    file = ROOT / "eval" / "results" / "test-matrix.json"
+    found = json.loads(file.read_text(encoding="utf-8"))["figures"]["environments"]
+    ran = {name: figures["versions"]["transformers"] for name, figures in found.items()}
+    assert ran["oldest"] == selfcheck.OLDEST_TESTED
+    assert ran["newest"] == selfcheck.NEWEST_TESTED
+    assert not any(
+        figures["failures"] or figures["errors"] or figures["exit_status"] for figures in found.values()
+    )
+    assert all(figures["tests"] > 2000 for figures in found.values())
