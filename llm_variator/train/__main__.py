@@ -103,7 +103,8 @@ def _check_same_settings(settings: Settings) -> None:
     before = {key: value for key, value in before.items() if key not in FREE_ON_RESUME}
     now = _deciding(settings)
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
-    for key in now.keys() - before.keys():  # a flag that is younger than the run: it ran as the default does
+    # a flag that is younger than the run: it ran as the default does
+    for key in now.keys() - before.keys() - {"model"}:
         before[key] = json.loads(json.dumps(defaults[key]))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed == ["grad_accum"]:

@@ -19,6 +19,7 @@ from llm_variator.train.losses import LOSSES
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 # Settings that a resumed run may change: all but --max-steps leave what is learned as it was.
+# `config` is the recipe's name, as the flags of a table may hold it.
 FREE_ON_RESUME = frozenset(
     {"config", "data_dir", "device", "eval_every", "logging_every", "max_steps", "name", "output", "resume"}
     | {"save_dtype", "save_every", "save_total_limit", "tensorboard", "drop_checkpoints", "test_limit"}

@@ -68,6 +68,19 @@ def test_wrong_flag(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("device", "count", "message"),
+    [("cuda", 0, "--device cuda: PyTorch finds no CUDA device"), ("auto", 2, "several GPUs are visible")],
+)
+def test_device_that_cannot_be_used(tmp_path, monkeypatch, device, count, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(VariatorError, match=message):
+        train(tmp_path / "run", device=device)
+    assert not (tmp_path / "run").exists()
+
+
 def test_empty_corpus(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(VariatorError, match="holds no text"):

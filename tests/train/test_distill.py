@@ -270,7 +270,7 @@ def test_flags_younger_than_a_run_count_as_their_defaults(half_way):
 
 
 def test_records_of_earlier_versions(half_way):
-    """They hold no plugin flag that was not given, and once held the recipe's name."""
+    """They hold no plugin flag that was not given; what a resumed run may change is never compared."""
     _, half, settings = half_way
     record = half / "run.json"
     before = {name: value for name, value in json.loads(record.read_text()).items() if value is not None}
