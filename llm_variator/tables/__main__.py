@@ -9,10 +9,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llm_variator import old_cli as cli
+from llm_variator import cli
+from llm_variator.cli import REQUIRED, flag
+from llm_variator.cli.values import Names
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.measures.results import write_result
@@ -22,51 +25,55 @@ from llm_variator.tables.render import averages, markdown
 from llm_variator.tables.runner import Cell, Runner
 
 
-def build_parser() -> cli.Parser:
-    """Every flag of the command."""
-    parser = cli.Parser(
-        prog="python -m llm_variator.tables",
-        description="Run the experiments behind a table, skipping finished ones, and write the table.",
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Run the experiments behind a table, skipping finished ones, and write the table."""
+
+    recipe: Path = flag(REQUIRED, "the table: a YAML file", positional=True)
+    model: str | None = flag(None, "in place of the recipe's: alias, local folder or hub id")
+    rows: tuple[str, ...] = flag((), "run these only (default: all)", metavar="ROW")
+    columns: Names = flag((), "run these tasks only, as in sst2,mnli (default: all)")
+    runs: Path = flag(Path("runs/tables"), "where runs are kept", metavar="DIR")
+    results: Path = flag(Path("eval/results"), "for NAME.json and NAME.md", metavar="DIR")
+    data_dir: Path | None = flag(
+        None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
     )
-    add = parser.add_argument
-    add("recipe", help="the table: a YAML file")
-    add("--model", help="in place of the recipe's: alias, local folder or hub id")
-    add("--rows", nargs="+", default=[], metavar="ROW", help="run these only (default: all)")
-    add("--columns", type=cli.names, default=(), help="run these tasks only, as in sst2,mnli (default: all)")
-    add("--runs", type=Path, default=Path("runs/tables"), metavar="DIR", help="where runs are kept")
-    add("--results", type=Path, default=Path("eval/results"), metavar="DIR", help="for NAME.json and NAME.md")
-    add(
-        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
+    device: Literal["auto", "cpu", "cuda"] | None = flag(
+        None, "where to train (default: the recipe's, or auto)"
     )
-    add("--device", choices=["auto", "cpu", "cuda"], help="where to train (default: the recipe's, or auto)")
-    add("--dry-run", action="store_true", help="check the recipe and list the runs it lacks; run nothing")
-    return parser
+    dry_run: bool = flag(False, "check the recipe and list the runs it lacks; run nothing")
+
+
+def read(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line gives."""
+    return cli.read(Settings, argv, prog="python -m llm_variator.tables")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the table; each finished cell is written at once."""
     started = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(argv)
-    table = read_table(args.recipe)
-    _check_selection("row", args.rows, [row.name for row in table.rows])
-    _check_selection("column", args.columns, table.columns)
+    settings = read(argv)
+    table = read_table(settings.recipe)
+    _check_selection("row", settings.rows, [row.name for row in table.rows])
+    _check_selection("column", settings.columns, table.columns)
     chosen = [
         (row, task)
         for task in table.columns
         for row in table.rows
-        if (not args.rows or row.name in args.rows) and (not args.columns or task in args.columns)
+        if (not settings.rows or row.name in settings.rows)
+        and (not settings.columns or task in settings.columns)
     ]
-    circumstances = {"device": args.device, "data_dir": args.data_dir}
-    settings: Any = {"model": args.model, "circumstances": circumstances}
-    plan = Runner(table, args.runs, **settings, dry=True, say=print if args.dry_run else _say_nothing)
+    circumstances = {"device": settings.device, "data_dir": settings.data_dir}
+    shared: Any = {"model": settings.model, "circumstances": circumstances}
+    plan = Runner(table, settings.runs, **shared, dry=True, say=print if settings.dry_run else _say_nothing)
     for row, task in chosen:  # a wrong flag of the last run must not wait until all others are done
         plan.cell(row, task)
-    if args.dry_run:
+    if settings.dry_run:
         return
-    runner = Runner(table, args.runs, **settings)
-    model = args.model or table.model
-    file = args.results / f"{table.name}.json"
+    runner = Runner(table, settings.runs, **shared)
+    model = settings.model or table.model
+    file = settings.results / f"{table.name}.json"
     cells = _known_cells(file, table, model)
     costs = row_costs(table, model)
     for row, task in chosen:
@@ -101,12 +108,12 @@ def _check_selection(what: str, wanted: Sequence[str], known: Sequence[str]) -> 
 def _known_cells(file: Path, table: TableRecipe, model: str) -> dict[str, dict[str, Cell]]:
     """Cells of an earlier call of which the recipe still says the same."""
     try:
-        read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"]["cells"]
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"]["cells"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VariatorError(f"{file} is no table that can be continued ({error}): move it away") from None
-    kept = _in_order(read, table)
+    kept = _in_order(found, table)
     for row in table.rows:
         for task, cell in list(kept.get(row.name, {}).items()):
             if cell.get("recipe") != table.digest(row, task, model):

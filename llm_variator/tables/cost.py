@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from transformers import PreTrainedModel
 
-from llm_variator import old_cli as cli
+from llm_variator import cli
 from llm_variator.baselines import make_student
+from llm_variator.cli import flags
 from llm_variator.config import VariatorConfig
 from llm_variator.measures.operations import EncoderShape, Stack, encoding, parameters, prefill
 from llm_variator.model import VariatorModel
@@ -38,11 +37,11 @@ def _cost(base: PreTrainedModel, row: Row, table: TableRecipe) -> dict[str, floa
             count = parameters(attached.plugin())
             attached.unload()
         else:
-            flags = table.flags("adapt", row)
+            said = table.flags("adapt", row)
             if row.method == "ltp":
-                keep = flags.get("keep", 0.25)
+                keep = said.get("keep", 0.25)
             else:
-                counted = make_student(base, flags.get("student_layers"))
+                counted = make_student(base, said.get("student_layers"))
                 shape_of = counted.config
             count = parameters(counted)
     if base.config.is_encoder_decoder or base.config.model_type == "bert":
@@ -55,6 +54,5 @@ def _cost(base: PreTrainedModel, row: Row, table: TableRecipe) -> dict[str, floa
 
 
 def _plugin_config(row: Row) -> VariatorConfig:
-    parser = argparse.ArgumentParser()
-    cli.add_variator_flags(parser)
-    return cli.variator_config_from(cli.parse(parser, as_argv(row.plugin)))
+    argv = as_argv(row.plugin)
+    return cli.read(flags.PluginConfig, argv, prog="python -m llm_variator.train").plugin_config()

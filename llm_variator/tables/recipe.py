@@ -32,8 +32,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_variator.cli import read_recipe
 from llm_variator.errors import VariatorError
-from llm_variator.old_cli import read_recipe
 from llm_variator.sources.tasks import TASKS
 
 METHODS = ("original", "variator", "distill", "ltp")

@@ -18,11 +18,11 @@ from typing import Any
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.__main__ import main as evaluate
 from llm_variator.measures.results import scrub_paths
-from llm_variator.old_cli import parse
 from llm_variator.tables.recipe import Flags, Row, TableRecipe, as_argv
 from llm_variator.train.__main__ import RESULT_FILE
 from llm_variator.train.__main__ import main as train
-from llm_variator.train.flags import FREE_ON_RESUME, build_parser, check_flags
+from llm_variator.train.__main__ import read as train_settings
+from llm_variator.train.settings import FREE_ON_RESUME, check_machine
 from llm_variator.train.trainer import checkpoints, last_complete_checkpoint
 
 Cell = dict[str, Any]
@@ -104,7 +104,7 @@ class Runner:
         self._say(f"{folder.name}: {_words(flags)}")
         if self._dry:
             self._checked.add(folder)
-            check_flags(parse(build_parser(), as_argv(flags)))
+            check_machine(train_settings(as_argv(flags)))
             return folder
         resume = False
         if checkpoints(folder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -17,16 +17,16 @@ import torch
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from llm_variator import old_cli as cli
+from llm_variator import cli
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_result
 from llm_variator.sources.models import load_model
 from llm_variator.sources.models.quantisation import base_bytes, predicted_bytes
 from llm_variator.train.distributed import is_main_process, wants_fsdp, world_size
-from llm_variator.train.flags import FREE_ON_RESUME, SCHEDULES, build_parser, check_flags, default_name
 from llm_variator.train.least_squares import LeastSquares
 from llm_variator.train.objective import forward_arguments
+from llm_variator.train.settings import FREE_ON_RESUME, SCHEDULES, Settings, check_machine
 from llm_variator.train.stages import Run, prepare
 from llm_variator.train.trainer import VariatorTrainer, checkpoints, last_complete_checkpoint
 
@@ -34,81 +34,88 @@ RUN_FILE = "run.json"
 RESULT_FILE = "training.json"
 
 
+def read(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line, with its recipe, gives."""
+    return cli.read(Settings, argv, prog="python -m llm_variator.train")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the flags say; what is trained and training.json end up in the output folder."""
     started = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = cli.parse(build_parser(), argv)
-    check_flags(args)
-    args.output = args.output or Path("runs") / (args.name or default_name(args))
-    checkpoint = _check_output(args)
+    settings = read(argv)
+    check_machine(settings)
+    checkpoint = _check_output(settings)
 
-    run = prepare(args)
+    run = prepare(settings)
     if is_main_process():
         _print_trainable(run)
-        write_atomically(args.output / RUN_FILE, json.dumps(_settings(args), indent=2) + "\n")
-    trainer = _trainer(args, run, resuming=checkpoint is not None)
-    if args.init == "least-squares" and checkpoint is None:
-        _start_by_least_squares(args, run, trainer)
+        write_atomically(settings.folder / RUN_FILE, json.dumps(_deciding(settings), indent=2) + "\n")
+    trainer = _trainer(settings, run, resuming=checkpoint is not None)
+    if settings.init == "least-squares" and checkpoint is None:
+        _start_by_least_squares(settings, run, trainer)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
-        if checkpoints(args.output):
-            print(f"\n--resume goes on from the last checkpoint in {args.output}", file=sys.stderr)
+        if checkpoints(settings.folder):
+            print(f"\n--resume goes on from the last checkpoint in {settings.folder}", file=sys.stderr)
         raise
-    if args.stage == "pretrain" and (
+    if settings.stage == "pretrain" and (
         not trainer.evaluations or trainer.evaluations[-1]["step"] != trainer.state.global_step
     ):
         trainer.evaluate()
-    held_out = _held_out(args, trainer, run)
+    held_out = _held_out(settings, trainer, run)
     if trainer.is_world_process_zero():
-        _finish(args, argv, trainer, run, held_out, started)
+        _finish(settings, argv, trainer, run, held_out, started)
 
 
-def _check_output(args: argparse.Namespace) -> Path | None:
+def _check_output(settings: Settings) -> Path | None:
     """The checkpoint to resume from, if any; raises before any long work if the folder cannot be used."""
-    if args.resume:
-        checkpoint = last_complete_checkpoint(args.output)
-        _check_same_settings(args)
+    if settings.resume:
+        checkpoint = last_complete_checkpoint(settings.folder)
+        _check_same_settings(settings)
         return checkpoint
-    if checkpoints(args.output):
-        raise VariatorError(f"{args.output} holds checkpoints: add --resume, or choose another --output")
-    place = args.output.absolute()
+    if checkpoints(settings.folder):
+        raise VariatorError(f"{settings.folder} holds checkpoints: add --resume, or choose another --output")
+    place = settings.folder.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise VariatorError(f"cannot write to {args.output}: choose another --output")
+        raise VariatorError(f"cannot write to {settings.folder}: choose another --output")
     return None
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _deciding(settings: Settings) -> dict[str, Any]:
     """The flags that decide what is learned, as plain JSON."""
-    kept = {key: value for key, value in vars(args).items() if key not in FREE_ON_RESUME}
-    kept["grad_accum"] *= (
-        world_size()
-    )  # what is learned depends on the micro-batches of a step, wherever they run
-    settings: dict[str, Any] = json.loads(json.dumps(kept))
-    return settings
+    kept = {key: value for key, value in vars(settings).items() if key not in FREE_ON_RESUME}
+    # what is learned depends on the micro-batches of a step, wherever they run
+    kept["grad_accum"] *= world_size()
+    plain: dict[str, Any] = json.loads(json.dumps(kept))
+    return plain
 
 
-def _check_same_settings(args: argparse.Namespace) -> None:
-    record = args.output / RUN_FILE
+def _check_same_settings(settings: Settings) -> None:
+    record = settings.folder / RUN_FILE
     try:
         before = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VariatorError(f"cannot resume: {record} is not readable ({error}); start anew") from None
-    now = _settings(args)
-    for key in now.keys() - before.keys():  # a flag that is younger than the run: it ran as the default does
-        before[key] = build_parser().get_default(key)
+    before = {key: value for key, value in before.items() if key not in FREE_ON_RESUME}
+    now = _deciding(settings)
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    # a flag that is younger than the run: it ran as the default does
+    for key in now.keys() - before.keys() - {"model"}:
+        before[key] = json.loads(json.dumps(defaults[key]))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed == ["grad_accum"]:
         raise VariatorError(
-            f"cannot resume {args.output}: its steps have {before['grad_accum']} micro-batches, here they would have "
-            f"{now['grad_accum']} (--grad-accum times {world_size()} processes): change --grad-accum"
+            f"cannot resume {settings.folder}: its steps have {before['grad_accum']} micro-batches, "
+            f"here they would have {now['grad_accum']} "
+            f"(--grad-accum times {world_size()} processes): change --grad-accum"
         )
     if changed:
         was = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
-        raise VariatorError(f"cannot resume {args.output} with other settings: {was}")
+        raise VariatorError(f"cannot resume {settings.folder} with other settings: {was}")
 
 
 def _print_trainable(run: Run) -> None:
@@ -120,36 +127,36 @@ def _print_trainable(run: Run) -> None:
     print(f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters are trained")
 
 
-def _trainer(args: argparse.Namespace, run: Run, *, resuming: bool) -> VariatorTrainer:
-    if args.tensorboard:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output / "runs"))
-    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
-    keeps_best = args.stage != "pretrain" and args.save_every > 0
+def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer:
+    if settings.tensorboard:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(settings.folder / "runs"))
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    keeps_best = settings.stage != "pretrain" and settings.save_every > 0
     arguments = TrainingArguments(
-        output_dir=str(args.output),
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.grad_accum,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type=SCHEDULES[args.schedule],
-        warmup_steps=args.warmup_steps,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
-        bf16=args.bf16,
+        output_dir=str(settings.folder),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.grad_accum,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
         use_cpu=on_cpu,
-        seed=args.seed,
+        seed=settings.seed,
         eval_strategy="steps",
-        eval_steps=args.eval_every,
+        eval_steps=settings.eval_every,
         eval_on_start=not resuming,
-        save_strategy="steps" if args.save_every else "no",
-        save_steps=args.save_every or args.max_steps,
-        save_total_limit=args.save_total_limit,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or settings.max_steps,
+        save_total_limit=settings.save_total_limit,
         load_best_model_at_end=keeps_best,
         metric_for_best_model=run.judge.figure if keeps_best else None,
         greater_is_better=run.judge.higher_is_better if keeps_best else None,
-        logging_steps=args.logging_every,
-        report_to=["tensorboard"] if args.tensorboard else "none",
+        logging_steps=settings.logging_every,
+        report_to=["tensorboard"] if settings.tensorboard else "none",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
@@ -164,7 +171,7 @@ def _trainer(args: argparse.Namespace, run: Run, *, resuming: bool) -> VariatorT
     )
 
 
-def _start_by_least_squares(args: argparse.Namespace, run: Run, trainer: VariatorTrainer) -> None:
+def _start_by_least_squares(settings: Settings, run: Run, trainer: VariatorTrainer) -> None:
     """On the first examples of the run, and those a longer run would read next."""
     assert run.plugin is not None
     if wants_fsdp():
@@ -173,20 +180,20 @@ def _start_by_least_squares(args: argparse.Namespace, run: Run, trainer: Variato
         )
     stream: Any = trainer.train_dataset
     batches, tokens, start = [], 0, 0
-    while tokens < args.init_tokens:
-        examples = [stream[index] for index in range(start, start + args.batch_size)]
+    while tokens < settings.init_tokens:
+        examples = [stream[index] for index in range(start, start + settings.batch_size)]
         batches.append(forward_arguments(run.plugin, trainer._prepare_inputs(run.collate(examples))))
         tokens += batches[-1]["input_ids"].numel()
-        start += args.batch_size
+        start += settings.batch_size
     with tqdm(
         desc=f"least squares over {tokens:,} tokens", unit=" layers", disable=not is_main_process()
     ) as bar:
         LeastSquares(run.plugin, batches).fit(progress=lambda name: bar.update() or None)
 
 
-def _held_out(args: argparse.Namespace, trainer: VariatorTrainer, run: Run) -> dict[str, float]:
+def _held_out(settings: Settings, trainer: VariatorTrainer, run: Run) -> dict[str, float]:
     """The figures of the result; all processes measure, as a sharded base takes all of them."""
-    if args.stage != "pretrain":
+    if settings.stage != "pretrain":
         return run.final_judge(run.learner)
     last = trainer.evaluations[-1]
     return {
@@ -195,7 +202,7 @@ def _held_out(args: argparse.Namespace, trainer: VariatorTrainer, run: Run) -> d
 
 
 def _finish(
-    args: argparse.Namespace,
+    settings: Settings,
     argv: Sequence[str],
     trainer: VariatorTrainer,
     run: Run,
@@ -218,13 +225,13 @@ def _finish(
         "peak_memory_gib": peak_memory_gib(),
         "data": run.data,
         "config": None if run.plugin is None else run.plugin.plugin().config.to_dict(),
-        "base": None if run.plugin is None else _base_facts(args, run.plugin.base),
+        "base": None if run.plugin is None else _base_facts(settings, run.plugin.base),
     }
     result = write_result(
-        args.output / RESULT_FILE,
+        settings.folder / RESULT_FILE,
         figures,
         command=["llm_variator.train", *argv],
-        seed=args.seed,
+        seed=settings.seed,
         started=started,
     )
     words = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
@@ -234,33 +241,33 @@ def _finish(
         )
         facts = {
             **{name: scrub_paths(value) for name, value in run.data.items()},
-            "steps": f"{args.max_steps}, each {args.batch_size * args.grad_accum * world_size()} rows",
-            "loss": args.loss,
+            "steps": f"{settings.max_steps}, each {settings.batch_size * settings.grad_accum * world_size()} rows",
+            "loss": settings.loss,
             "wall time": f"{result['wall_seconds']:.0f} s on {where}",
-            "held out" if args.stage != "pretrain" else "held-out figures": words,
+            "held out" if settings.stage != "pretrain" else "held-out figures": words,
             "command": f"`{result['command']}`",
         }
-        run.plugin.save_pretrained(args.output, dtype=getattr(torch, args.save_dtype), facts=facts)
+        run.plugin.save_pretrained(settings.folder, dtype=getattr(torch, settings.save_dtype), facts=facts)
     else:
-        run.learner.save(args.output)
-        run.tokenizer.save_pretrained(args.output)
-    if args.drop_checkpoints:
-        for checkpoint in checkpoints(args.output):
+        run.learner.save(settings.folder)
+        run.tokenizer.save_pretrained(settings.folder)
+    if settings.drop_checkpoints:
+        for checkpoint in checkpoints(settings.folder):
             shutil.rmtree(checkpoint)
     print(f"held out: {words}")
-    print(f"{'plugin' if run.plugin is not None else 'model'} saved to {args.output}")
+    print(f"{'plugin' if run.plugin is not None else 'model'} saved to {settings.folder}")
 
 
-def _base_facts(args: argparse.Namespace, base: Any) -> dict[str, Any]:
+def _base_facts(settings: Settings, base: Any) -> dict[str, Any]:
     """How the frozen base is held; the bytes of its weights, and what arithmetic expects of them."""
     shape = load_model(
-        args.model, random_init=True, num_layers=args.num_layers, device="meta", dtype=base.dtype
+        settings.model, random_init=True, num_layers=settings.num_layers, device="meta", dtype=base.dtype
     )
     return {
-        "quantize": args.quantize,
+        "quantize": settings.quantize,
         "dtype": str(base.dtype).removeprefix("torch."),
         "bytes": base_bytes(base),
-        "predicted_bytes": predicted_bytes(shape, args.quantize),
+        "predicted_bytes": predicted_bytes(shape, settings.quantize),
     }
 
 

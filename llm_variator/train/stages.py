@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm_variator import old_cli as cli
 from llm_variator.baselines import TokenPruning, make_student
 from llm_variator.engine.groups import split
 from llm_variator.engine.plugin import SiteLayers
@@ -22,14 +20,15 @@ from llm_variator.sources.models import load_config, load_model, load_tokenizer
 from llm_variator.sources.tasks import find_task, load_examples
 from llm_variator.sources.tasks.examples import Example
 from llm_variator.sources.tasks.forms import TaskForm, form_for
+from llm_variator.sources.tasks.table import Task
 from llm_variator.train.corruption import Corrupted, span_corruption, stack, token_masking
 from llm_variator.train.data import Corpus, ExampleStream, TrainingStream, build_corpus, collate
 from llm_variator.train.distributed import announce
-from llm_variator.train.flags import prompt_range
 from llm_variator.train.judges import ContinuationJudge, Judge, LossJudge, TaskJudge
 from llm_variator.train.learners import Learner, ModelLearner, PluginLearner
 from llm_variator.train.least_squares import restoring_sites
 from llm_variator.train.objective import Objective
+from llm_variator.train.settings import Settings
 from llm_variator.train.trainer import examples_in
 
 SEQ_LENGTH = {"decoder": 384, "encoder": 128}  # of windows; 128 is the paper's (appendix A.1)
@@ -60,32 +59,34 @@ class Run:
         return model if isinstance(model, VariatorModel) else None
 
 
-def prepare(args: argparse.Namespace) -> Run:
+def prepare(settings: Settings) -> Run:
     """Load model and data for the stage that the flags name.
 
     Raises:
         VariatorError: they cannot be loaded, or do not go together.
     """
-    if args.stage == "pretrain":
-        config = load_config(args.model)
+    if settings.stage == "pretrain":
+        config = load_config(settings.model)
         is_decoder = not config.is_encoder_decoder and config.model_type != "bert"
-        return _pretrain_decoder(args) if is_decoder else _pretrain_encoder(args)
-    return _task_run(args)
+        return _pretrain_decoder(settings) if is_decoder else _pretrain_encoder(settings)
+    return _task_run(settings)
 
 
 # --- plain text
 
 
-def _pretrain_decoder(args: argparse.Namespace) -> Run:
-    if args.method != "variator":
+def _pretrain_decoder(settings: Settings) -> Run:
+    if settings.method != "variator":
         raise VariatorError("the baselines of the paper are encoders': T5 or BERT, not a decoder")
-    seq_length = args.seq_length or SEQ_LENGTH["decoder"]
-    prompt_tokens = prompt_range(args, seq_length)
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    corpus = _corpus(args, tokenizer, seq_length)
-    learner = _plugin_learner(args, _base(args))
+    seq_length = settings.seq_length or SEQ_LENGTH["decoder"]
+    prompt_tokens = settings.prompt_range(seq_length)
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    corpus = _corpus(settings, tokenizer, seq_length)
+    learner = _plugin_learner(settings, _base(settings))
     _check_prompts(learner.model, prompt_tokens[0])
-    judge = ContinuationJudge(corpus.held_out, continuation=args.continuation, batch_size=args.batch_size)
+    judge = ContinuationJudge(
+        corpus.held_out, continuation=settings.continuation, batch_size=settings.batch_size
+    )
 
     def stream(arguments: TrainingArguments) -> TrainingStream:
         return TrainingStream(
@@ -93,37 +94,39 @@ def _pretrain_decoder(args: argparse.Namespace) -> Run:
             length=examples_in(arguments),
             batch_size=arguments.train_batch_size,
             prompt_tokens=prompt_tokens,
-            seed=args.seed,
-            recall=args.recall,
+            seed=settings.seed,
+            recall=settings.recall,
         )
 
     announce(
         f"{sum(map(len, corpus.train)):,} windows of {seq_length} tokens to train on, "
         f"{len(corpus.held_out)} held out; prompts of {prompt_tokens[0]} to {prompt_tokens[1]} tokens"
     )
-    objective = Objective(learner, args.loss, kl_weight=args.kl_weight, continuation=args.continuation)
-    return Run(learner, tokenizer, stream, collate, objective, judge, judge, _texts(args))
+    objective = Objective(
+        learner, settings.loss, kl_weight=settings.kl_weight, continuation=settings.continuation
+    )
+    return Run(learner, tokenizer, stream, collate, objective, judge, judge, _texts(settings))
 
 
-def _pretrain_encoder(args: argparse.Namespace) -> Run:
-    if args.recall:
+def _pretrain_encoder(settings: Settings) -> Run:
+    if settings.recall:
         raise VariatorError("--recall is for decoders: nothing follows what an encoder reads")
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    base = _base(args)
-    if args.method == "variator":
-        learner: Learner = _plugin_learner(args, base)
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    base = _base(settings)
+    if settings.method == "variator":
+        learner: Learner = _plugin_learner(settings, base)
     else:
-        learner = ModelLearner(_student(args, base), base)
+        learner = ModelLearner(_student(settings, base), base)
     if base.config.is_encoder_decoder:
         corruption = span_corruption(tokenizer, base.config.decoder_start_token_id)
     else:
         corruption = token_masking(tokenizer)
-    seq_length = args.seq_length or SEQ_LENGTH["encoder"]
-    corpus = _corpus(args, tokenizer, seq_length)
-    objective = Objective(learner, args.loss, kl_weight=args.kl_weight)
+    seq_length = settings.seq_length or SEQ_LENGTH["encoder"]
+    corpus = _corpus(settings, tokenizer, seq_length)
+    objective = Objective(learner, settings.loss, kl_weight=settings.kl_weight)
     held_out = Corrupted(list(corpus.held_out), corruption, seed=0)
     rows = [held_out[index] for index in range(len(held_out))]
-    size = args.batch_size
+    size = settings.batch_size
     judge = LossJudge(objective, [stack(rows[start : start + size]) for start in range(0, len(rows), size)])
 
     def stream(arguments: TrainingArguments) -> Corrupted:
@@ -132,64 +135,66 @@ def _pretrain_encoder(args: argparse.Namespace) -> Run:
             length=examples_in(arguments),
             batch_size=arguments.train_batch_size,
             prompt_tokens=(seq_length, seq_length),
-            seed=args.seed,
+            seed=settings.seed,
         )
-        return Corrupted(windows, corruption, seed=args.seed)
+        return Corrupted(windows, corruption, seed=settings.seed)
 
     announce(
         f"{sum(map(len, corpus.train)):,} windows of {seq_length} tokens to train on, "
         f"{len(corpus.held_out)} held out"
     )
-    return Run(learner, tokenizer, stream, stack, objective, judge, judge, _texts(args))
+    return Run(learner, tokenizer, stream, stack, objective, judge, judge, _texts(settings))
 
 
-def _base(args: argparse.Namespace, num_labels: int | None = None) -> PreTrainedModel:
+def _base(settings: Settings, num_labels: int | None = None) -> PreTrainedModel:
     """The base model. A quantised one is made where it is used; the Trainer moves the others there."""
     device = "cpu"
-    if args.quantize and args.device != "cpu" and torch.cuda.is_available():
+    if settings.quantize and settings.device != "cpu" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return load_model(args.model, **cli.model_options(args), num_labels=num_labels, device=device)
+    return load_model(settings.model, **settings.loading(), num_labels=num_labels, device=device)
 
 
-def _corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Corpus:
+def _corpus(settings: Settings, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Corpus:
     return build_corpus(
-        parse_sources(args.data),
+        parse_sources(settings.data),
         tokenizer,
         seq_length=seq_length,
-        eval_windows=args.eval_windows,
-        eval_sources=parse_sources(args.eval_data) if args.eval_data else (),
-        data_dir=args.data_dir,
+        eval_windows=settings.eval_windows,
+        eval_sources=parse_sources(settings.eval_data) if settings.eval_data else (),
+        data_dir=settings.data_dir,
     )
 
 
-def _texts(args: argparse.Namespace) -> dict[str, str]:
+def _texts(settings: Settings) -> dict[str, str]:
     return {
-        "trained on": ", ".join(args.data),
-        "held out": ", ".join(args.eval_data) or "other documents of the same text",
+        "trained on": ", ".join(settings.data),
+        "held out": ", ".join(settings.eval_data) or "other documents of the same text",
     }
 
 
 # --- tasks
 
 
-def _task_run(args: argparse.Namespace) -> Run:
-    task = find_task(args.task)
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    train = load_examples(task, "train", data_dir=args.data_dir, limit=args.train_limit)
-    test = load_examples(task, "validation", data_dir=args.data_dir, limit=args.test_limit)
-    validation = _part(test, args.eval_limit)
-    base = _load(args)
-    form = form_for(base, task, tokenizer, max_length=args.max_length)
-    learner = _finetuned(args, base) if args.stage == "finetune" else _adapted(args, base)
-    distillation = None if args.stage == "finetune" else args.loss
-    objective = Objective(learner, distillation, kl_weight=args.kl_weight, task_weight=args.task_weight)
+def _task_run(settings: Settings) -> Run:
+    task = _task(settings)
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    train = load_examples(task, "train", data_dir=settings.data_dir, limit=settings.train_limit)
+    test = load_examples(task, "validation", data_dir=settings.data_dir, limit=settings.test_limit)
+    validation = _part(test, settings.eval_limit)
+    base = _load(settings)
+    form = form_for(base, task, tokenizer, max_length=settings.max_length)
+    learner = _finetuned(settings, base) if settings.stage == "finetune" else _adapted(settings, base)
+    distillation = None if settings.stage == "finetune" else settings.loss
+    objective = Objective(
+        learner, distillation, kl_weight=settings.kl_weight, task_weight=settings.task_weight
+    )
 
     def stream(arguments: TrainingArguments) -> ExampleStream:
         return ExampleStream(
             train,
             length=examples_in(arguments),
             batch_size=arguments.train_batch_size,
-            seed=args.seed,
+            seed=settings.seed,
         )
 
     announce(f"{task.name}: {len(train):,} examples to train on, {len(test):,} to test on")
@@ -197,19 +202,24 @@ def _task_run(args: argparse.Namespace) -> Run:
         "trained on": f"{train[0].origin.name}: {train[0].origin.describe(len(train))}",
         "measured on": f"{test[0].origin.name}: {test[0].origin.describe(len(test))}",
     }
-    judges = (_judge(form, validation, args), _judge(form, test, args))
+    judges = (_judge(form, validation, settings), _judge(form, test, settings))
     return Run(learner, tokenizer, stream, form.collate, objective, *judges, data)
 
 
-def _load(args: argparse.Namespace) -> PreTrainedModel:
+def _task(settings: Settings) -> Task:
+    assert settings.task is not None  # of every stage but pretrain
+    return find_task(settings.task)
+
+
+def _load(settings: Settings) -> PreTrainedModel:
     """The model; a BERT with a head for the task's labels."""
-    labels = len(find_task(args.task).answers) or None
-    is_bert = load_config(args.model).model_type == "bert"
-    return _base(args, num_labels=labels if is_bert else None)
+    labels = len(_task(settings).answers) or None
+    is_bert = load_config(settings.model).model_type == "bert"
+    return _base(settings, num_labels=labels if is_bert else None)
 
 
-def _judge(form: TaskForm, examples: Sequence[Example], args: argparse.Namespace) -> TaskJudge:
-    return TaskJudge(form, examples, batch_size=max(8, args.batch_size))
+def _judge(form: TaskForm, examples: Sequence[Example], settings: Settings) -> TaskJudge:
+    return TaskJudge(form, examples, batch_size=max(8, settings.batch_size))
 
 
 def _part(examples: Sequence[Example], count: int) -> Sequence[Example]:
@@ -219,57 +229,61 @@ def _part(examples: Sequence[Example], count: int) -> Sequence[Example]:
     return [examples[index] for index in torch.linspace(0, len(examples) - 1, count).long().tolist()]
 
 
-def _finetuned(args: argparse.Namespace, base: PreTrainedModel) -> ModelLearner:
+def _finetuned(settings: Settings, base: PreTrainedModel) -> ModelLearner:
     """The downstream model M_T, which learns from the labels: whole, or by LoRA on q and v."""
-    set_seed(args.seed)
-    if not args.lora:
+    set_seed(settings.seed)
+    if not settings.lora:
         return ModelLearner(base.float().requires_grad_(True))
     from peft import LoraConfig, get_peft_model
 
     targets = LORA_TARGETS.get(base.config.model_type, ["q_proj", "v_proj"])
-    settings = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
+    lora = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
         target_modules=targets,
         modules_to_save=["classifier"] if hasattr(base, "classifier") else None,
     )
-    model = get_peft_model(base, settings)
-    model.peft_config["default"].base_model_name_or_path = args.model  # what load_model reads, not a cache
+    model = get_peft_model(base, lora)
+    model.peft_config[
+        "default"
+    ].base_model_name_or_path = settings.model  # what load_model reads, not a cache
     return ModelLearner(model)
 
 
-def _adapted(args: argparse.Namespace, teacher: PreTrainedModel) -> Learner:
+def _adapted(settings: Settings, teacher: PreTrainedModel) -> Learner:
     """A plugin on M_T, or a baseline that M_T teaches."""
-    if args.method == "variator":
-        return _plugin_learner(args, teacher)
-    if args.method == "distill":
-        return ModelLearner(_student(args, teacher), teacher)
-    student = _load(args).float().requires_grad_(True)
-    return ModelLearner(student, teacher, extra=TokenPruning(student, args.keep))
+    if settings.method == "variator":
+        return _plugin_learner(settings, teacher)
+    if settings.method == "distill":
+        return ModelLearner(_student(settings, teacher), teacher)
+    student = _load(settings).float().requires_grad_(True)
+    return ModelLearner(student, teacher, extra=TokenPruning(student, settings.keep))
 
 
 # --- learners
 
 
-def _plugin_learner(args: argparse.Namespace, base: PreTrainedModel) -> PluginLearner:
-    set_seed(args.seed)
-    model = VariatorModel(base, None if args.plugin else cli.variator_config_from(args))
-    if args.plugin:
-        model.load_plugin(args.plugin, "default", dtype=torch.float32)
+def _plugin_learner(settings: Settings, base: PreTrainedModel) -> PluginLearner:
+    set_seed(settings.seed)
+    model = VariatorModel(base, None if settings.plugin else settings.plugin_config())
+    if settings.plugin:
+        model.load_plugin(settings.plugin, "default", dtype=torch.float32)
         model.set_plugin("default")
     if not any(True for _ in model.plugin().parameters()):
         raise VariatorError(
             "nothing to train in mean and copy: choose --compressor weighted or --decompressor adapter"
         )
-    if args.init == "least-squares":
+    if settings.init == "least-squares":
         restoring_sites(model.plugin())
-    if args.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return PluginLearner(model)
 
 
-def _student(args: argparse.Namespace, teacher: PreTrainedModel) -> PreTrainedModel:
-    student = load_model(args.student) if args.student else make_student(teacher, args.student_layers)
+def _student(settings: Settings, teacher: PreTrainedModel) -> PreTrainedModel:
+    student = (
+        load_model(settings.student) if settings.student else make_student(teacher, settings.student_layers)
+    )
     return student.float().requires_grad_(True)
 
 

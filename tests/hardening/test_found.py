@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_variator, prompts
 
-from llm_variator import VariatorConfig, VariatorError
-from llm_variator import old_cli as cli
+from llm_variator import VariatorConfig, VariatorError, cli
+from llm_variator.cli import flags
 from llm_variator.config import BaseSignature
 from llm_variator.engine.contexts.inputs import encode
 from llm_variator.sources.models import byte_tokenizer
@@ -64,12 +64,9 @@ def test_recipes_that_are_yaml_in_part(text, tmp_path):
 
 
 def test_flags_that_exhaust():
-    parser = cli.Parser()
-    parser.add_argument("--layers", type=cli.layer_ranges)
-    parser.add_argument("--kwargs", type=cli.json_mapping)
-    for words in (["--layers", "0-99999999999"], ["--kwargs", "[" * 100_000]):
+    for words in (["--layers", "0-99999999999"], ["--k-per-layer", "[" * 100_000]):
         with pytest.raises(VariatorError, match="expected"):
-            parser.parse_args(words)
+            cli.read(flags.PluginConfig, words, prog="prog")
 
 
 @pytest.mark.parametrize("length", [2.5, "7", [1.0], True, torch.tensor([2.0]), torch.tensor([[1]]), {}])
@@ -82,10 +79,8 @@ def test_prompt_lengths_that_are_none(length):
 def test_a_recipe_with_bytes_for_a_ratio(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("k: {null: !!binary ''}", encoding="utf-8")
-    parser = cli.Parser()
-    cli.add_variator_flags(parser)
     with pytest.raises(VariatorError, match="plain keys"):
-        cli.parse(parser, ["--config", str(file)])
+        cli.read(flags.PluginConfig, ["--config", str(file)], prog="prog")
 
 
 def test_a_prompt_of_one_token_in_chunks():

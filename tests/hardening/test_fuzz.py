@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llm_variator import VariatorConfig, VariatorError
-from llm_variator import old_cli as cli
+from llm_variator import VariatorConfig, VariatorError, cli
 from llm_variator.config import ACTIVATIONS, COMPRESSORS, CONFIG_FILE, DECOMPRESSORS, SITES, BaseSignature
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.sources.models import byte_tokenizer
-from llm_variator.train.__main__ import build_parser
+from llm_variator.train.__main__ import read
+from llm_variator.train.settings import Settings
 
 ACCEPTED, REFUSED = "accepted", "refused"  # a VariatorError
 CPU_SECONDS = 30  # of one generated case; more is a hang. Processor time: the machine may be busy
@@ -292,7 +292,11 @@ def test_context_with_another_header(fuzz, files):
 # --- recipes and flags
 
 FLAGS = sorted(
-    (action for action in build_parser()._actions if action.option_strings and action.dest != "help"),
+    (
+        action
+        for action in cli.parser_of(Settings, prog="train")._actions
+        if action.option_strings and action.dest != "help"
+    ),
     key=lambda action: action.dest,
 )
 keys = st.sampled_from([action.dest for action in FLAGS]) | st.text(max_size=6)
@@ -305,7 +309,7 @@ def check_recipe(content: bytes, folder: Path, *words: str) -> str:
     file = folder / "recipe.yaml"
     file.write_bytes(content)
     try:
-        cli.parse(build_parser(), ["--config", str(file), *words])
+        read(["--config", str(file), *words])
     except VariatorError:
         return REFUSED
     return ACCEPTED
@@ -346,7 +350,7 @@ def test_flags(fuzz):
         if {"-h", "--help"} & set(line):
             return REFUSED
         try:
-            cli.parse(build_parser(), line)
+            read(line)
         except VariatorError:
             return REFUSED
         return ACCEPTED

@@ -9,8 +9,9 @@ import sys
 import pytest
 from tiny import train, words
 
-from llm_variator import VariatorError
-from llm_variator.train.__main__ import build_parser, main
+from llm_variator import VariatorError, cli
+from llm_variator.train.__main__ import main
+from llm_variator.train.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ from llm_variator.train.__main__ import build_parser, main
         (dict(activation="tanh", init="least-squares"), "leave --activation at identity"),
         (dict(init="zeros"), "--init"),
         (dict(recall=1.5), "--recall is a share of the windows, at most 1; got 1.5"),
-        (dict(keep=1.5), "--keep is a share of the tokens, at most 1; got 1.5"),
+        (dict(keep=1.5), "--keep: expected a share above 0, at most 1, got '1.5'"),
         (dict(seq_length=8), "leaves no prompt before --continuation 8"),
         (dict(prompt_tokens=(12, 8)), "--prompt-tokens 12 8 must rise, to 16 at most"),
         (dict(prompt_tokens=(8, 17)), "--prompt-tokens 8 17 must rise, to 16 at most"),
@@ -64,6 +65,19 @@ from llm_variator.train.__main__ import build_parser, main
 def test_wrong_flag(tmp_path, changes, message):
     with pytest.raises(VariatorError, match=message):
         train(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "message"),
+    [("cuda", 0, "--device cuda: PyTorch finds no CUDA device"), ("auto", 2, "several GPUs are visible")],
+)
+def test_device_that_cannot_be_used(tmp_path, monkeypatch, device, count, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(VariatorError, match=message):
+        train(tmp_path / "run", device=device)
     assert not (tmp_path / "run").exists()
 
 
@@ -118,7 +132,8 @@ def test_process_prints_one_line_and_exits_with_2(tmp_path):
 
 
 def test_help_names_every_flag():
-    text = build_parser().format_help()
-    for action in build_parser()._actions:
+    parser = cli.parser_of(Settings, prog="train")
+    text = parser.format_help()
+    for action in parser._actions:
         assert action.help, action.dest
         assert action.option_strings[-1] in text

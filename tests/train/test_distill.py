@@ -269,6 +269,18 @@ def test_flags_younger_than_a_run_count_as_their_defaults(half_way):
     train(half, "--resume", **settings)
 
 
+def test_records_of_earlier_versions(half_way):
+    """They hold no plugin flag that was not given; what a resumed run may change is never compared."""
+    _, half, settings = half_way
+    record = half / "run.json"
+    before = {name: value for name, value in json.loads(record.read_text()).items() if value is not None}
+    assert "sites" not in before
+    record.write_text(json.dumps(before | {"config": "recipe.yaml"}))
+    with pytest.raises(VariatorError, match=r"other settings: sites was None, is \['kv'\]$"):
+        train(half, "--resume", **settings | dict(sites="kv"))
+    train(half, "--resume", **settings)
+
+
 def test_resume_of_a_finished_run_can_go_further(half_way):
     whole, _, settings = half_way
     figures = train(whole, "--resume", **settings | dict(max_steps=8))
