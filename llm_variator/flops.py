@@ -6,20 +6,21 @@ baselines (its Table 1), token pruning and a smaller student.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from llm_variator import old_cli as cli
+from llm_variator import cli
 from llm_variator.baselines import make_student
+from llm_variator.cli import REQUIRED, flag, flags
+from llm_variator.cli.values import PositiveInt, Share
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.measures import tables
@@ -42,64 +43,74 @@ _PAPER_ROWS = {"Variator": "plugin", "LTP": "token pruning", "Distillation": "st
 PAPER_TOKENS, PAPER_KEEP = 512, 0.25
 
 
-def build_parser() -> cli.Parser:
-    """Every flag of the command."""
-    parser = cli.Parser(
-        prog="python -m llm_variator.flops",
-        description="Operations, parameters and KV entries, dense and with a plugin, by arithmetic alone.",
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """Encoders: what T5 and BERT are compared with."""
+
+    answer: PositiveInt = flag(2, "tokens that T5's decoder reads")
+    keep: Share = flag(PAPER_KEEP, "token pruning's share per FFN")
+    student_ffn: Share | None = flag(
+        None, "inner width of the student's FFNs (default: 0.25; with --student-layers: 1)", metavar="SHARE"
     )
-    add = parser.add_argument
-    add("--model", required=True, help="whose shape: alias, local folder or hub id")
-    add("--plugin", metavar="PLUGIN", help="shipped name, folder or hub id, instead of the flags below")
-    add(
-        "--tokens",
-        type=cli.positive_int,
-        nargs="+",
-        help="prompt lengths (default: 512 2048 8192 for decoders, 512 for encoders)",
+    student_layers: tuple[PositiveInt, ...] = flag((), "of its encoder and decoder", metavar="N")
+
+    def __post_init__(self) -> None:
+        if len(self.student_layers) > 2:
+            raise VariatorError("--student-layers takes one number for the encoder and one for the decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(flags.PluginConfig, Encoders, flags.Stored):
+    """Operations, parameters and KV entries, dense and with a plugin, by arithmetic alone."""
+
+    model: str = flag(REQUIRED, "whose shape: alias, local folder or hub id")
+    plugin: str | None = flag(None, "shipped name, folder or hub id, instead of the group Plugin below")
+    tokens: tuple[PositiveInt, ...] = flag(
+        (), "prompt lengths (default: 512 2048 8192 for decoders, 512 for encoders)"
     )
-    add("--json", type=Path, metavar="FILE", help="store the figures with command and versions")
-    group = parser.add_argument_group("encoders", "What T5 and BERT are compared with.")
-    add = group.add_argument
-    add("--answer", type=cli.positive_int, default=2, help="tokens that T5's decoder reads (default 2)")
-    add("--keep", type=float, default=PAPER_KEEP, help="token pruning's share per FFN (default 0.25)")
-    add("--student-ffn", type=float, metavar="SHARE", help="inner width of the student's FFNs (default 0.25)")
-    add("--student-layers", type=cli.positive_int, nargs="+", metavar="N", help="of its encoder and decoder")
-    cli.add_variator_flags(parser)
-    return parser
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plugin and (given := self.plugin_flags_given()):
+            raise VariatorError(f"--plugin has its own configuration: leave out {', '.join(given)}")
+
+    def plugin_config(self) -> VariatorConfig:
+        """The configuration of --plugin, or that of the flags."""
+        if self.plugin:
+            return VariatorConfig.from_json(plugin_folder(self.plugin) / CONFIG_FILE)
+        return super().plugin_config()
+
+
+def read(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line, with its recipe, gives."""
+    return cli.read(Settings, argv, prog="python -m llm_variator.flops")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and store the figures."""
     started = time.perf_counter()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = cli.parse(build_parser(), argv)
-    base = load_model(args.model, random_init=True, device="meta")
+    settings = read(argv)
+    base = load_model(settings.model, random_init=True, device="meta")
     whole = parameters(base)
-    model = VariatorModel(base, _plugin_config(args))
+    model = VariatorModel(base, settings.plugin_config())
     config = model.plugins["default"]
-    figures: dict[str, Any] = {"model": args.model, "config": config.to_dict()}
+    figures: dict[str, Any] = {"model": settings.model, "config": config.to_dict()}
     figures["parameters"] = {"model": whole, "plugin": parameters(model.plugin())}
     if model.is_decoder:
         stack = Stack.of(base.config)
-        rows = {n: (prefill(stack, n), prefill(stack, n, config)) for n in args.tokens or [512, 2048, 8192]}
-        _print(args.model, rows, figures["parameters"])
+        rows = {
+            n: (prefill(stack, n), prefill(stack, n, config)) for n in settings.tokens or [512, 2048, 8192]
+        }
+        _print(settings.model, rows, figures["parameters"])
         figures["prompts"] = {
             str(n): dict(zip(("dense", "plugin"), map(_figures, costs), strict=True))
             for n, costs in rows.items()
         }
     else:
-        _encoder(args, base, config, figures)
-    if args.json:
-        command = ["llm_variator.flops", *argv]
-        write_result(args.json, figures, command=command, seed=None, started=started)
-
-
-def _plugin_config(args: argparse.Namespace) -> VariatorConfig:
-    if not args.plugin:
-        return cli.variator_config_from(args)
-    if given := cli.variator_flags_given(args):
-        raise VariatorError(f"--plugin has its own configuration: leave out {', '.join(given)}")
-    return VariatorConfig.from_json(plugin_folder(args.plugin) / CONFIG_FILE)
+        _encoder(settings, base, config, figures)
+    if settings.json is not None:
+        command = ["llm_variator.flops", *(sys.argv[1:] if argv is None else argv)]
+        write_result(settings.json, figures, command=command, seed=None, started=started)
 
 
 def _figures(cost: Cost) -> dict[str, int]:
@@ -107,26 +118,22 @@ def _figures(cost: Cost) -> dict[str, int]:
 
 
 def _encoder(
-    args: argparse.Namespace, base: PreTrainedModel, config: VariatorConfig, figures: dict[str, Any]
+    settings: Settings, base: PreTrainedModel, config: VariatorConfig, figures: dict[str, Any]
 ) -> None:
     """Print how dense, plugin and baselines compare, and add it to `figures`."""
-    if not 0 < args.keep <= 1:
-        raise VariatorError(f"--keep must be above 0 and at most 1, got {args.keep}")
-    if len(args.student_layers or ()) > 2:
-        raise VariatorError("--student-layers takes one number for the encoder and one for the decoder")
     with torch.device("meta"):
-        student = make_student(base, *(args.student_layers or ()), ffn=args.student_ffn)
+        student = make_student(base, *settings.student_layers, ffn=settings.student_ffn)
     shape, small = EncoderShape.of(base.config), EncoderShape.of(student.config)
     counts = figures["parameters"]
     counts |= {"dense": counts["model"], "token pruning": counts["model"], "student": parameters(student)}
-    answer = args.answer if shape.decoder_layers else 0
-    figures |= {"answer": answer, "keep": args.keep, "prompts": {}}
-    paper = _papers_costs(args.model) if _is_papers(args, config) else {}
-    for n in args.tokens or [PAPER_TOKENS]:
+    answer = settings.answer if shape.decoder_layers else 0
+    figures |= {"answer": answer, "keep": settings.keep, "prompts": {}}
+    paper = _papers_costs(settings.model) if _is_papers(settings, config) else {}
+    for n in settings.tokens or [PAPER_TOKENS]:
         costs = {
             "dense": encoding(shape, n, answer=answer),
             "plugin": encoding(shape, n, answer=answer, plugin=config),
-            "token pruning": encoding(shape, n, answer=answer, keep=args.keep),
+            "token pruning": encoding(shape, n, answer=answer, keep=settings.keep),
             "student": encoding(small, n, answer=answer),
         }
         dense = costs["dense"]
@@ -139,7 +146,7 @@ def _encoder(
             }
             for name, cost in costs.items()
         }
-        _print_encoder(args.model, n, answer, costs, counts, paper if n == PAPER_TOKENS else {})
+        _print_encoder(settings.model, n, answer, costs, counts, paper if n == PAPER_TOKENS else {})
     if paper:
         figures["paper"] = _papers_count(config, shape, paper)
         _print_papers_count(figures["paper"])
@@ -155,11 +162,11 @@ def _papers_costs(model: str) -> dict[str, tuple[float, float]]:
     }
 
 
-def _is_papers(args: argparse.Namespace, config: VariatorConfig) -> bool:
+def _is_papers(settings: Settings, config: VariatorConfig) -> bool:
     ours = dataclasses.replace(config, base=None)
     papers = dataclasses.replace(VariatorConfig(k=4), dense_head=0, dense_tail=0)
-    student = args.student_layers is None and args.student_ffn in (None, PAPER_KEEP)
-    return ours == papers and args.keep == PAPER_KEEP and student
+    student = not settings.student_layers and settings.student_ffn in (None, PAPER_KEEP)
+    return ours == papers and settings.keep == PAPER_KEEP and student
 
 
 def _print_encoder(

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
-from llm_variator import old_cli as cli
+from llm_variator import cli
 from llm_variator.analyze import merge, neurons
+from llm_variator.measures.results import write_result
+
+COMMANDS = {"neurons": neurons.Settings, "merge": merge.Settings}
 
 
-def build_parser() -> cli.Parser:
-    """Every sub-command and its flags."""
-    parser = cli.Parser(prog="python -m llm_variator.analyze", description="See what plugins do.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    neurons.add_flags(
-        commands.add_parser(
-            "neurons",
-            help="activated neurons by layer and ratio, and the sets C, I, U (the paper's Figure 5 and Table 5)",
-            description="Share of activated neurons by layer and compression ratio, and how the neurons that a merged "
-            "vector activates relate to those of the vectors it stands for.",
-        )
+def read(argv: Sequence[str] | None = None) -> neurons.Settings | merge.Settings:
+    """The settings of an analysis, from a command line with its recipe."""
+    found: neurons.Settings | merge.Settings = cli.read_command(
+        COMMANDS, argv, prog="python -m llm_variator.analyze", text="See what plugins do."
     )
-    merge.add_flags(
-        commands.add_parser(
-            "merge",
-            help="learned merge weights, reconstruction, sensitivity of layers, tokens that suffer most",
-            description="What a trained plugin has learned: merge weights by position in the group, how well each "
-            "layer's output is restored, which layers are sensitive, and which tokens after the prompt suffer.",
-        )
-    )
-    return parser
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one analysis, print its table and store its figures."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = cli.parse(build_parser(), argv)
-    (neurons if args.command == "neurons" else merge).run(args, argv)
+    started = time.perf_counter()
+    settings = read(argv)
+    figures = neurons.run(settings) if isinstance(settings, neurons.Settings) else merge.run(settings)
+    if settings.json is not None:
+        command = ["llm_variator.analyze", *(sys.argv[1:] if argv is None else argv)]
+        write_result(settings.json, figures, command=command, seed=settings.seed, started=started)
+        print(f"stored in {settings.json}")
 
 
 if __name__ == "__main__":

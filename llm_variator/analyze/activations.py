@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +67,10 @@ def watching(model: VariatorModel, see: Callable[[int, Tensor], None]) -> Iterat
     def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor]], None]:
         return lambda _module, args: see(layer, args[0].float())
 
-    handles = [
-        module.register_forward_pre_hook(hook(layer)) for layer, module in enumerate(projections(model))
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer, module in enumerate(projections(model)):
+            hooks.enter_context(module.register_forward_pre_hook(hook(layer)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()
@@ -147,8 +143,3 @@ def spans(model: VariatorModel, layer: int, tokens: int) -> tuple[int, int, int]
         return None
     part = split(tokens, site.k, plugin.plan.head, plugin.plan.tail)
     return (part.head, part.groups, site.k) if part.groups else None
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)

@@ -2,94 +2,85 @@
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from torch import Tensor
 
-from llm_variator import old_cli as cli
-from llm_variator.analyze.activations import mean, read
+from llm_variator.analyze.activations import read
 from llm_variator.analyze.observe import Observer, drift
+from llm_variator.analyze.settings import Reading
 from llm_variator.analyze.token_losses import by_category, token_losses
+from llm_variator.cli import REQUIRED, flag
+from llm_variator.cli.values import Natural, PositiveInt
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.groups import split
 from llm_variator.evaluate.probe import open_probe
 from llm_variator.evaluate.sensitivity import WORK, measure_layers
 from llm_variator.measures import tables
 from llm_variator.measures.loading import load_variator
-from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import enough, read_windows, spread
 from llm_variator.sources.models import load_tokenizer
 
 NAME = "plugin"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `analyze merge`."""
-    add = parser.add_argument
-    add("--model", required=True, help="base model: alias, local folder or hub id")
-    add("--plugin", required=True, help="shipped name, folder or hub id")
-    cli.add_text_flags(add, data="wikitext2/test", windows=16, batch_size=2)
-    add("--context", type=cli.positive_int, default=512, help="prompt tokens")
-    add("--continuation", type=cli.positive_int, default=128, help="tokens after the prompt (decoders)")
-    add(
-        "--sensitivity-windows",
-        type=cli.natural,
-        default=2,
-        help="of them, for merging every layer alone (decoders); 0: leave that out",
+@dataclass(frozen=True, kw_only=True)
+class Settings(Reading):
+    """Learned merge weights, reconstruction, sensitivity of layers, tokens that suffer most.
+
+    What a trained plugin has learned: merge weights by position in the group, how well each layer's output is restored,
+    which layers are sensitive, and which tokens after the prompt suffer.
+    """
+
+    plugin: str = flag(REQUIRED, "shipped name, folder or hub id")
+    batch_size: PositiveInt = 2
+    context: PositiveInt = flag(512, "prompt tokens")
+    continuation: PositiveInt = flag(128, "tokens after the prompt (decoders)")
+    sensitivity_windows: Natural = flag(
+        2, "of them, for merging every layer alone (decoders); 0: leave that out"
     )
-    add("--work", type=Path, default=WORK, help="sensitivities are kept here, and not measured again")
-    cli.add_base_flags(add, dtype="float32", seeds="random weights (--random-init)")
+    work: Path = flag(WORK, "sensitivities are kept here, and not measured again")
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """Measure, print; returns the figures."""
-    started = time.perf_counter()
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    model = load_variator(args)
-    model.load_plugin(args.plugin, NAME)
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    model = load_variator(settings)
+    model.load_plugin(settings.plugin, NAME)
     model.set_plugin(NAME)
     config = model.plugin().config
-    length = args.context + (args.continuation if model.is_decoder else 0)
-    windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    windows = spread(enough(windows, args.windows, args.data), args.windows)
-    prompts = windows[:, : args.context]
+    context, batch_size = settings.context, settings.batch_size
+    length = context + (settings.continuation if model.is_decoder else 0)
+    windows = settings.stretches(tokenizer, length)
+    prompts = windows[:, :context]
     figures: dict[str, Any] = {
-        "model": args.model,
-        "plugin": args.plugin,
+        "model": settings.model,
+        "plugin": settings.plugin,
         "config": config.to_dict(),
-        "data": args.data,
+        "data": settings.data,
         "windows": len(windows),
-        "context": args.context,
-        "continuation": length - args.context,
-        **observed(model, prompts, args.batch_size),
-        "drift": drift(model, prompts, args.batch_size),
+        "context": context,
+        "continuation": length - context,
+        **observed(model, prompts, batch_size),
+        "drift": drift(model, prompts, batch_size),
     }
     if model.is_decoder:
-        losses = token_losses(model, windows, args.context, args.batch_size)
+        losses = token_losses(model, windows, context, batch_size)
         figures["tokens"] = by_category(
-            losses,
-            windows,
-            args.context,
-            _merged(config, args.context),
-            lambda ids: str(tokenizer.decode(ids)),
+            losses, windows, context, _merged(config, context), lambda ids: str(tokenizer.decode(ids))
         )
-        if args.sensitivity_windows:
+        if settings.sensitivity_windows:
             figures["sensitivity"] = sensitivity(
-                model, windows[: args.sensitivity_windows], args.context, args.batch_size, args.work
+                model, windows[: settings.sensitivity_windows], context, batch_size, settings.work
             )
     _print(figures)
-    if args.json:
-        command = ["llm_variator.analyze", *argv]
-        write_result(args.json, figures, command=command, seed=args.seed, started=started)
-        print(f"stored in {args.json}")
     return figures
 
 
@@ -103,13 +94,9 @@ def observed(model: VariatorModel, prompts: Tensor, batch_size: int) -> dict[str
         outputs, `restored` and `copied` (had the merged output been copied), and `by_position`.
     """
     observer = Observer(model)
-    batches = prompts.split(batch_size)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("merge", total=len(batches))
-        with torch.inference_mode(), observer.watching():
-            for batch in batches:
-                read(model, batch)
-                progress.advance(task)
+    with torch.inference_mode(), observer.watching():
+        for batch in track(prompts.split(batch_size), "merge", transient=True):
+            read(model, batch)
     weights: dict[str, dict[str, Any]] = {}
     for (site, layer), found in observer.weights.items():
         weights.setdefault(site, {})[str(layer)] = {
@@ -121,12 +108,12 @@ def observed(model: VariatorModel, prompts: Tensor, batch_size: int) -> dict[str
     return {
         "weights": weights,
         "last_wins": {
-            site: mean([each["last_wins"] for each in layers.values()]) for site, layers in weights.items()
+            site: fmean(each["last_wins"] for each in layers.values()) for site, layers in weights.items()
         },
         "reconstruction": {
             str(layer): {
-                "restored": mean(found.mean),
-                "copied": mean(observer.copied[layer].mean),
+                "restored": fmean(found.mean),
+                "copied": fmean(observer.copied[layer].mean),
                 "by_position": found.mean,
             }
             for layer, found in observer.restored.items()

@@ -6,77 +6,84 @@ through the compressed layers before it. The paper's text reads so ("activated n
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from llm_variator import old_cli as cli
 from llm_variator.analyze.activations import (
     TOLERANCE,
     Definition,
     define,
-    mean,
     read,
     spans,
     watching,
     weight_norms,
 )
 from llm_variator.analyze.sets import SetCounts, count_sets
-from llm_variator.analyze.trained import add_training_flags, trained_plugin
+from llm_variator.analyze.trained import Training, trained_plugin
+from llm_variator.cli import flag
+from llm_variator.cli.values import PositiveFloat, PositiveInt
 from llm_variator.config import VariatorConfig
 from llm_variator.errors import VariatorError
 from llm_variator.measures import tables
 from llm_variator.measures.loading import load_variator
-from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import enough, read_windows, spread
 from llm_variator.sources.models import load_tokenizer
 
 DENSE = "1"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `analyze neurons`."""
-    add = parser.add_argument
-    add("--model", required=True, help="base model: alias, local folder or hub id")
-    add("--ratios", type=cli.positive_int, nargs="+", default=[2, 4, 8, 16, 32], help="of the plugins")
-    add(
-        "--plugin",
-        nargs="+",
-        default=[],
+@dataclass(frozen=True, kw_only=True)
+class Settings(Training):
+    """Activated neurons by layer and ratio, and the sets C, I, U (the paper's Figure 5 and Table 5).
+
+    Share of activated neurons by layer and compression ratio, and how the neurons that a merged vector activates relate
+    to those of the vectors it stands for.
+    """
+
+    ratios: tuple[PositiveInt, ...] = flag((2, 4, 8, 16, 32), "of the plugins")
+    plugin: tuple[str, ...] = flag(
+        (),
+        "trained plugins: shipped name, folder or hub id; other ratios are trained by --train-steps",
         metavar="K=PLUGIN",
-        help="trained plugins: shipped name, folder or hub id; other ratios are trained by --train-steps",
     )
-    add_training_flags(parser)
-    add(
-        "--tolerance",
-        type=cli.positive_float,
-        default=TOLERANCE,
-        help="of models without ReLU, see docs/analysis.md: share of the FFN's output",
+    tolerance: PositiveFloat = flag(
+        TOLERANCE, "of models without ReLU, see docs/analysis.md: share of the FFN's output"
     )
-    cli.add_text_flags(add, data="wikitext2/test", windows=16, batch_size=4)
-    add("--tokens", type=cli.positive_int, default=256, help="of each stretch of text")
-    cli.add_base_flags(add, dtype="float32", seeds="random weights and of training")
+    tokens: PositiveInt = flag(256, "of each stretch of text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.plugins()
+
+    def plugins(self) -> dict[int, str]:
+        """`("2=smollm2-135m/k2",)` -> {2: "smollm2-135m/k2"}."""
+        found = {}
+        for text in self.plugin:
+            k, equals, plugin = text.partition("=")
+            if not equals or not k.isdigit() or int(k) < 2:
+                raise VariatorError(f"--plugin {text}: write K=PLUGIN, as in 2=smollm2-135m/k2")
+            found[int(k)] = plugin
+        return found
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """Measure, print; returns the figures."""
-    started = time.perf_counter()
-    ratios = sorted(set(args.ratios) - {1})
-    given = _named(args.plugin)
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    windows = read_windows(args.data, tokenizer, seq_length=args.tokens, data_dir=args.data_dir)
-    windows = spread(enough(windows, args.windows, args.data), args.windows)
-    folders = dict(given)
-    if args.train_steps:
-        folders |= {k: trained_plugin(args, k) for k in ratios if k not in given}
-    model = load_variator(args)
+    ratios = sorted(set(settings.ratios) - {1})
+    given = settings.plugins()
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    windows = settings.stretches(tokenizer, settings.tokens)
+    folders: dict[int, str | Path] = dict(given)
+    if settings.train_steps:
+        folders |= {k: trained_plugin(settings, k) for k in ratios if k not in given}
+    model = load_variator(settings)
     plugins = {}
     for k in sorted({*ratios, *given}):
         if k in folders:
@@ -84,27 +91,23 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         else:
             model.add_plugin(f"k{k}", VariatorConfig(k=k, sites=("ffn",)))
         plugins[k] = f"k{k}"
-    definition = define(model, windows[: args.batch_size], args.tolerance)
-    figures = {
-        "model": args.model,
-        "data": args.data,
+    definition = define(model, windows[: settings.batch_size], settings.tolerance)
+    figures: dict[str, Any] = {
+        "model": settings.model,
+        "data": settings.data,
         "windows": len(windows),
-        "tokens": args.tokens,
+        "tokens": settings.tokens,
         "definition": dataclasses.asdict(definition),
-        **measure(model, windows, definition, plugins, batch_size=args.batch_size),
+        **measure(model, windows, definition, plugins, batch_size=settings.batch_size),
         "plugins": {
             str(k): {
                 "config": model.plugins[name].to_dict(),
-                "training": _training(args, k, given, trained=k in folders),
+                "training": _training(settings, k, given, trained=k in folders),
             }
             for k, name in plugins.items()
         },
     }
     _print(figures)
-    if args.json:
-        command = ["llm_variator.analyze", *argv]
-        write_result(args.json, figures, command=command, seed=args.seed, started=started)
-        print(f"stored in {args.json}")
     return figures
 
 
@@ -158,7 +161,7 @@ def measure(
     total = {k: sum(found, SetCounts()).shares() for k, found in counts.items()}
     return {
         "activated_mean": {
-            k: mean([value for value in values if value is not None]) for k, values in activated.items()
+            k: fmean(value for value in values if value is not None) for k, values in activated.items()
         },
         "activated": activated,
         "sets": {str(k): shares for k, shares in total.items()},
@@ -198,23 +201,13 @@ def _compare(
     return see
 
 
-def _named(texts: Sequence[str]) -> dict[int, str]:
-    """`["2=smollm2-135m/k2"]` -> {2: "smollm2-135m/k2"}."""
-    found = {}
-    for text in texts:
-        k, equals, plugin = text.partition("=")
-        if not equals or not k.isdigit() or int(k) < 2:
-            raise VariatorError(f"--plugin {text}: write K=PLUGIN, as in 2=smollm2-135m/k2")
-        found[int(k)] = plugin
-    return found
-
-
-def _training(args: argparse.Namespace, k: int, given: Mapping[int, str], *, trained: bool) -> str:
+def _training(settings: Training, k: int, given: Mapping[int, str], *, trained: bool) -> str:
     if k in given:
         return given[k]
     if not trained:
         return "untrained: means"
-    return f"{args.train_steps} steps of {args.train_batch} x {args.train_tokens} tokens of {args.train_data}"
+    rows = f"{settings.train_batch} x {settings.train_tokens} tokens of {settings.train_data}"
+    return f"{settings.train_steps} steps of {rows}"
 
 
 def _print(figures: Mapping[str, Any]) -> None:

@@ -77,16 +77,12 @@ class Observer:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Observe what runs inside the block."""
-        handles = []
-        for (site, layer), layers in self.model.plugin().sites.items():
-            handles.append(layers.compressor.register_forward_hook(self._merged(site, layer)))
-            if site == "ffn":
-                handles.append(layers.decompressor.register_forward_hook(self._unmerged(layer)))
-        try:
+        with contextlib.ExitStack() as hooks:
+            for (site, layer), layers in self.model.plugin().sites.items():
+                hooks.enter_context(layers.compressor.register_forward_hook(self._merged(site, layer)))
+                if site == "ffn":
+                    hooks.enter_context(layers.decompressor.register_forward_hook(self._unmerged(layer)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _merged(self, site: str, layer: int) -> Any:
         def hook(module: Any, args: tuple[Tensor, Tensor | None], _output: Tensor) -> None:
@@ -159,10 +155,8 @@ def _states(model: VariatorModel, blocks: list[nn.Module], batch: Tensor) -> lis
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append((output[0] if isinstance(output, tuple) else output).float())
 
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(keep))
         read(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found

@@ -61,16 +61,16 @@ def count_sets(original: Tensor, merged: Tensor) -> SetCounts:
         merged: (groups, neurons) bool, what the vector activates that they were merged into.
     """
     both, any_ = original.all(1), original.any(1)
-    sizes = {name: each.sum(-1).double() for name, each in (("c", merged), ("i", both), ("u", any_))}
+    c, i, u = (each.sum(-1).double() for each in (merged, both, any_))
     width = merged.shape[-1]
     return SetCounts(
         groups=len(merged),
         neurons=merged.numel(),
-        c=int(merged.sum()),
-        i=int(both.sum()),
-        u=int(any_.sum()),
+        c=int(c.sum()),
+        i=int(i.sum()),
+        u=int(u.sum()),
         c_and_i=int((merged & both).sum()),
         c_and_u=int((merged & any_).sum()),
-        by_chance_i=float((sizes["c"] * sizes["i"]).sum() / width),
-        by_chance_u=float((sizes["c"] * sizes["u"]).sum() / width),
+        by_chance_i=float((c * i).sum() / width),
+        by_chance_u=float((c * u).sum() / width),
     )

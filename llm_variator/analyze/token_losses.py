@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -99,18 +100,17 @@ def by_kind(losses: Losses, kinds: Sequence[Sequence[str]]) -> list[dict[str, An
     """Mean losses of each kind, `kinds` (rows, t); the most harmed first."""
     flat = [kind for row in kinds for kind in row]
     dense, compressed = losses.dense.flatten().tolist(), losses.compressed.flatten().tolist()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in sorted(set(flat)):
         chosen = [place for place, own in enumerate(flat) if own == kind]
-        without = sum(dense[place] for place in chosen) / len(chosen)
-        with_ = sum(compressed[place] for place in chosen) / len(chosen)
+        before, after = (fmean(nats[place] for place in chosen) for nats in (dense, compressed))
         rows.append(
             {
                 "kind": kind,
                 "tokens": len(chosen),
-                "dense": without,
-                "compressed": with_,
-                "harm": with_ - without,
+                "dense": before,
+                "compressed": after,
+                "harm": after - before,
             }
         )
     return sorted(rows, key=lambda row: -row["harm"])

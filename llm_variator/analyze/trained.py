@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from llm_variator import old_cli as cli
+from llm_variator.analyze.settings import Reading
+from llm_variator.cli import flag
+from llm_variator.cli.values import Natural, PositiveInt
 from llm_variator.sources.corpora import EMBEDDED
 from llm_variator.train.__main__ import RESULT_FILE
 from llm_variator.train.__main__ import main as train
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """What `trained_plugin` reads, beside the flags of model, data folder, device and seed."""
-    add = parser.add_argument_group("training").add_argument
-    add("--train-steps", type=cli.natural, default=0, help="train FFN plugins for so long; 0: merge by means")
-    add("--train-data", default=EMBEDDED, metavar="SOURCE", help="text, named as in llm_variator.train")
-    add("--train-batch", type=cli.positive_int, default=4, help="rows in a step")
-    add("--train-tokens", type=cli.positive_int, default=128, help="in a row")
-    add(
-        "--work",
-        type=Path,
-        default=Path("runs/analyze"),
-        help="trained plugins are kept here, and found again",
-    )
+@dataclass(frozen=True, kw_only=True)
+class Training(Reading):
+    """Training."""
+
+    train_steps: Natural = flag(0, "train FFN plugins for so long; 0: merge by means")
+    train_data: str = flag(EMBEDDED, "text, named as in llm_variator.train", metavar="SOURCE")
+    train_batch: PositiveInt = flag(4, "rows in a step")
+    train_tokens: PositiveInt = flag(128, "in a row")
+    work: Path = flag(Path("runs/analyze"), "trained plugins are kept here, and found again")
 
 
-def trained_plugin(args: argparse.Namespace, k: int) -> Path:
+def trained_plugin(settings: Training, k: int) -> Path:
     """The folder of an FFN plugin of ratio `k`, trained now unless it was before; loss: the paper's MSE."""
-    flags = ["--model", str(args.model), "--k", str(k), "--sites", "ffn", "--dtype", args.dtype]
-    flags += ["--max-steps", str(args.train_steps), "--batch-size", str(args.train_batch)]
-    flags += ["--seq-length", str(args.train_tokens), "--data", args.train_data, "--seed", str(args.seed)]
-    flags += ["--continuation", str(args.train_tokens // 4), "--eval-windows", "8", "--save-every", "0"]
-    flags += ["--eval-every", str(args.train_steps), "--device", "cuda" if args.device != "cpu" else "cpu"]
-    flags += ["--random-init"] if args.random_init else []
-    flags += ["--num-layers", str(args.num_layers)] if args.num_layers else []
+    given = {
+        "model": settings.model,
+        "k": k,
+        "sites": "ffn",
+        "dtype": settings.dtype,
+        "max-steps": settings.train_steps,
+        "batch-size": settings.train_batch,
+        "seq-length": settings.train_tokens,
+        "data": settings.train_data,
+        "seed": settings.seed,
+        "continuation": settings.train_tokens // 4,
+        "eval-windows": 8,
+        "save-every": 0,
+        "eval-every": settings.train_steps,
+        "device": "cuda" if settings.device != "cpu" else "cpu",
+    }
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    flags += ["--random-init"] if settings.random_init else []
+    flags += ["--num-layers", str(settings.num_layers)] if settings.num_layers else []
     name = hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:8]
-    folder = Path(args.work) / f"k{k}-{name}"
+    folder = settings.work / f"k{k}-{name}"
     if not (folder / RESULT_FILE).is_file():
-        place = ["--data-dir", str(args.data_dir)] if args.data_dir else []
+        place = ["--data-dir", str(settings.data_dir)] if settings.data_dir else []
         train([*flags, *place, "--output", str(folder)])
     return folder

@@ -9,9 +9,9 @@ import torch
 from conftest import VOCAB, make_decoder, make_encoder, randomise
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.analyze.__main__ import main
+from llm_variator.analyze.__main__ import main, read
 from llm_variator.analyze.activations import define, threshold, watching
-from llm_variator.analyze.neurons import measure
+from llm_variator.analyze.neurons import Settings, measure
 from llm_variator.analyze.sets import SetCounts, count_sets
 
 
@@ -195,3 +195,24 @@ def test_wrong_plugin_flag_is_refused():
     flags = ["--random-init", "--data", "pydoc-topics", "--windows", "1", "--tokens", "8"]
     with pytest.raises(VariatorError, match="write K=PLUGIN"):
         main(["neurons", "--model", "tiny-llama", *flags, "--plugin", "smollm2-135m/k2"])
+
+
+@pytest.mark.parametrize("words", [["neurons"], ["merge", "--plugin", "p"]])
+def test_quantised_weights_are_refused(words):
+    with pytest.raises(VariatorError, match=r"--quantize: .* leave it out"):
+        read([*words, "--model", "tiny-llama", "--quantize", "nf4"])
+
+
+def test_settings_from_a_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "model: m\nratios: [4, 2]\nplugin: [2=a]\ntolerance: 0.1\n", encoding="utf-8"
+    )
+    settings = read(["neurons", "--config", str(tmp_path / "r.yaml"), "--windows", "3"])
+    assert isinstance(settings, Settings)
+    assert (settings.ratios, settings.plugins(), settings.tolerance) == ((4, 2), {2: "a"}, 0.1)
+    assert (settings.dtype, settings.data, settings.windows, settings.batch_size) == (
+        "float32",
+        "wikitext2/test",
+        3,
+        4,
+    )
