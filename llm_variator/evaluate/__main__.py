@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -11,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llm_variator import old_cli as cli
+from llm_variator import cli
+from llm_variator.cli import REQUIRED, flag, flags
+from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.evaluate import frontier, harness, sensitivity, task
 from llm_variator.measures import tables
@@ -35,95 +36,89 @@ class Score:
     """Bytes of the prompt's KV cache, as a part of the dense cache's."""
 
 
-def build_parser() -> cli.Parser:
-    """Every sub-command and its flags."""
-    parser = cli.Parser(prog="python -m llm_variator.evaluate", description="Measure the quality of plugins.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    continuation = commands.add_parser(
-        "continuation",
-        help="cross-entropy of a text's continuation: prompt dense, absent, and compressed by each plugin",
-        description="Cross-entropy of a text's continuation (teacher forcing, nats per token) after the same "
-        "prompt: dense, absent (its last token only), and compressed by each plugin.",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuation(flags.Stored, flags.Text, flags.BaseModel):
+    """Cross-entropy of a text's continuation: prompt dense, absent, and compressed by each plugin.
+
+    In nats per token, by teacher forcing; of an absent prompt the last token is left.
+    """
+
+    model: str = flag(REQUIRED, "base model: alias, local folder or hub id")
+    plugin: tuple[str, ...] = flag((), "shipped name, folder or hub id; none: no plugin", metavar="PLUGIN")
+    untrained: bool = flag(False, "also score each plugin's configuration before any training")
+    data: str = EMBEDDED
+    context: PositiveInt = flag(512, "prompt tokens")
+    continuation: PositiveInt = flag(128, "tokens scored after the prompt")
+
+
+Settings = Continuation | task.Settings | frontier.Settings | sensitivity.Settings | harness.Settings
+
+
+def read(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line, with its recipe, gives; their class tells the command."""
+    words = _words(argv)
+    if words[:1] == ["harness"]:
+        return harness.read(words[1:])
+    commands = {
+        "continuation": Continuation,
+        "task": task.Settings,
+        "frontier": frontier.Settings,
+        "sensitivity": sensitivity.Settings,
+        "harness": harness.Settings,
+    }
+    if words[:1] == ["frontier"]:
+        words = frontier.without_values(words)
+    settings: Settings = cli.read_command(
+        commands, words, prog="python -m llm_variator.evaluate", text="Measure the quality of plugins."
     )
-    add = continuation.add_argument
-    add("--model", required=True, help="base model: alias, local folder or hub id")
-    add(
-        "--plugin",
-        nargs="+",
-        default=[],
-        metavar="PLUGIN",
-        help="shipped name, folder or hub id; none: no plugin",
-    )
-    add("--untrained", action="store_true", help="also score each plugin's configuration before any training")
-    cli.add_text_flags(add, data=EMBEDDED, windows=16, batch_size=4)
-    add("--context", type=cli.positive_int, default=512, help="prompt tokens")
-    add("--continuation", type=cli.positive_int, default=128, help="tokens scored after the prompt")
-    cli.add_quantize_flag(add)
-    cli.add_base_flags(add, seeds="random weights (--random-init, --untrained)")
-    task.add_flags(
-        commands.add_parser(
-            "task",
-            help="score on one of the paper's seven tasks: a model as it is, or with a plugin",
-            description="Score on the validation split of one of the paper's seven tasks, in percent.",
-        )
-    )
-    frontier.add_flags(
-        commands.add_parser(
-            "frontier",
-            help="quality against cost: plugins beside dropped tokens, skipped layers and untrained merging",
-            description="Quality against cost: the text after a prompt and answers to questions, with the prompt "
-            "dense, absent, compressed by plugins, and made cheaper in ways that need no training.",
-        )
-    )
-    sensitivity.add_flags(
-        commands.add_parser(
-            "sensitivity",
-            help="one compression ratio per layer, by measured sensitivity under a budget",
-            description="Merge each layer alone, untrained, at each ratio; then choose one ratio per layer with the "
-            "least harm under a budget, and print it as the flags to train with.",
-        )
-    )
-    commands.add_parser(
-        "harness",
-        add_help=False,
-        help="lm-eval's tasks and flags, one run or plugins side by side; `harness` itself may be left out",
-    )
-    return parser
+    return settings
+
+
+def _words(argv: Sequence[str] | None) -> list[str]:
+    """The command line, with the word `harness` where it was left out."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    left_out = bool(words) and words[0].startswith("-") and words[0] not in ("-h", "--help")
+    return ["harness", *words] if left_out else words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one evaluation, print its table and store its figures."""
+    settings, words = read(argv), _words(argv)
+    match settings:
+        case Continuation():
+            run(settings, words)
+        case task.Settings():
+            task.run(settings, words)
+        case frontier.Settings():
+            frontier.run(settings, words)
+        case sensitivity.Settings():
+            sensitivity.run(settings, words)
+        case harness.Settings():
+            harness.run(settings, words)
+
+
+def run(settings: Continuation, argv: Sequence[str]) -> None:
+    """Score dense prompts, absent ones and every plugin, print, store."""
     started = time.perf_counter()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and (argv[0] == "harness" or (argv[0].startswith("-") and argv[0] not in ("-h", "--help"))):
-        harness.main(argv[1:] if argv[0] == "harness" else argv)
-        return
-    args = cli.parse(build_parser(), argv)
-    if args.command == "task":
-        task.run(args, argv)
-        return
-    if args.command in ("frontier", "sensitivity"):
-        (frontier if args.command == "frontier" else sensitivity).run(args, argv)
-        return
-    windows = _windows(args)
-    model = load_variator(args)
+    windows = _windows(settings)
+    model = load_variator(settings)
     model.decoder_only("continuation", "it scores the text after a prompt")
-    plugins = _attach(model, [name for name in args.plugin if name != "none"], args)
-    scores = score_continuation(model, windows, args.context, plugins, batch_size=args.batch_size)
-    _print(scores, args, len(windows))
-    if args.json:
+    plugins = _attach(model, [name for name in settings.plugin if name != "none"], settings)
+    scores = score_continuation(model, windows, settings.context, plugins, batch_size=settings.batch_size)
+    _print(scores, settings, len(windows))
+    if settings.json:
         figures = {
-            "model": args.model,
-            "data": args.data,
-            "context": args.context,
-            "continuation": args.continuation,
+            "model": settings.model,
+            "data": settings.data,
+            "context": settings.context,
+            "continuation": settings.continuation,
             "windows": len(windows),
             "scores": [dataclasses.asdict(score) for score in scores],
             "configs": {label: model.plugins[name].to_dict() for name, label in plugins.items()},
         }
         command = ["llm_variator.evaluate", *argv]
-        write_result(args.json, figures, command=command, seed=args.seed, started=started)
-        print(f"stored in {args.json}")
+        write_result(settings.json, figures, command=command, seed=settings.seed, started=started)
+        print(f"stored in {settings.json}")
 
 
 def score_continuation(
@@ -157,27 +152,27 @@ def _kv_share(model: VariatorModel, prompt: Tensor) -> float:
     return report.bytes / report.dense_bytes
 
 
-def _windows(args: argparse.Namespace) -> Tensor:
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    length = args.context + args.continuation
-    windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    return spread(enough(windows, args.windows, args.data), args.windows)
+def _windows(settings: Continuation) -> Tensor:
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    length = settings.context + settings.continuation
+    windows = read_windows(settings.data, tokenizer, seq_length=length, data_dir=settings.data_dir)
+    return spread(enough(windows, settings.windows, settings.data), settings.windows)
 
 
-def _attach(model: VariatorModel, names: Sequence[str], args: argparse.Namespace) -> dict[str, str]:
+def _attach(model: VariatorModel, names: Sequence[str], settings: Continuation) -> dict[str, str]:
     """Load the plugins and, where asked for, untrained ones of the same configuration."""
     labels: dict[str, str] = {}
     for number, name in enumerate(names):
         model.load_plugin(name, f"plugin{number}")
         labels[f"plugin{number}"] = name
-        if args.untrained:
-            torch.manual_seed(args.seed)
+        if settings.untrained:
+            torch.manual_seed(settings.seed)
             model.add_plugin(f"untrained{number}", model.plugins[f"plugin{number}"])
             labels[f"untrained{number}"] = f"{name} (untrained)"
     return labels
 
 
-def _print(scores: Sequence[Score], args: argparse.Namespace, windows: int) -> None:
+def _print(scores: Sequence[Score], settings: Continuation, windows: int) -> None:
     dense = scores[0].cross_entropy
     rows = [
         (
@@ -189,7 +184,8 @@ def _print(scores: Sequence[Score], args: argparse.Namespace, windows: int) -> N
         for score in scores
     ]
     tables.show(
-        f"{args.model} on {args.data}: the {args.continuation} tokens after {args.context}, {windows} windows",
+        f"{settings.model} on {settings.data}: the {settings.continuation} tokens after {settings.context}, "
+        f"{windows} windows",
         ("prompt", "nats/token", "above dense", "KV entries"),
         rows,
     )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llm_variator import old_cli as cli
+from llm_variator.cli import REQUIRED, flag, flags
+from llm_variator.cli.values import Natural, PositiveInt
 from llm_variator.config import WEIGHTS_FILE
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
@@ -58,90 +58,98 @@ class Quiz:
     stop: frozenset[int]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `evaluate frontier`."""
-    add = parser.add_argument
-    add("--model", required=True, help="decoder: alias, local folder or hub id")
-    add("--plugin", nargs="+", default=[], metavar="[NAME=]PLUGIN", help="shipped names, folders or hub ids")
-    add("--untrained", action="store_true", help="also means and copies in place of each plugin's weights")
-    add(
-        "--also",
-        nargs="*",
-        default=["drop:2", "late-skip", "mean:2"],
-        metavar="WAY",
-        help="untrained competitors: drop:K (read every K-th token), late-skip:LAYER (from there on prompt tokens "
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(flags.Stored, flags.BaseModel):
+    """Quality against cost: plugins beside dropped tokens, skipped layers and untrained merging.
+
+    The text after a prompt and answers to questions, with the prompt dense, absent, compressed by plugins, and made
+    cheaper in ways that need no training.
+    """
+
+    model: str = flag(REQUIRED, "decoder: alias, local folder or hub id")
+    plugin: tuple[str, ...] = flag((), "shipped names, folders or hub ids", metavar="[NAME=]PLUGIN")
+    untrained: bool = flag(False, "also means and copies in place of each plugin's weights")
+    also: tuple[str, ...] = flag(
+        ("drop:2", "late-skip", "mean:2"),
+        "untrained competitors, or none: drop:K (read every K-th token), late-skip:LAYER (from there on prompt tokens "
         "give keys and values only), mean:K (merge without training)",
+        metavar="WAY",
     )
-    add("--dense-head", type=cli.natural, default=4, help="first prompt tokens that --also leaves alone")
-    add("--dense-tail", type=cli.natural, default=64, help="last prompt tokens that --also leaves alone")
-    add(
-        "--data",
-        nargs="*",
-        default=["wikitext2/test", questions.ARTICLES],
+    dense_head: Natural = flag(4, "first prompt tokens that --also leaves alone")
+    dense_tail: Natural = flag(64, "last prompt tokens that --also leaves alone")
+    data: tuple[str, ...] = flag(
+        ("wikitext2/test", questions.ARTICLES),
+        f"texts, named as in llm_variator.train, or {questions.ARTICLES}: SQuAD's development articles; or none",
         metavar="SOURCE",
-        help=f"texts, named as in llm_variator.train, or {questions.ARTICLES}: SQuAD's development articles",
     )
-    add(
-        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
+    data_dir: Path | None = flag(
+        None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)", metavar="DIR"
     )
-    add("--context", type=cli.positive_int, nargs="+", default=[512], help="prompt lengths, in tokens")
-    add("--continuation", type=cli.positive_int, default=128, help="tokens scored after the prompt")
-    add("--generate", type=cli.positive_int, default=32, help="greedy tokens compared with the dense model's")
-    add("--windows", type=cli.positive_int, default=16, help="stretches of each text, evenly spread over it")
-    add("--batch-size", type=cli.positive_int, default=4, help="windows in one forward pass")
-    add("--questions", type=cli.natural, default=50, help="SQuAD questions to answer; 0: none")
-    add("--question-form", choices=questions.FORMS, default="text", help="how they are asked")
-    add("--shots", type=cli.natural, default=3, help="answered examples before each question")
-    add("--repetitions", type=cli.natural, default=5, help="timings of reading a prompt, in turns; 0: none")
-    add("--device", default="cpu", help="cpu, cuda, ...")
-    add("--dtype", help="of base model and plugins (default: as stored)")
-    add("--random-init", action="store_true", help="the model's shape with random weights; no download")
-    add("--num-layers", type=cli.positive_int, help="with --random-init: this many layers")
-    cli.add_quantize_flag(add)
-    add("--seed", type=cli.natural, default=0, help="of random weights (--random-init)")
-    add(
-        "--work",
-        type=Path,
-        default=WORK,
-        help="what is measured is kept here for the next run; a base changed in place needs --fresh",
+    context: tuple[PositiveInt, ...] = flag((512,), "prompt lengths, in tokens")
+    continuation: PositiveInt = flag(128, "tokens scored after the prompt")
+    generate: PositiveInt = flag(32, "greedy tokens compared with the dense model's")
+    windows: PositiveInt = flag(16, "stretches of each text, evenly spread over it")
+    batch_size: PositiveInt = flag(4, "windows in one forward pass")
+    questions: Natural = flag(50, "SQuAD questions to answer; 0: none")
+    question_form: Literal["text", "chat"] = flag("text", "how they are asked")
+    shots: Natural = flag(3, "answered examples before each question")
+    repetitions: Natural = flag(5, "timings of reading a prompt, in turns; 0: none")
+    work: Path = flag(
+        WORK, "what is measured is kept here for the next run; a base changed in place needs --fresh"
     )
-    add("--fresh", action="store_true", help="measure all of it again")
-    add("--export", type=Path, metavar="FILE", help="write windows and questions for another environment")
-    add("--elsewhere", type=Path, nargs="+", default=[], metavar="FILE", help="add what was measured there")
-    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables")
-    add("--plot", type=Path, metavar="FILE", help="draw quality against prefill and KV entries (.png, .svg)")
+    fresh: bool = flag(False, "measure all of it again")
+    export: Path | None = flag(None, "write windows and questions for another environment", metavar="FILE")
+    elsewhere: tuple[Path, ...] = flag((), "add what was measured there", metavar="FILE")
+    markdown: Path | None = flag(None, "write the tables", metavar="FILE")
+    plot: Path | None = flag(None, "draw quality against prefill and KV entries (.png, .svg)", metavar="FILE")
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def without_values(words: Sequence[str]) -> list[str]:
+    """The command line with an empty value after an --also or --data that has none."""
+    following = [*words[1:], "--"]
+    pairs = zip(words, following, strict=True)
+    bare = [word in ("--also", "--data") and after.startswith("--") for word, after in pairs]
+    return [
+        part for word, empty in zip(words, bare, strict=True) for part in ([word, ""] if empty else [word])
+    ]
+
+
+def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
     """Measure, print, store; returns the figures."""
     started = time.perf_counter()
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    texts = [_text(args, tokenizer, data, context) for context in args.context for data in args.data]
-    quiz = _quiz(args, tokenizer) if args.questions else None
-    model = load_variator(args)
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    texts = [
+        _text(settings, tokenizer, data, context)
+        for context in settings.context
+        for data in settings.data
+        if data
+    ]
+    quiz = _quiz(settings, tokenizer) if settings.questions else None
+    model = load_variator(settings)
     model.decoder_only("frontier", "it measures what follows a prompt")
-    conditions = gather(model, args)
-    store = Store.of(model, None if args.fresh else args.work, args.work)
+    conditions = gather(model, settings)
+    store = Store.of(model, None if settings.fresh else settings.work, settings.work)
 
-    measured = [_measure_text(model, conditions, text, args, store) for text in texts]
+    measured = [_measure_text(model, conditions, text, settings, store) for text in texts]
     answers = _measure_answers(model, conditions, quiz, store) if quiz else {}
-    if args.export:
-        export(args.export, model, texts, quiz, measured, args.generate)
+    if settings.export:
+        export(settings.export, model, texts, quiz, measured, settings.generate)
     others = [
-        one for file in args.elsewhere for one in read_external(file, model, texts, quiz, args.generate)
+        one
+        for file in settings.elsewhere
+        for one in read_external(file, model, texts, quiz, settings.generate)
     ]
 
     rows = [
-        _text_rows(model, conditions, text, found, others, number, args.repetitions)
+        _text_rows(model, conditions, text, found, others, number, settings.repetitions)
         for number, (text, found) in enumerate(zip(texts, measured, strict=True))
     ]
     figures: dict[str, Any] = {
-        "model": args.model,
-        "continuation": args.continuation,
-        "generate": args.generate,
-        "dense_head": args.dense_head,
-        "dense_tail": args.dense_tail,
+        "model": settings.model,
+        "continuation": settings.continuation,
+        "generate": settings.generate,
+        "dense_head": settings.dense_head,
+        "dense_tail": settings.dense_tail,
         "texts": [
             {
                 "data": text.data,
@@ -158,8 +166,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         origin = quiz.examples[0].origin
         figures["questions"] = {
             "data": f"{origin.name}: {origin.describe(len(quiz.examples))}",
-            "form": args.question_form,
-            "shots": args.shots,
+            "form": settings.question_form,
+            "shots": settings.shots,
             "mean_prompt_tokens": sum(map(len, quiz.prompts)) / len(quiz.prompts),
             "rows": [
                 dataclasses.asdict(row)
@@ -167,17 +175,17 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
             ],
         }
     print_tables(figures)
-    if args.json:
+    if settings.json:
         command = ["llm_variator.evaluate", *argv]
-        write_result(args.json, figures, command=command, seed=args.seed, started=started)
-    if args.markdown:
-        write_atomically(args.markdown, markdown(figures))
-    if args.plot:
-        plot(args.plot, figures)
+        write_result(settings.json, figures, command=command, seed=settings.seed, started=started)
+    if settings.markdown:
+        write_atomically(settings.markdown, markdown(figures))
+    if settings.plot:
+        plot(settings.plot, figures)
     return figures
 
 
-def gather(model: VariatorModel, args: argparse.Namespace) -> list[Condition]:
+def gather(model: VariatorModel, settings: Settings) -> list[Condition]:
     """The conditions that the flags ask for, dense first; plugins are loaded into the model.
 
     Raises:
@@ -189,24 +197,28 @@ def gather(model: VariatorModel, args: argparse.Namespace) -> list[Condition]:
         name = f"plugin{len(model.plugins) - 1}"
         conditions.append(WithPlugin(label, name, model.plugins[name], digest))
 
-    for text in args.plugin:
+    for text in settings.plugin:
         label, named, source = text.partition("=")
         label = scrub_paths(label)
         folder = plugin_folder(source if named else text)
         loaded = model.load_plugin(folder, f"plugin{len(model.plugins)}")
         attach(label, hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest())
-        if args.untrained:
+        if settings.untrained:
             bare = dataclasses.replace(loaded.config, compressor="mean", decompressor="copy")
             model.add_plugin(f"plugin{len(model.plugins)}", bare)
             attach(f"{label} (untrained)")
-    for text in args.also:
+    for text in filter(None, settings.also):
         name, _, number = text.partition(":")
         if name == "mean" and (number.isdigit() or not number):
             k = int(number or 2)
-            model.add_plugin(f"plugin{len(model.plugins)}", mean_merge(k, args.dense_head, args.dense_tail))
+            model.add_plugin(
+                f"plugin{len(model.plugins)}", mean_merge(k, settings.dense_head, settings.dense_tail)
+            )
             attach(f"mean:{k}")
         else:
-            conditions.append(alternatives.parse(text, model.config, args.dense_head, args.dense_tail))
+            conditions.append(
+                alternatives.parse(text, model.config, settings.dense_head, settings.dense_tail)
+            )
     labels = [condition.label for condition in conditions]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise VariatorError(
@@ -215,19 +227,21 @@ def gather(model: VariatorModel, args: argparse.Namespace) -> list[Condition]:
     return conditions
 
 
-def _text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, data: str, context: int) -> Text:
-    length = context + args.continuation
+def _text(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: str, context: int) -> Text:
+    length = context + settings.continuation
     if data == questions.ARTICLES:
-        windows = cut_windows(tokenize(questions.read_articles(args.data_dir), tokenizer), length, tokenizer)
+        windows = cut_windows(
+            tokenize(questions.read_articles(settings.data_dir), tokenizer), length, tokenizer
+        )
     else:
-        windows = read_windows(data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    return Text(data, context, spread(enough(windows, args.windows, data), args.windows))
+        windows = read_windows(data, tokenizer, seq_length=length, data_dir=settings.data_dir)
+    return Text(data, context, spread(enough(windows, settings.windows, data), settings.windows))
 
 
-def _quiz(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Quiz:
-    examples = questions.load_questions(args.data_dir, args.questions)
-    shots = questions.load_shots(args.data_dir, args.shots) if args.shots else []
-    encode = partial(questions.encode_question, tokenizer, form=args.question_form, shots=shots)
+def _quiz(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Quiz:
+    examples = questions.load_questions(settings.data_dir, settings.questions)
+    shots = questions.load_shots(settings.data_dir, settings.shots) if settings.shots else []
+    encode = partial(questions.encode_question, tokenizer, form=settings.question_form, shots=shots)
     return Quiz(
         examples,
         [encode(example) for example in examples],
@@ -237,16 +251,16 @@ def _quiz(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Quiz:
 
 
 def _measure_text(
-    model: VariatorModel, conditions: Sequence[Condition], text: Text, args: argparse.Namespace, store: Store
+    model: VariatorModel, conditions: Sequence[Condition], text: Text, settings: Settings, store: Store
 ) -> dict[str, Continuation]:
     found: dict[str, Continuation] = {}
     for condition in conditions:
         dense = found[conditions[0].label].greedy if found else None
         measure = partial(
             continue_windows, model, condition, text.windows, text.context,
-            generate=args.generate, batch_size=args.batch_size, dense=dense,
+            generate=settings.generate, batch_size=settings.batch_size, dense=dense,
         )  # fmt: skip
-        about = {"windows": text.windows.tolist(), "context": text.context, "generate": args.generate}
+        about = {"windows": text.windows.tolist(), "context": text.context, "generate": settings.generate}
         what = f"{text.data}, {text.context} tokens: {condition.label}"
         found[condition.label] = _logged(what, store, condition, about, measure, Continuation)
     return found

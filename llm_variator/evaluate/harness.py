@@ -8,31 +8,60 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 import huggingface_hub.constants
 
-from llm_variator import old_cli as cli
+from llm_variator import cli
+from llm_variator.cli.values import Natural, PositiveInt
+from llm_variator.config import CONFIG_FILE, WEIGHTS_FILE
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import table
+from llm_variator.measures.store import digest
 from llm_variator.sources.corpora import DATA_DIR_VARIABLE, data_folder
-from llm_variator.sources.models import hub_reachable, load_config
+from llm_variator.sources.models import hub_reachable, load_config, plugin_folder
 
 TASKS = Path(__file__).parents[2] / "eval" / "tasks"
 """The tasks of this repository; an installed package comes without them."""
 DEFAULT_MODEL = "smollm2-135m"
 _OURS = ("plugin", "k", "data_dir", "compare", "prompt_tokens", "repetitions")
+_POSITIVE, _NATURAL = get_args(PositiveInt)[1], get_args(Natural)[1]
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """lm-eval's tasks and flags, one run or plugins side by side; `harness` itself may be left out."""
+
+    plugin: str | None
+    k: int | None
+    data_dir: Path | None
+    compare: str | None
+    prompt_tokens: tuple[int, ...]
+    repetitions: int
+    theirs: Mapping[str, Any]
+    """lm-eval's flags."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains by VariatorErrors, and takes no flag abbreviated."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **given})
+
+    def error(self, message: str) -> NoReturn:
+        raise VariatorError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
     """lm-eval's flags for a run, and ours beside them."""
     from lm_eval._cli.run import Run
 
-    commands = cli.Parser().add_subparsers()
+    commands = _Parser().add_subparsers()
     Run.create(commands)
     parser: argparse.ArgumentParser = commands.choices["run"]
     parser.prog, parser.usage = "python -m llm_variator.evaluate harness", None
@@ -51,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plugin", metavar="PLUGIN", help="shipped name, folder or hub id (default: none)")
     add(
         "--k",
-        type=cli.positive_int,
+        type=_POSITIVE,
         help="without --plugin: an untrained one that merges k vectors by their mean",
     )
     add(
@@ -68,43 +97,53 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--prompt-tokens",
-        type=cli.positive_int,
+        type=_POSITIVE,
         nargs="+",
         default=[512, 2048],
         help="with --compare: prompts whose reading is timed (default: 512 2048)",
     )
     add(
         "--repetitions",
-        type=cli.natural,
+        type=_NATURAL,
         default=5,
         help="with --compare: of the timing, in turns; 0: nothing is timed (default: 5)",
     )
     return parser
 
 
-def main(argv: Sequence[str]) -> None:
+def read(argv: Sequence[str]) -> Settings:
+    """The settings that a command line, with its recipe, gives.
+
+    Raises:
+        VariatorError: wrong flags, or a recipe that is missing, holds an unknown key or a wrong value of ours.
+    """
+    parser = _parser()
+    theirs = vars(_with_recipe(parser, parser.parse_args(list(argv))))
+    ours = {name: theirs.pop(name) for name in _OURS}
+    settings = Settings(**ours | {"prompt_tokens": tuple(ours["prompt_tokens"])}, theirs=theirs)
+    if settings.compare and (
+        settings.plugin or settings.k or {"plugin", "k"} & set(theirs["model_args"] or ())
+    ):
+        raise VariatorError("--compare names all plugins itself; leave out plugin and k")
+    return settings
+
+
+def run(settings: Settings, argv: Sequence[str]) -> None:
     """Run lm-eval, or with --compare once per plugin.
 
     Raises:
-        VariatorError: wrong flags, unknown tasks, or data that is not to be had.
+        VariatorError: flags that do not fit together, unknown tasks, or data that is not to be had.
     """
     started = time.perf_counter()
-    args = _with_recipe(build_parser().parse_args(list(argv)))
-    if args.data_dir is not None:
-        os.environ[DATA_DIR_VARIABLE] = str(data_folder(args.data_dir))
+    if settings.data_dir is not None:
+        os.environ[DATA_DIR_VARIABLE] = str(data_folder(settings.data_dir))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     reachable = _go_offline_unless_reachable()
-    if TASKS.is_dir():
-        args.include_path = [str(TASKS), *([args.include_path] if args.include_path else [])]
-    ours = {name: vars(args).pop(name) for name in _OURS}
     try:
-        if ours["compare"]:
-            if ours["plugin"] or ours["k"] or {"plugin", "k"} & set(args.model_args or ()):
-                raise VariatorError("--compare names all plugins itself; leave out plugin and k")
-            args.model = args.model or DEFAULT_MODEL
-            table.main(args, ours, argv=argv, started=started)
+        if settings.compare:
+            table.run(_comparison(settings, settings.compare), argv, started=started)
         else:
-            _run(args, ours["plugin"], ours["k"])
+            _run(settings)
     except VariatorError:
         raise
     except (OSError, ValueError, KeyError) as error:  # how lm-eval, datasets and transformers say no
@@ -117,7 +156,31 @@ def main(argv: Sequence[str]) -> None:
         raise VariatorError(f"{reason}{mend}") from error
 
 
-def _run(args: argparse.Namespace, plugin: str | None, k: int | None) -> None:
+def _comparison(settings: Settings, entries: str) -> table.Comparison:
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    theirs = settings.theirs
+    model = theirs["model"] or DEFAULT_MODEL
+    parsed = table.parse_entries(entries, model)
+    if theirs["use_cache"]:
+        raise VariatorError(
+            "--use_cache knows requests, not plugins: all columns would be the same; leave it out"
+        )
+    output = Path(theirs["output_path"]) if theirs["output_path"] else None
+    if output and output.suffix != ".json":
+        raise VariatorError(f"--output_path {output}: with --compare give a file that ends in .json")
+    arguments = {**(theirs["model_args"] or {}), "pretrained": model}
+    return table.Comparison(
+        model=model,
+        entries=parsed,
+        prompt_tokens=settings.prompt_tokens,
+        repetitions=settings.repetitions,
+        output=output,
+        config=EvaluatorConfig.from_cli(_for_lm_eval(theirs, model_type(model), arguments)),
+    )
+
+
+def _run(settings: Settings) -> None:
     import lm_eval.models  # noqa: F401  (fills the registry)
     from lm_eval._cli.run import Run
     from lm_eval.api.registry import model_registry
@@ -126,17 +189,43 @@ def _run(args: argparse.Namespace, plugin: str | None, k: int | None) -> None:
     import llm_variator.integrations.harness  # noqa: F401  (registers our model types)
 
     setup_logging()
-    args.model_args = dict(args.model_args or {})
-    if args.model is None and "pretrained" in args.model_args:
-        args.model = "variator"
-    elif args.model is None or args.model not in model_registry:
-        args.model_args["pretrained"] = args.model or DEFAULT_MODEL
-        args.model = model_type(args.model_args["pretrained"])
-    given = {name: value for name, value in (("plugin", plugin), ("k", k)) if value is not None}
-    if given and not args.model.startswith("variator"):
-        raise VariatorError(f"--plugin and --k need a model of ours, not lm-eval's {args.model!r}")
-    args.model_args |= given
-    Run._execute(args)
+    theirs, arguments = dict(settings.theirs), dict(settings.theirs["model_args"] or {})
+    model = theirs["model"]
+    if model is None and "pretrained" in arguments:
+        model = "variator"
+    elif model is None or model not in model_registry:
+        arguments["pretrained"] = model or DEFAULT_MODEL
+        model = model_type(arguments["pretrained"])
+    given = {name: getattr(settings, name) for name in ("plugin", "k")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not model.startswith("variator"):
+        raise VariatorError(f"--plugin and --k need a model of ours, not lm-eval's {model!r}")
+    arguments |= given
+    if theirs["use_cache"]:
+        theirs["use_cache"] = cache_file(theirs["use_cache"], model, arguments)
+    Run._execute(_for_lm_eval(theirs, model, arguments))
+
+
+def _for_lm_eval(theirs: Mapping[str, Any], model: str, arguments: Mapping[str, Any]) -> argparse.Namespace:
+    folders = [theirs["include_path"]] if theirs["include_path"] else []
+    own = {"include_path": [str(TASKS), *folders]} if TASKS.is_dir() else {}
+    return argparse.Namespace(**{**theirs, **own, "model": model, "model_args": dict(arguments)})
+
+
+def cache_file(path: str, model: str, arguments: Mapping[str, Any]) -> str:
+    """lm-eval's cache file, one per model: its type, its base as it is held, its plugin or ratio.
+
+    lm-eval itself keys answers by their requests only, and would give one model's to the next.
+
+    Raises:
+        VariatorError: there is no such plugin.
+    """
+    about = {"type": model, **{name: str(value) for name, value in arguments.items()}}
+    if (plugin := about.get("plugin", "none")) not in ("", "none", "None"):
+        folder = plugin_folder(plugin)  # may be trained again where it lies
+        contents = [(folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        about["plugin"] = hashlib.sha256(b"".join(contents)).hexdigest()
+    return f"{path}-{digest(about)}"
 
 
 def model_type(model: str) -> str:
@@ -144,25 +233,32 @@ def model_type(model: str) -> str:
     return "variator-seq2seq" if load_config(model).is_encoder_decoder else "variator"
 
 
-def _with_recipe(args: argparse.Namespace) -> argparse.Namespace:
+def _with_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """`--config FILE`, lm-eval's own and with our flags as further keys; flags given win.
 
     Raises:
-        VariatorError: the file cannot be read or holds an unknown key.
+        VariatorError: the file cannot be read, holds an unknown key, or a wrong value of ours.
     """
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     if not args.config:
         return args
     known = {field.name for field in dataclasses.fields(EvaluatorConfig)} | set(_OURS)
-    defaults = vars(build_parser().parse_args([]))
+    defaults = vars(parser.parse_args([]))
     for key, value in cli.read_recipe(Path(args.config)).items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             mend = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             raise VariatorError(f"recipe {args.config}: unknown key {key!r}; {mend}")
-        if getattr(args, key, None) == defaults.get(key):
-            setattr(args, key, Path(value) if key == "data_dir" else value)
+        if getattr(args, key, None) != defaults.get(key):
+            continue
+        if key in _OURS:
+            try:
+                words = map(str, value if isinstance(value, list) else [value])
+                value = getattr(parser.parse_args([cli.spelled(key), *words]), key)
+            except VariatorError as error:
+                raise VariatorError(f"recipe {args.config}: {error}") from None
+        setattr(args, key, value)
     args.config = None
     return args
 

@@ -14,7 +14,6 @@ from llm_variator.sources.tasks import Example, load_examples
 
 ARTICLES = "squad-articles"
 """The name of SQuAD's development articles as a source of text."""
-FORMS = ("text", "chat")
 ANSWER_TOKENS = 24
 
 _SHORT_PASSAGE, _SHORT_ANSWER = 450, 30  # characters; what is shown as an example

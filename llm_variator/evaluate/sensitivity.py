@@ -7,7 +7,6 @@ least sum chosen exactly.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
@@ -20,7 +19,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from llm_variator import old_cli as cli
+from llm_variator.cli import REQUIRED, flag, flags
+from llm_variator.cli.values import Natural, PositiveInt
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.errors import VariatorError
@@ -47,76 +47,86 @@ class Option:
     harm: float
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `evaluate sensitivity`."""
-    add = parser.add_argument
-    add("--model", required=True, help="decoder: alias, local folder or hub id")
-    add(
-        "--budget",
-        nargs="+",
-        default=["ffn=0.5"],
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(flags.Stored, flags.Text, flags.BaseModel):
+    """One compression ratio per layer, by measured sensitivity under a budget.
+
+    Merge each layer alone, untrained, at each ratio; then choose one ratio per layer with the least harm under a
+    budget, and print it as the flags to train with.
+    """
+
+    model: str = flag(REQUIRED, "decoder: alias, local folder or hub id")
+    budget: tuple[str, ...] = flag(
+        ("ffn=0.5",),
+        "what may be left of the dense model's: ffn, operations of FFNs with their plugins; kv, KV entries",
         metavar="SITE=SHARE",
-        help="what may be left of the dense model's: ffn, operations of FFNs with their plugins; kv, KV entries",
     )
-    add("--ratios", type=cli.positive_int, nargs="+", default=[2, 4, 8, 16], help="tried in every layer")
-    add(
-        "--fitted",
-        type=cli.natural,
-        default=0,
+    ratios: tuple[PositiveInt, ...] = flag((2, 4, 8, 16), "tried in every layer")
+    fitted: Natural = flag(
+        0,
+        "set the adapters of FFNs by least squares over so many tokens of other windows (default: untrained)",
         metavar="TOKENS",
-        help="set the adapters of FFNs by least squares over so many tokens of other windows (default: untrained)",
     )
-    add(
-        "--recall",
-        action="store_true",
-        help="compare predictions of passages repeated from the prompt, not of what follows it",
+    recall: bool = flag(
+        False, "compare predictions of passages repeated from the prompt, not of what follows it"
     )
-    add("--r", type=cli.positive_int, default=64, help="bottleneck width")
-    add("--dense-head", type=cli.natural, default=4, help="first prompt tokens kept uncompressed")
-    add(
-        "--dense-tail",
-        type=cli.natural,
-        default=64,
-        help="least number of last prompt tokens kept uncompressed",
-    )
-    cli.add_text_flags(add, data="wikitext2/train", windows=4, batch_size=4)
-    add("--context", type=cli.positive_int, default=512, help="prompt tokens")
-    add("--continuation", type=cli.positive_int, default=128, help="tokens whose predictions are compared")
-    cli.add_quantize_flag(add)
-    add("--work", type=Path, default=WORK, help="what is measured is kept here, and not measured again")
-    cli.add_base_flags(add, seeds="random weights (--random-init)")
+    r: PositiveInt = flag(64, "bottleneck width")
+    dense_head: Natural = flag(4, "first prompt tokens kept uncompressed")
+    dense_tail: Natural = flag(64, "least number of last prompt tokens kept uncompressed")
+    data: str = "wikitext2/train"
+    windows: PositiveInt = 4
+    context: PositiveInt = flag(512, "prompt tokens")
+    continuation: PositiveInt = flag(128, "tokens whose predictions are compared")
+    work: Path = flag(WORK, "what is measured is kept here, and not measured again")
+
+    def __post_init__(self) -> None:
+        self.budgets()
+        if set(self.ratios) <= {1}:
+            raise VariatorError("--ratios needs at least one ratio above 1")
+
+    def budgets(self) -> dict[str, float]:
+        """`("ffn=0.5", "kv=0.25")` -> shares by site."""
+        found = {}
+        for text in self.budget:
+            site, _, share = text.partition("=")
+            try:
+                found[site] = float(share)
+            except ValueError:
+                found[site] = 0.0
+            if site not in SITES or not 0 < found[site] < 1:
+                raise VariatorError(
+                    f"--budget {text}: write ffn=SHARE or kv=SHARE, with a share above 0 and below 1"
+                )
+        return {site: found[site] for site in SITES if site in found}
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
     """Measure every layer, choose, print; returns the figures."""
     started = time.perf_counter()
-    budgets = _budgets(args.budget)
-    ratios = sorted(set(args.ratios) - {1})
-    if not ratios:
-        raise VariatorError("--ratios needs at least one ratio above 1")
-    tokenizer = load_tokenizer(args.model, stand_in=args.random_init)
-    length = args.context + args.continuation
-    windows = read_windows(args.data, tokenizer, seq_length=length, data_dir=args.data_dir)
-    windows = enough(windows, args.windows, args.data)
-    model = load_variator(args)
+    budgets, ratios = settings.budgets(), sorted(set(settings.ratios) - {1})
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    length = settings.context + settings.continuation
+    windows = read_windows(settings.data, tokenizer, seq_length=length, data_dir=settings.data_dir)
+    windows = enough(windows, settings.windows, settings.data)
+    model = load_variator(settings)
     model.decoder_only("sensitivity", "it measures what follows a prompt")
-    measured, rest = _apart(windows, args.windows)
-    if args.recall:
-        draw = np.random.default_rng(args.seed)
-        measured = torch.stack([repeat_passages(window, args.context, draw) for window in measured])
-    fitting = rest[: -(-args.fitted // length)]
-    if len(fitting) * length < args.fitted:
+    measured, rest = _apart(windows, settings.windows)
+    if settings.recall:
+        draw = np.random.default_rng(settings.seed)
+        measured = torch.stack([repeat_passages(window, settings.context, draw) for window in measured])
+    fitting = rest[: -(-settings.fitted // length)]
+    if len(fitting) * length < settings.fitted:
         raise VariatorError(
-            f"--fitted {args.fitted}: {args.data} holds only {len(rest) * length} tokens more"
+            f"--fitted {settings.fitted}: {settings.data} holds only {len(rest) * length} tokens more"
         )
-    probe = open_probe(model, measured, args.context, args.batch_size, args.work, fitting)
+    probe = open_probe(model, measured, settings.context, settings.batch_size, settings.work, fitting)
 
     template = VariatorConfig(
-        r=args.r,
-        dense_head=args.dense_head,
-        dense_tail=args.dense_tail,
+        r=settings.r,
+        dense_head=settings.dense_head,
+        dense_tail=settings.dense_tail,
         compressor="mean",
-        decompressor="adapter" if args.fitted else "copy",
+        decompressor="adapter" if settings.fitted else "copy",
     )
     stack = Stack.of(model.config)
     harms: dict[str, list[dict[int, float]]] = {}
@@ -124,7 +134,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     left: dict[str, float] = {}
     for site, share in budgets.items():
         harms[site] = measure_layers(probe, template, site, ratios)
-        options = layer_options(stack, args.context, template, site, harms[site])
+        options = layer_options(stack, settings.context, template, site, harms[site])
         whole = sum(layer[0].cost for layer in options)
         picks = choose(options, int(share * whole))
         chosen[site] = [option.k for option in picks]
@@ -134,8 +144,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     dense = probe.dense_cross_entropy
     _print(harms, chosen, ratios)
     trained = dataclasses.replace(config, compressor="weighted", decompressor="adapter")
-    how = f"least squares over {args.fitted} tokens" if args.fitted else "untrained"
-    operations = prefill(stack, args.context, trained).total / prefill(stack, args.context).total
+    how = f"least squares over {settings.fitted} tokens" if settings.fitted else "untrained"
+    operations = prefill(stack, settings.context, trained).total / prefill(stack, settings.context).total
     shares = ", ".join(f"{_RESOURCE[site]} {share:.3f}" for site, share in left.items())
     Console().print(
         f"left of dense: {shares}, all operations {operations:.3f}; {how}: {together.divergence:.4f} nats from the "
@@ -145,22 +155,22 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     )
     print(f"--sites {','.join(budgets)} --k-per-layer '{json.dumps(chosen)}'")
     figures = {
-        "model": args.model,
-        "data": args.data,
-        "windows": args.windows,
-        "context": args.context,
-        "continuation": args.continuation,
+        "model": settings.model,
+        "data": settings.data,
+        "windows": settings.windows,
+        "context": settings.context,
+        "continuation": settings.continuation,
         "budget": budgets,
         "divergence": harms,
         "k_per_layer": chosen,
         "left": left | {"operations": operations},
-        "recall": args.recall,
-        "fitted_tokens": args.fitted,
+        "recall": settings.recall,
+        "fitted_tokens": settings.fitted,
         "together": dataclasses.asdict(together) | {"dense_cross_entropy": dense},
     }
-    if args.json:
+    if settings.json:
         command = ["llm_variator.evaluate", *argv]
-        write_result(args.json, figures, command=command, seed=args.seed, started=started)
+        write_result(settings.json, figures, command=command, seed=settings.seed, started=started)
     return figures
 
 
@@ -250,22 +260,6 @@ def _apart(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     others = torch.ones(len(windows), dtype=torch.bool)
     others[chosen] = False
     return windows[chosen], windows[others]
-
-
-def _budgets(texts: Sequence[str]) -> dict[str, float]:
-    """`["ffn=0.5", "kv=0.25"]` -> shares by site."""
-    found = {}
-    for text in texts:
-        site, _, share = text.partition("=")
-        try:
-            found[site] = float(share)
-        except ValueError:
-            found[site] = 0.0
-        if site not in SITES or not 0 < found[site] < 1:
-            raise VariatorError(
-                f"--budget {text}: write ffn=SHARE or kv=SHARE, with a share above 0 and below 1"
-            )
-    return {site: found[site] for site in SITES if site in found}
 
 
 def _print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import hashlib
@@ -12,7 +11,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -27,7 +26,10 @@ from llm_variator.measures.results import scrub_paths, write_result
 from llm_variator.measures.timing import Case, interleaved
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import EMBEDDED, read_windows
-from llm_variator.sources.models import load_config, model_source, shipped_plugins
+from llm_variator.sources.models import model_source, shipped_plugins
+
+if TYPE_CHECKING:
+    from lm_eval.config.evaluate_config import EvaluatorConfig
 
 
 def parse_entries(text: str, model: str) -> list[Entry]:
@@ -63,39 +65,48 @@ def _parse_entry(part: str, model: str) -> Entry:
     )
 
 
-def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[str], started: float) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is set side by side, and where it goes."""
+
+    model: str
+    """The base model."""
+    entries: Sequence[Entry]
+    prompt_tokens: tuple[int, ...]
+    """Prompts whose reading is timed."""
+    repetitions: int
+    """Of the timing; 0: nothing is timed."""
+    output: Path | None
+    """Ends in .json; a table and a plot are put beside it."""
+    config: EvaluatorConfig
+    """lm-eval's settings for the base model in our model type."""
+
+
+def run(comparison: Comparison, argv: Sequence[str], *, started: float) -> None:
     """Evaluate every entry, measure, print and store.
 
     Args:
-        args: lm-eval's flags; `model` is a base model.
-        ours: the flags `compare`, `prompt_tokens` and `repetitions`.
+        comparison: what to do.
         argv: the whole command line, for the stored result.
         started: `time.perf_counter()` at the start.
     """
-    model, entries = args.model, parse_entries(ours["compare"], args.model)
-    if args.use_cache:
-        raise VariatorError(
-            "--use_cache knows requests, not plugins: all columns would be the same; leave it out"
-        )
-    output = Path(args.output_path) if args.output_path else None
-    if output and output.suffix != ".json":
-        raise VariatorError(f"--output_path {output}: with --compare give a file that ends in .json")
+    model, entries, config = comparison.model, comparison.entries, comparison.config
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about flags that are meant here
     console = Console()
-    lm, runs, config = _evaluate_all(args, entries, console)
+    lm, runs = _evaluate_all(comparison, console)
     names = {
         entry.label: None if entry.label == DENSE else entry.label for entry in entries if entry.label != HF
     }
     prefill = []
-    if names and ours["repetitions"]:
-        windows = read_windows(EMBEDDED, lm.tokenizer, seq_length=max(ours["prompt_tokens"]))
+    if names and comparison.repetitions:
+        windows = read_windows(EMBEDDED, lm.tokenizer, seq_length=max(comparison.prompt_tokens))
         prefill = [
-            measure_prefill(lm.variator, names, windows[:1, :tokens].to(lm.device), ours["repetitions"])
-            for tokens in ours["prompt_tokens"]
+            measure_prefill(lm.variator, names, windows[:1, :tokens].to(lm.device), comparison.repetitions)
+            for tokens in comparison.prompt_tokens
         ]
     quality = quality_rows(runs)
     show(quality, prefill, model)
-    if not output:
+    if not (output := comparison.output):
         return
     figures = {
         "model": model,
@@ -108,32 +119,24 @@ def main(args: argparse.Namespace, ours: Mapping[str, Any], *, argv: Sequence[st
         "prefill": [dataclasses.asdict(row) for row in prefill],
         "evaluation_seconds": {label: run["seconds"] for label, run in runs.items()},
     }
-    words = ["llm_variator.evaluate", "harness", *argv]
     seed = config.seed[0] if config.seed else None
-    write_result(output, figures, command=words, seed=seed, started=started)
+    write_result(output, figures, command=["llm_variator.evaluate", *argv], seed=seed, started=started)
     text = markdown(quality, prefill, model, entries)
     write_atomically(output.with_suffix(".md"), scrub_paths(text))
     plot(output.with_suffix(".png"), quality, prefill, scrub_paths(model))
     console.print(f"stored in {output}, with .md and .png", highlight=False)
 
 
-def _evaluate_all(
-    args: argparse.Namespace, entries: Sequence[Entry], console: Console
-) -> tuple[Any, dict[str, dict[str, Any]], Any]:
-    """Our model type with all plugins loaded, lm-eval's results by label, and its settings."""
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-
+def _evaluate_all(comparison: Comparison, console: Console) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Our model type with all plugins loaded, and lm-eval's results by label."""
     from llm_variator.integrations import harness
 
-    model = args.model
-    seq2seq = load_config(model).is_encoder_decoder
-    args.model = "variator-seq2seq" if seq2seq else "variator"
-    args.model_args = {**(args.model_args or {}), "pretrained": model}
-    config = EvaluatorConfig.from_cli(args)
+    model, entries, config = comparison.model, comparison.entries, comparison.config
     tasks = config.process_tasks(config.metadata)
     options = {name: value for name, value in config.model_args.items() if name != "pretrained"}
     options |= dict(batch_size=config.batch_size, max_batch_size=config.max_batch_size, device=config.device)
-    lm = (harness.VariatorSeq2SeqLM if seq2seq else harness.VariatorLM)(model, **options)
+    kind = harness.VariatorSeq2SeqLM if config.model == "variator-seq2seq" else harness.VariatorLM
+    lm = kind(model, **options)
     for entry in entries:
         if entry.plugin:
             lm.variator.load_plugin(entry.plugin, entry.label)
@@ -152,7 +155,7 @@ def _evaluate_all(
             runs[entry.label] = _evaluate(lm, config, tasks)
         runs[entry.label]["seconds"] = time.perf_counter() - begun
     lm.variator.set_plugin(None)
-    return lm, runs, config
+    return lm, runs
 
 
 def _evaluate(lm: Any, config: Any, task_manager: Any) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.progress import track
 
-from llm_variator import old_cli as cli
 from llm_variator.baselines import TokenPruning
 from llm_variator.baselines.ltp import LTP_FILE
+from llm_variator.cli import REQUIRED, flag, flags
+from llm_variator.cli.values import PositiveInt
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model, load_tokenizer
@@ -20,40 +21,47 @@ from llm_variator.sources.tasks import TASKS, find_task, load_examples, score
 from llm_variator.sources.tasks.forms import form_for, predict_all
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `evaluate task`."""
-    add = parser.add_argument
-    add("--model", required=True, help="fine-tuned model, student or model with token pruning: its folder")
-    add("--plugin", metavar="DIR", help="with this plugin (default: the model as it is)")
-    add("--task", required=True, choices=list(TASKS), help="scored on its validation split")
-    add(
-        "--data-dir", type=Path, help="folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
+@dataclass(frozen=True, kw_only=True)
+class Settings(flags.Stored):
+    """Score on one of the paper's seven tasks: a model as it is, or with a plugin.
+
+    In percent, on the task's validation split.
+    """
+
+    model: str = flag(REQUIRED, "fine-tuned model, student or model with token pruning: its folder")
+    plugin: str | None = flag(None, "with this plugin (default: the model as it is)", metavar="DIR")
+    task: str = flag(REQUIRED, "scored on its validation split", choices=tuple(TASKS))
+    data_dir: Path | None = flag(
+        None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)", metavar="DIR"
     )
-    add("--limit", type=cli.positive_int, help="so many examples, drawn at random (default: all)")
-    add("--batch-size", type=cli.positive_int, default=16, help="examples in one pass")
-    add("--max-length", type=cli.positive_int, default=512, help="most prompt tokens; longer inputs are cut")
-    add("--dtype", help="of the weights (default: as stored)")
-    add("--device", default="cpu", help="where to compute")
-    cli.add_quantize_flag(add)
-    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
+    limit: PositiveInt | None = flag(None, "so many examples, drawn at random (default: all)")
+    batch_size: PositiveInt = flag(16, "examples in one pass")
+    max_length: PositiveInt = flag(512, "most prompt tokens; longer inputs are cut")
+    dtype: str | None = flag(None, "of the weights (default: as stored)")
+    device: str = flag("cpu", "where to compute")
+    quantize: Literal["nf4", "int8"] | None = flag(
+        None, "the base's matrices in 4 bits (NF4) or 8 (int8), by bitsandbytes; plugins stay as they are"
+    )
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
     """Predict, score, print; returns the figures."""
     started = time.perf_counter()
-    task = find_task(args.task)
-    examples = load_examples(task, "validation", data_dir=args.data_dir, limit=args.limit)
-    base = load_model(args.model, dtype=args.dtype, device=args.device, quantize=args.quantize)
-    form = form_for(base, task, load_tokenizer(args.model), max_length=args.max_length)
-    model: Any = VariatorModel.from_pretrained(base, args.plugin) if args.plugin else base
-    if (Path(args.model) / LTP_FILE).is_file():
-        TokenPruning.load(base, args.model)
-    batches = -(-len(examples) // args.batch_size)
+    task = find_task(settings.task)
+    examples = load_examples(task, "validation", data_dir=settings.data_dir, limit=settings.limit)
+    base = load_model(
+        settings.model, dtype=settings.dtype, device=settings.device, quantize=settings.quantize
+    )
+    form = form_for(base, task, load_tokenizer(settings.model), max_length=settings.max_length)
+    model: Any = VariatorModel.from_pretrained(base, settings.plugin) if settings.plugin else base
+    if (Path(settings.model) / LTP_FILE).is_file():
+        TokenPruning.load(base, settings.model)
+    batches = -(-len(examples) // settings.batch_size)
     predictions = predict_all(
         form,
         model,
         examples,
-        batch_size=args.batch_size,
+        batch_size=settings.batch_size,
         progress=lambda rounds: iter(track(rounds, task.name, total=batches)),
     )
     origin = examples[0].origin
@@ -61,7 +69,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         "held_out": score(task, predictions, examples),
         "data": {"measured on": f"{origin.name}: {origin.describe(len(examples))}"},
     }
-    if args.json:
-        write_result(args.json, figures, command=["llm_variator.evaluate", *argv], seed=None, started=started)
+    if settings.json:
+        write_result(
+            settings.json, figures, command=["llm_variator.evaluate", *argv], seed=None, started=started
+        )
     print(", ".join(f"{name} {value:.2f}" for name, value in score(task, predictions, examples).items()))
     return figures

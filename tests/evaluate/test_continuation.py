@@ -82,5 +82,5 @@ def test_wrong_input(more, message, monkeypatch):
 
 
 def test_a_command_is_needed():
-    with pytest.raises(VariatorError, match="COMMAND"):
+    with pytest.raises(VariatorError, match="required: command"):
         main([])

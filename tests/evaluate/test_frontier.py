@@ -15,7 +15,7 @@ from tiny_tasks import write_tasks
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.engine.groups import split
 from llm_variator.evaluate import frontier, questions
-from llm_variator.evaluate.__main__ import main
+from llm_variator.evaluate.__main__ import main, read
 from llm_variator.measures.metrics import continuation_cross_entropy
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.sources.corpora import EMBEDDED, read_documents, read_windows, spread
@@ -113,6 +113,13 @@ def test_rows_hold_quality_and_cost_of_every_condition(model, plugin, tmp_path, 
     line = next(line for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("| mine |"))
     assert nats in line
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_competitors_and_texts_may_be_none():
+    settings = read(["frontier", "--model", "m", "--also", "--json", "x.json", "--data"])
+    assert not any(settings.also + settings.data)
+    assert str(settings.json) == "x.json"
+    assert read(["frontier", "--model", "m", "--data", "a", "b", "--fresh"]).data == ("a", "b")
 
 
 def test_what_was_measured_is_kept(plugin, tmp_path, monkeypatch):

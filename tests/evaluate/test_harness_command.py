@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -21,10 +22,10 @@ import lm_eval.tasks
 from llm_variator import VariatorError, VariatorModel
 from llm_variator.engine.groups import split
 from llm_variator.evaluate import harness
-from llm_variator.evaluate.__main__ import main
+from llm_variator.evaluate.__main__ import main, read
 from llm_variator.evaluate.render import Entry
 from llm_variator.evaluate.table import agreement, measure_prefill, parse_entries
-from llm_variator.integrations.harness import mean_config
+from llm_variator.integrations.harness import VariatorLM, mean_config
 from llm_variator.sources.models import byte_tokenizer, load_model
 
 
@@ -76,10 +77,11 @@ def test_lm_evals_own_output(data, tmp_path, capsys):
 
 def test_the_word_harness_may_be_left_out(monkeypatch):
     seen = []
-    monkeypatch.setattr(harness, "main", seen.append)
+    monkeypatch.setattr(harness, "run", lambda *given: seen.append(given))
     main(["harness", "--tasks", "x"])
     main(["--tasks", "x"])
-    assert seen == [["--tasks", "x"], ["--tasks", "x"]]
+    assert seen == [(read(["harness", "--tasks", "x"]), ["harness", "--tasks", "x"])] * 2
+    assert seen[0][0].theirs["tasks"] == ["x"]
 
 
 def test_help_names_both_sides(capsys):
@@ -156,9 +158,49 @@ def test_a_recipe_holds_flags_of_both(data, tmp_path):
     main(["harness", "--config", str(recipe), "--limit", "2"])
     figures = json.loads((tmp_path / "a.json").read_text())["figures"]
     assert figures["limit"] == 2  # the flag goes before the recipe
-    recipe.write_text("tassks: variator_sst2\n")
-    with pytest.raises(VariatorError, match="did you mean 'tasks'"):
-        main(["harness", "--config", str(recipe)])
+    for wrong, message in (("tassks: x", "did you mean 'tasks'"), ("k: two", "--k: expected a whole number")):
+        recipe.write_text(f"{wrong}\n")
+        with pytest.raises(VariatorError, match=f"table.yaml: .*{message}"):
+            main(["harness", "--config", str(recipe)])
+
+
+def test_cached_answers_are_of_the_same_model(data, tmp_path, monkeypatch):
+    def answers(*more: str) -> list:
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        main(words(data, "--output_path", str(output), "--log_samples", *more))
+        (samples,) = output.rglob("samples_*.jsonl")
+        return [json.loads(line)["resps"] for line in samples.read_text().splitlines()]
+
+    models = ([], ["--k", "2"], ["--k", "4"])
+    cache = ["--use_cache", str(tmp_path / "cache" / "answers")]
+    expected = [answers(*model) for model in models]
+    assert all(one != other for one, other in itertools.combinations(expected, 2))
+    assert [answers(*model, *cache) for model in models] == expected
+    assert len(list((tmp_path / "cache").glob("answers-*.db"))) == len(models)
+
+    def ask(*given, **how):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(VariatorLM, "_loglikelihood_tokens", ask)
+    assert [answers(*model, *cache) for model in models] == expected
+
+
+def test_a_cache_belongs_to_base_plugin_and_ratio(tmp_path):
+    model = VariatorModel(load_model(model_folder()))
+    model.add_plugin("two", mean_config(2))
+    model.save_pretrained(tmp_path / "two", plugin_name="two")
+    base, trained = {"pretrained": "tiny"}, {"pretrained": "tiny", "plugin": str(tmp_path / "two")}
+    arguments = [
+        base, base | {"pretrained": "other"}, base | {"dtype": "bfloat16"}, base | {"load_in_4bit": True},
+        base | {"k": 2}, base | {"k": 4}, base | {"k": 4, "sites": "kv"}, trained, trained | {"load_in_8bit": True},
+    ]  # fmt: skip
+    caches = [harness.cache_file("c", "variator", each) for each in arguments]
+    assert len({*caches, harness.cache_file("c", "hf", base)}) == len(arguments) + 1
+    model.add_plugin("four", mean_config(4))
+    model.save_pretrained(tmp_path / "two", plugin_name="four")  # another plugin in its place
+    assert harness.cache_file("c", "variator", trained) not in caches
+    with pytest.raises(VariatorError, match="nowhere"):
+        harness.cache_file("c", "variator", base | {"plugin": "nowhere"})
 
 
 @pytest.mark.parametrize(
@@ -173,6 +215,7 @@ def test_a_recipe_holds_flags_of_both(data, tmp_path):
         (["--compare", "none", "--output_path", "folder"], "ends in .json"),
         (["--plugin", "nowhere"], "nowhere"),
         (["--k", "0"], "--k: expected a whole number"),
+        (["--use_cache", "c", "--plugin", "nowhere"], "nowhere"),
         (["--no-such-flag"], "no-such-flag"),
         (["--data-dir", "missing"], "data folder missing does not exist"),
         (["--model", "hf", "--plugin", "x/y"], "not lm-eval's 'hf'"),
