@@ -7,80 +7,55 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_variator import old_cli as cli
+from llm_variator import cli
 from llm_variator.bench import compiling, formulations, reading, swapping, training
 from llm_variator.bench.report import publish
-from llm_variator.bench.setting import Setting, add_flags
+from llm_variator.bench.setting import Setting, Settings
 
-_NOTES = {
-    "prefill": reading.PREFILL_NOTE,
-    "decode": reading.DECODE_NOTE,
-    "compile": compiling.NOTE,
-    "swap": swapping.NOTE,
-    "train": training.TRAIN_NOTE,
-    "memory": training.MEMORY_NOTE,
-    "compare": formulations.NOTE,
+_ROWS: dict[type[Settings], Callable[[Setting[Any]], list[dict[str, Any]]]] = {
+    reading.Prefill: reading.prefill_rows,
+    reading.Decode: reading.decode_rows,
+    compiling.Compile: compiling.rows,
+    swapping.Swap: swapping.rows,
+    training.Train: training.train_rows,
+    formulations.Compare: formulations.rows,
 }
-_ROWS: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
-    "prefill": reading.prefill_rows,
-    "decode": reading.decode_rows,
-    "compile": compiling.rows,
-    "swap": swapping.rows,
-    "train": training.train_rows,
-    "compare": formulations.rows,
-}
+_COMMANDS = {kind.command(): kind for kind in _ROWS}
+_COMMANDS["memory"] = training.Memory
 
 
-def build_parser() -> cli.Parser:
-    """Every flag of every benchmark."""
-    parser = cli.Parser(
+def read(argv: Sequence[str] | None = None) -> Settings:
+    """The settings of the benchmark that a command line, with its recipe, names; their class tells which it is."""
+    settings: Settings = cli.read_command(
+        _COMMANDS,
+        argv,
         prog="python -m llm_variator.bench",
-        description="Dense and plugins in turns, medians with quartiles, beside the bound that the remaining "
-        "operations or bytes set.",
+        text="Dense and plugins in turns, medians with quartiles, beside the bound that the remaining operations or "
+        "bytes set.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, text: str, **defaults: str) -> cli.Parser:
-        made = commands.add_parser(name, help=text, description=f"{text}. {_NOTES[name]}".replace("%", "%%"))
-        add_flags(made, **defaults)
-        return made
-
-    read = dict(tokens="128 512 2048", batches="1")
-    prefill = command("prefill", "time to read a prompt", plugins="ffn:2 ffn:4 ffn,kv:2 ffn,kv:4", **read)
-    reading.add_prefill_flags(prefill)
-    decode = command(
-        "decode", "time of a token after a prompt", plugins="kv:2 kv:4", tokens="4096", batches="1"
-    )
-    reading.add_decode_flags(decode)
-    compiled = command(
-        "compile", "torch.compile beside the eager model", plugins="ffn,kv:2", tokens="128 512"
-    )
-    compiling.add_compile_flags(compiled)
-    command("swap", "loading, choosing, and plugins that are off", plugins="ffn,kv:2", tokens="1 512")
-    command("train", "a training step beside its parts", plugins="ffn:2", tokens="512", batches="1")
-    command("memory", "what training a plugin holds", plugins="ffn:2", tokens="1024", batches="1")
-    command("compare", "the plugin's arithmetic, fused and plain", plugins="ffn:2 ffn:4 ffn:8", tokens="2048")
-    return parser
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one benchmark, print its table and store what is asked for."""
     started = time.perf_counter()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = cli.parse(build_parser(), argv)
+    settings = read(argv)
     figures: dict[str, Any] = {}
-    if args.command == "memory":
-        training.check_memory_flags(args)
-        rows, numbers = training.memory_rows(args)
-        figures = {"model": args.model, **numbers}
-        title = f"{args.model}: training memory"
+    if isinstance(settings, training.Memory):
+        training.check_memory_flags(settings)
+        rows, numbers = training.memory_rows(settings)
+        figures = {"model": settings.model, **numbers}
+        title = f"{settings.model}: training memory"
     else:
-        setting = Setting(args)
-        rows = _ROWS[args.command](setting)
+        setting = Setting(settings)
+        rows = _ROWS[type(settings)](setting)
         figures = setting.facts()
-        title = f"{args.model}, {figures['layers']} layers, {figures['dtype']}, {figures['device']}: {args.command}"
-    command = ["llm_variator.bench", *argv]
-    publish(args, title, rows, figures, command=command, started=started, note=_NOTES[args.command])
+        title = (
+            f"{settings.model}, {figures['layers']} layers, {figures['dtype']}, {figures['device']}: "
+            f"{settings.command()}"
+        )
+    command = ["llm_variator.bench", *(sys.argv[1:] if argv is None else argv)]
+    publish(settings, title, rows, figures, command=command, started=started)
 
 
 if __name__ == "__main__":

@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_variator import old_cli as cli
-from llm_variator.bench.setting import DENSE, Setting
+from llm_variator.bench.setting import DENSE, Setting, Settings
+from llm_variator.cli import flag
+from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.hooks.compiled import DECODE, PREFILL
 from llm_variator.measures.timing import Case, Spread, bar, ratio
 
-NOTE = (
-    "prefill: time to generate one token; decode: time of each further one. of eager: median over the repetitions of "
-    "compiled over eager time, with quartiles. graphs: how often torch compiled such passes, over all lengths and one "
-    "more; breaks: of any graph. same: compiled and eager generate make the same tokens, at every length. --json also "
-    "stores the reason for every break and recompilation."
-)
 _EAGER, _COMPILED = "eager", "compiled"
 _KINDS = {"prefill": PREFILL, "decode": DECODE}
 
 
-def add_compile_flags(parser: argparse.ArgumentParser) -> None:
-    """Beyond those all benchmarks share."""
-    parser.add_argument("--steps", type=cli.positive_int, default=16, help="tokens generated after the first")
+@dataclass(frozen=True, kw_only=True)
+class Compile(Settings):
+    """torch.compile beside the eager model.
+
+    prefill: time to generate one token; decode: time of each further one. of eager: median over the repetitions of
+    compiled over eager time, with quartiles. graphs: how often torch compiled such passes, over all lengths and one
+    more; breaks: of any graph. same: compiled and eager generate make the same tokens, at every length. --json also
+    stores the reason for every break and recompilation.
+    """
+
+    plugins: tuple[str, ...] = ("ffn,kv:2",)
+    tokens: tuple[PositiveInt, ...] = (128, 512)
+    steps: PositiveInt = flag(16, "tokens generated after the first")
 
 
-def rows(setting: Setting) -> list[dict[str, Any]]:
+def rows(setting: Setting[Compile]) -> list[dict[str, Any]]:
     """For dense and every plugin, prefill and decode: what torch compiled, and the time."""
-    args, model = setting.args, setting.model
+    settings, model = setting.settings, setting.model
     model.decoder_only("bench compile", "see VariatorModel.compile")
     names = [DENSE, *setting.names]
     made: list[dict[str, Any]] = []
-    with bar(4 * len(names) * len(args.tokens) * (args.repetitions + 1), "compile") as advance:
+    with bar(4 * len(names) * len(settings.tokens) * (settings.repetitions + 1), "compile") as advance:
         for name in names:
             with setting.using(name)():
                 facts, graphs = _compile(setting)
-                for tokens in args.tokens:
+                for tokens in settings.tokens:
                     seconds = _seconds(setting, setting.ids(1, tokens), advance)
                     for kind, code in _KINDS.items():
                         times = {case: seconds[case, kind] for case in (_EAGER, _COMPILED)}
@@ -52,11 +57,11 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
     return made
 
 
-def _compile(setting: Setting) -> tuple[dict[str, Any], list[Any]]:
+def _compile(setting: Setting[Compile]) -> tuple[dict[str, Any], list[Any]]:
     """Generate eagerly and compiled at every length: what torch had to say, and all that it compiled."""
     from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
-    lengths = setting.args.tokens
+    lengths = setting.settings.tokens
     prompts = [setting.ids(1, tokens) for tokens in (*lengths, max(lengths) + 1)]
     eager = [_generate(setting, ids) for ids in prompts]
     torch._dynamo.reset()
@@ -74,8 +79,8 @@ def _compile(setting: Setting) -> tuple[dict[str, Any], list[Any]]:
     return facts, get_compilation_metrics()
 
 
-def _generate(setting: Setting, ids: Tensor, more: int | None = None) -> Tensor:
-    new = 1 + (setting.args.steps if more is None else more)
+def _generate(setting: Setting[Compile], ids: Tensor, more: int | None = None) -> Tensor:
+    new = 1 + (setting.settings.steps if more is None else more)
     made = setting.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
     )
@@ -83,9 +88,9 @@ def _generate(setting: Setting, ids: Tensor, more: int | None = None) -> Tensor:
     return made
 
 
-def _seconds(setting: Setting, ids: Tensor, advance: Any) -> dict[tuple[str, str], list[float]]:
+def _seconds(setting: Setting[Compile], ids: Tensor, advance: Any) -> dict[tuple[str, str], list[float]]:
     """Seconds of (eager or compiled, prefill or one step of decoding), by repetition."""
-    stack, steps = setting.base.base_model, setting.args.steps
+    stack, steps = setting.base.base_model, setting.settings.steps
     code = stack._compiled_call_impl
 
     @contextlib.contextmanager

@@ -7,22 +7,31 @@ written down: k repeated outputs, one matrix product over 2d columns. Same weigh
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_variator.bench.setting import DENSE, Setting
+from llm_variator.bench.setting import DENSE, Setting, Settings
+from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.measures.operations import EncoderShape, Stack
 from llm_variator.measures.timing import Case, bar, ratio, timed
 
-NOTE = (
-    "One FFN at the model's width, a prompt of whole groups. of dense: over the dense FFN's time in the same "
-    "repetition. Rows named plain: the equations with concatenation and repetition, same weights."
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Settings):
+    """The plugin's arithmetic, fused and plain.
+
+    One FFN at the model's width, a prompt of whole groups. of dense: over the dense FFN's time in the same repetition.
+    Rows named plain: the equations with concatenation and repetition, same weights.
+    """
+
+    plugins: tuple[str, ...] = ("ffn:2", "ffn:4", "ffn:8")
+    tokens: tuple[PositiveInt, ...] = (2048,)
 
 
 class PlainLayers(nn.Module):
@@ -55,17 +64,17 @@ def fused(compressor: HiddenCompressor, decompressor: HiddenDecompressor, ffn: A
     return decompressor(ffn(compressor(groups)), groups).flatten(1, 2)
 
 
-def rows(setting: Setting) -> list[dict[str, Any]]:
+def rows(setting: Setting[Compare]) -> list[dict[str, Any]]:
     """Dense FFN; FFN with a plugin, both ways; merge and restore alone, both ways."""
-    args, base = setting.args, setting.base
+    settings, base = setting.settings, setting.base
     shape: Any = Stack if setting.model.is_decoder else EncoderShape
     dim = shape.of(base.config).dim
     ffn = _ffn(setting)
-    ratios = sorted({spec.k for spec in args.plugins})
+    ratios = sorted({spec.k for spec in settings.measured()})
     found = []
-    total = (1 + 4 * len(ratios)) * len(args.tokens) * (args.repetitions + 1)
+    total = (1 + 4 * len(ratios)) * len(settings.tokens) * (settings.repetitions + 1)
     with bar(total, "compare") as advance, torch.inference_mode():
-        for tokens in args.tokens:
+        for tokens in settings.tokens:
             cases: dict[str, Case] = {}
             for k in ratios:
                 n = tokens - tokens % k
@@ -86,9 +95,9 @@ def _case(function: Callable[[Tensor], Any], x: Tensor) -> Case:
     return Case(lambda _: function(x))
 
 
-def _ways(setting: Setting, k: int, dim: int, ffn: Any, x: Tensor) -> dict[str, Case]:
+def _ways(setting: Setting[Compare], k: int, dim: int, ffn: Any, x: Tensor) -> dict[str, Case]:
     with torch.device(setting.device):
-        compressor, decompressor = HiddenCompressor(dim, k), HiddenDecompressor(dim, setting.args.r)
+        compressor, decompressor = HiddenCompressor(dim, k), HiddenDecompressor(dim, setting.settings.r)
     setting.randomise(compressor)
     setting.randomise(decompressor)
     plain = PlainLayers(compressor, decompressor)
@@ -101,7 +110,7 @@ def _ways(setting: Setting, k: int, dim: int, ffn: Any, x: Tensor) -> dict[str, 
     }
 
 
-def _ffn(setting: Setting) -> Any:
+def _ffn(setting: Setting[Compare]) -> Any:
     table = architecture_of(setting.base)
     block = table.blocks(setting.base)[0]
     if not table.ffn_end:

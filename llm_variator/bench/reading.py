@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from llm_variator import old_cli as cli
-from llm_variator.bench.setting import DENSE, Setting
+from llm_variator.bench.setting import DENSE, Batches, Setting, Settings
+from llm_variator.cli import flag
+from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.cache import CompressedLayer, KVCacheReport, adopt
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.engine.groups import Segment
@@ -23,33 +24,54 @@ from llm_variator.errors import VariatorError
 from llm_variator.measures.operations import EncoderShape, Stack, encoding, prefill
 from llm_variator.measures.timing import Case, bar, timed
 
-PREFILL_NOTE = (
-    "of dense: median over the repetitions of time over the dense time of the same repetition, with quartiles; "
-    "bound: operations over dense operations; of bound: measured speed-up over the one by operations. Dense computes "
-    "its last layer whole; plugins leave out what is not read of it unless --whole-last-layer."
-)
-DECODE_NOTE = (
-    "bound: bytes that one step has to read (weights and KV cache) over the dense model's; of bound: measured "
-    "speed-up over the one by bytes. The cache holds random values of the size that the plugin leaves."
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill(Batches, Settings):
+    """Time to read a prompt.
+
+    of dense: median over the repetitions of time over the dense time of the same repetition, with quartiles; bound:
+    operations over dense operations; of bound: measured speed-up over the one by operations. Dense computes its last
+    layer whole; plugins leave out what is not read of it unless --whole-last-layer.
+    """
+
+    plugins: tuple[str, ...] = ("ffn:2", "ffn:4", "ffn,kv:2", "ffn,kv:4")
+    tokens: tuple[PositiveInt, ...] = (128, 512, 2048)
+    whole_last_layer: bool = flag(False, "plugins compute all of it, as dense does")
+    elsewhere: Path | None = flag(
+        None, "what eval/kvpress_prefill.py measured, for the same table", metavar="FILE"
+    )
 
 
-def prefill_rows(setting: Setting) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Decode(Batches, Settings):
+    """Time of a token after a prompt.
+
+    bound: bytes that one step has to read (weights and KV cache) over the dense model's; of bound: measured speed-up
+    over the one by bytes. The cache holds random values of the size that the plugin leaves.
+    """
+
+    plugins: tuple[str, ...] = ("kv:2", "kv:4")
+    tokens: tuple[PositiveInt, ...] = (4096,)
+    steps: PositiveInt = flag(8, "tokens per timed run")
+
+
+def prefill_rows(setting: Setting[Prefill]) -> list[dict[str, Any]]:
     """Time of reading a prompt, up to the logits of its last token (encoders: up to the hidden states)."""
-    args, model = setting.args, setting.model
-    model.skip_unread = not args.whole_last_layer
+    settings, model = setting.settings, setting.model
+    model.skip_unread = not settings.whole_last_layer
     rows = []
     names = [DENSE, *setting.names]
-    total = len(names) * len(args.tokens) * len(args.batch_sizes) * (args.repetitions + 1)
+    total = len(names) * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
     with bar(total, "prefill") as advance, torch.inference_mode():
-        for tokens in args.tokens:
-            for batch in args.batch_sizes:
+        for tokens in settings.tokens:
+            for batch in settings.batch_sizes:
                 ids = setting.ids(batch, tokens)
                 cases = {name: _reading(setting, name, ids) for name in names}
                 seconds = setting.interleaved(cases, advance)
                 counts = {name: _operations(setting, name, tokens) for name in names}
                 for name in names:
-                    row = {"case": name, "tokens": tokens, "batch": batch, **timed(seconds, name, DENSE)}
+                    row: dict[str, Any] = {"case": name, "tokens": tokens, "batch": batch}
+                    row |= timed(seconds, name, DENSE)
                     row |= {"operations": batch * counts[name], "bound": counts[name] / counts[DENSE]}
                     row["of_bound"] = row["bound"] / row["of_dense"]
                     if model.is_decoder:
@@ -57,12 +79,14 @@ def prefill_rows(setting: Setting) -> list[dict[str, Any]]:
                             cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
                         row["kv_mib"] = KVCacheReport.of(cache).bytes / 2**20
                     rows.append(row)
-    return rows + (_peers(setting) if args.elsewhere else [])
+    return rows + _peers(setting)
 
 
-def _peers(setting: Setting) -> list[dict[str, Any]]:
-    """The rows of `eval/kvpress_prefill.py`, of the same weights and dtype."""
-    path = setting.args.elsewhere
+def _peers(setting: Setting[Prefill]) -> list[dict[str, Any]]:
+    """The rows of `eval/kvpress_prefill.py`, of the same weights and dtype; none without `--elsewhere`."""
+    path = setting.settings.elsewhere
+    if path is None:
+        return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         weights, dtype, rows = content["weights"], content["dtype"], content["rows"]
@@ -77,7 +101,7 @@ def _peers(setting: Setting) -> list[dict[str, Any]]:
     return [row | {"case": f"kvpress {release}: {row['case']}"} for row in rows]
 
 
-def _reading(setting: Setting, name: str, ids: Tensor) -> Case:
+def _reading(setting: Setting[Settings], name: str, ids: Tensor) -> Case:
     model = setting.model
     if model.is_decoder:
         return Case(lambda _: model(ids, use_cache=True, logits_to_keep=1), inside=setting.using(name))
@@ -89,34 +113,35 @@ def _reading(setting: Setting, name: str, ids: Tensor) -> Case:
     return Case(lambda _: reader(input_ids=ids), inside=inside)
 
 
-def _operations(setting: Setting, name: str, tokens: int) -> int:
+def _operations(setting: Setting[Prefill], name: str, tokens: int) -> int:
     config, plugin = setting.base.config, setting.config(name)
     if not setting.model.is_decoder:
         return encoding(EncoderShape.of(config), tokens, plugin=plugin).total
-    reads = 1 if plugin and not setting.args.whole_last_layer else None
+    reads = 1 if plugin and not setting.settings.whole_last_layer else None
     return prefill(Stack.of(config), tokens, plugin, reads=reads).total
 
 
-def decode_rows(setting: Setting) -> list[dict[str, Any]]:
+def decode_rows(setting: Setting[Decode]) -> list[dict[str, Any]]:
     """Time of `--steps` tokens, one after the other, each read after a prompt and those before it."""
-    args, model = setting.args, setting.model
+    settings, model = setting.settings, setting.model
     model.decoder_only("bench decode", "an encoder decodes nothing")
     rows = []
     names = [DENSE, *setting.names]
-    total = len(names) * len(args.tokens) * len(args.batch_sizes) * (args.repetitions + 1)
+    total = len(names) * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
     weights = _weight_bytes(setting)
     with bar(total, "decode") as advance, torch.inference_mode():
-        for tokens in args.tokens:
-            for batch in args.batch_sizes:
+        for tokens in settings.tokens:
+            for batch in settings.batch_sizes:
                 token = setting.ids(batch, 1)
                 caches = {name: random_cache(setting, name, batch, tokens) for name in names}
                 held = {name: KVCacheReport.of(caches[name]).bytes for name in names}
-                cases = {name: _steps(setting, name, token, caches[name], args.steps) for name in names}
+                cases = {name: _steps(setting, name, token, caches[name], settings.steps) for name in names}
                 seconds = setting.interleaved(cases, advance)
                 for name in names:
-                    row = {"case": name, "tokens": tokens, "batch": batch, **timed(seconds, name, DENSE)}
+                    row: dict[str, Any] = {"case": name, "tokens": tokens, "batch": batch}
+                    row |= timed(seconds, name, DENSE)
                     for column in ("ms", "ms_low", "ms_high"):
-                        row[column] /= args.steps
+                        row[column] /= settings.steps
                     row["bound"] = (weights + held[name]) / (weights + held[DENSE])
                     row |= {"of_bound": row["bound"] / row["of_dense"], "kv_mib": held[name] / 2**20}
                     rows.append(row)
@@ -124,7 +149,7 @@ def decode_rows(setting: Setting) -> list[dict[str, Any]]:
     return rows
 
 
-def _steps(setting: Setting, name: str, token: Tensor, cache: DynamicCache, steps: int) -> Case:
+def _steps(setting: Setting[Settings], name: str, token: Tensor, cache: DynamicCache, steps: int) -> Case:
     def run(_: object) -> None:
         for _step in range(steps):
             setting.model(token, cache=cache, use_cache=True)
@@ -132,7 +157,7 @@ def _steps(setting: Setting, name: str, token: Tensor, cache: DynamicCache, step
     return Case(run, inside=setting.using(name))
 
 
-def random_cache(setting: Setting, name: str, rows: int, tokens: int) -> DynamicCache:
+def random_cache(setting: Setting[Settings], name: str, rows: int, tokens: int) -> DynamicCache:
     """A cache as a prompt of `tokens` leaves it, of random values: for decoding, what it holds does not matter."""
     config, plugin = setting.base.config, setting.config(name)
     cache = DynamicCache(config=config)
@@ -165,27 +190,9 @@ def random_cache(setting: Setting, name: str, rows: int, tokens: int) -> Dynamic
     return cache
 
 
-def _weight_bytes(setting: Setting) -> int:
+def _weight_bytes(setting: Setting[Settings]) -> int:
     """Bytes of the weights that a decoding step multiplies with: of the embeddings it looks up a row only."""
     base = setting.base
     shared = base.get_input_embeddings().weight is base.get_output_embeddings().weight
     skipped = None if shared else base.get_input_embeddings().weight
     return sum(p.numel() * p.element_size() for p in base.parameters() if p is not skipped)
-
-
-def add_prefill_flags(parser: argparse.ArgumentParser) -> None:
-    """Beyond those all benchmarks share."""
-    parser.add_argument(
-        "--whole-last-layer", action="store_true", help="plugins compute all of it, as dense does"
-    )
-    parser.add_argument(
-        "--elsewhere",
-        type=Path,
-        metavar="FILE",
-        help="what eval/kvpress_prefill.py measured, for the same table",
-    )
-
-
-def add_decode_flags(parser: argparse.ArgumentParser) -> None:
-    """Beyond those all benchmarks share."""
-    parser.add_argument("--steps", type=cli.positive_int, default=8, help="tokens per timed run")

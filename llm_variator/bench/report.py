@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_variator.bench.setting import Settings
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.measures import plots, tables
@@ -43,23 +43,24 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
 
 
 def publish(
-    args: argparse.Namespace,
+    settings: Settings,
     title: str,
     rows: Sequence[Row],
     figures: Mapping[str, Any],
     *,
     command: Sequence[str],
     started: float,
-    note: str = "",
 ) -> None:
     """Print the rows and store what `--json`, `--markdown` and `--plot` ask for."""
+    note = settings.note()
     tables.show(title, *_cells(rows), note=note)
-    if args.json:
-        write_result(args.json, {**figures, "rows": rows}, command=command, seed=args.seed, started=started)
-    if args.markdown:
-        write_atomically(args.markdown, markdown(title, rows, note))
-    if args.plot:
-        plot(args.plot, title, rows)
+    if settings.json:
+        figures = {**figures, "rows": rows}
+        write_result(settings.json, figures, command=command, seed=settings.seed, started=started)
+    if settings.markdown:
+        write_atomically(settings.markdown, markdown(title, rows, note))
+    if settings.plot:
+        plot(settings.plot, title, rows)
 
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from llm_variator import old_cli as cli
+from llm_variator.cli import flag, flags
+from llm_variator.cli.values import Natural, PositiveInt, names
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.errors import VariatorError
@@ -41,43 +41,65 @@ def plugin(text: str) -> Plugin:
     try:
         if not colon:
             raise ValueError("no ratio")
-        made = Plugin(cli.names(sites), int(k))
+        made = Plugin(names(sites), int(k))
         VariatorConfig(k=made.k, sites=made.sites)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected sites and a ratio as in ffn,kv:2, got {text!r} ({error})"
+        raise VariatorError(
+            f"--plugins: expected sites and a ratio as in ffn,kv:2, got {text!r} ({error})"
         ) from None
     return made
 
 
-def add_flags(parser: argparse.ArgumentParser, *, plugins: str, tokens: str = "", batches: str = "") -> None:
-    """The flags of every benchmark; `plugins`, `tokens` and `batches` are defaults, empty: no such flag."""
-    add = parser.add_argument
-    add("--model", default="smollm2-135m", help="alias, local folder or hub id")
-    add("--random-init", action="store_true", help="random weights of the model's shape: no download")
-    add("--num-layers", type=cli.positive_int, help="with --random-init: so many layers, to fit the memory")
-    add("--dtype", help="float32, bfloat16 or float16 (default: the model's)")
-    add("--device", help="where to run (default: cuda if there is one, else cpu)")
-    add("--attention", help="transformers' attn_implementation, as in sdpa or eager (default: the model's)")
-    add("--threads", type=cli.positive_int, help="CPU threads (default: torch's)")
-    add("--seed", type=cli.natural, default=0, help="of random weights and tokens")
-    add("--plugins", type=plugin, nargs="+", default=[plugin(text) for text in plugins.split()], metavar="SITES:K",
-        help="what to measure beside dense")  # fmt: skip
-    add("--r", type=cli.positive_int, default=64, help="bottleneck width")
-    add("--dense-head", type=cli.natural, help="default: the configuration's")
-    add("--dense-tail", type=cli.natural, help="default: the configuration's")
-    if tokens:
-        numbers = [int(word) for word in tokens.split()]
-        add("--tokens", type=cli.positive_int, nargs="+", default=numbers, help="lengths to measure")
-    if batches:
-        numbers = [int(word) for word in batches.split()]
-        add("--batch-sizes", type=cli.positive_int, nargs="+", default=numbers, help="rows at once")
-    add("--repetitions", type=cli.positive_int, default=7, help="times that every case is timed, in turns")
-    add("--clock", choices=tuple(CLOCKS), default="wall",
-        help="cpu: processor time of this process, for a busy machine; not with a GPU")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="store the figures with command, versions and machine")
-    add("--markdown", type=Path, metavar="FILE", help="store the table")
-    add("--plot", type=Path, metavar="FILE", help="store a plot (needs matplotlib), as .svg or .png")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Rows."""
+
+    batch_sizes: tuple[PositiveInt, ...] = flag((1,), "rows at once")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(flags.Stored, flags.BaseModel):
+    """What is measured, and how."""
+
+    model: str = "smollm2-135m"
+    device: str = flag("", "where to run (default: cuda if there is one, else cpu)")
+    attention: str | None = flag(
+        None, "transformers' attn_implementation, as in sdpa or eager (default: the model's)"
+    )
+    threads: PositiveInt | None = flag(None, "CPU threads (default: torch's)")
+    plugins: tuple[str, ...] = flag(("ffn:2",), "what to measure beside dense", metavar="SITES:K")
+    r: PositiveInt = flag(64, "bottleneck width")
+    dense_head: Natural | None = flag(None, "first tokens kept (default: the configuration's)")
+    dense_tail: Natural | None = flag(None, "last tokens kept (default: the configuration's)")
+    tokens: tuple[PositiveInt, ...] = flag((512,), "lengths to measure")
+    repetitions: PositiveInt = flag(7, "times that every case is timed, in turns")
+    clock: str = flag(
+        "wall",
+        "cpu: processor time of this process, for a busy machine; not with a GPU",
+        choices=tuple(CLOCKS),
+    )
+    markdown: Path | None = flag(None, "store the table", metavar="FILE")
+    plot: Path | None = flag(None, "store a plot (needs matplotlib), as .svg or .png", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        self.measured()
+
+    def measured(self) -> list[Plugin]:
+        """What `--plugins` says; raises VariatorError where it says nothing."""
+        return [plugin(text) for text in self.plugins]
+
+    @classmethod
+    def command(cls) -> str:
+        """The benchmark's name."""
+        return cls.__name__.lower()
+
+    @classmethod
+    def note(cls) -> str:
+        """What stands under the table: the docstring after its first line."""
+        return " ".join((cls.__doc__ or "").split("\n", 1)[1].split())
+
+
+S_co = TypeVar("S_co", bound=Settings, covariant=True)
 
 
 def _own_memory(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -89,45 +111,38 @@ def _own_memory(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (args[0].clone(memory_format=torch.contiguous_format),)
 
 
-class Setting:
+class Setting(Generic[S_co]):
     """A loaded model with one plugin per `--plugins`, named as printed."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, settings: S_co) -> None:
         """Load and attach; raises VariatorError where flags do not suit the model."""
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        self.args = args
-        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if args.clock == "cpu" and torch.device(self.device).type != "cpu":
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if settings.clock == "cpu" and torch.device(self.device).type != "cpu":
             raise VariatorError("--clock cpu cannot time a GPU: leave it out")
-        self.base: Any = load_model(
-            args.model,
-            dtype=args.dtype,
-            device=self.device,
-            random_init=args.random_init,
-            num_layers=args.num_layers,
-            seed=args.seed,
-        )
-        if args.attention:
+        self.base: Any = load_model(settings.model, device=self.device, **settings.loading())
+        if settings.attention:
             try:
-                self.base.set_attn_implementation(args.attention)
+                self.base.set_attn_implementation(settings.attention)
             except (ValueError, ImportError) as error:
-                raise VariatorError(f"--attention {args.attention}: {error}") from None
+                raise VariatorError(f"--attention {settings.attention}: {error}") from None
         if (head := self.base.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_own_memory)
-        self.generator = torch.Generator().manual_seed(args.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
         self.attach()
 
     def attach(self) -> None:
         """Attach the plugins; after `model.unload()` once more, with other random weights."""
         self.model = VariatorModel(self.base)
-        for spec in self.args.plugins:
+        for spec in self.settings.measured():
             edges = {
                 name: value
                 for name in ("dense_head", "dense_tail")
-                if (value := getattr(self.args, name)) is not None
+                if (value := getattr(self.settings, name)) is not None
             }
-            config = VariatorConfig(k=spec.k, sites=spec.sites, r=self.args.r, **edges)
+            config = VariatorConfig(k=spec.k, sites=spec.sites, r=self.settings.r, **edges)
             self.randomise(self.model.add_plugin(str(spec), config))
 
     def randomise(self, made: nn.Module) -> None:
@@ -141,7 +156,7 @@ class Setting:
     def interleaved(self, cases: Mapping[str, Case], progress: Callable[[], None]) -> dict[str, list[float]]:
         """Time `cases` in turns, as often and by the clock that the flags say."""
         return interleaved(
-            cases, self.args.repetitions, device=self.device, progress=progress, clock=self.args.clock
+            cases, self.settings.repetitions, device=self.device, progress=progress, clock=self.settings.clock
         )
 
     @property
@@ -170,13 +185,13 @@ class Setting:
         """What the figures were measured on."""
         config = self.base.config
         return {
-            "model": self.args.model,
-            "random_weights": self.args.random_init,
+            "model": self.settings.model,
+            "random_weights": self.settings.random_init,
             "layers": self.model.signature.num_layers,
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "device": torch.device(self.device).type,
             "threads": torch.get_num_threads(),
             "attention": config._attn_implementation,
-            "clock": self.args.clock,
-            "repetitions": self.args.repetitions,
+            "clock": self.settings.clock,
+            "repetitions": self.settings.repetitions,
         }

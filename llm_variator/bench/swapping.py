@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from llm_variator.bench.setting import Setting
+from llm_variator.bench.setting import Setting, Settings
+from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.hooks.hook import ATTACHED
 from llm_variator.measures.timing import Case, Spread, bar, timed
 
 BARE, OFF = "base without plugins", "plugins attached, off"
 _SWAPS = 1000
 _TOKENS_TIMED = 64  # short passes are repeated: one of them is too short to tell a thousandth
-NOTE = (
-    "of dense: over the time of the base model that nothing is attached to, in the same repetition. set_plugin: mean "
-    f"of {_SWAPS}. load_plugin: from a folder on disk, in the model's dtype."
-)
 
 
-def rows(setting: Setting) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Swap(Settings):
+    """Loading, choosing, and plugins that are off.
+
+    of dense: over the time of the base model that nothing is attached to, in the same repetition. set_plugin: mean of
+    1000. load_plugin: from a folder on disk, in the model's dtype.
+    """
+
+    plugins: tuple[str, ...] = ("ffn,kv:2",)
+    tokens: tuple[PositiveInt, ...] = (1, 512)
+
+
+def rows(setting: Setting[Swap]) -> list[dict[str, Any]]:
     """Forward passes of the bare base and of the base with plugins switched off; loading; choosing."""
-    args = setting.args
+    settings = setting.settings
     found: list[dict[str, Any]] = []
     name = setting.names[0]
-    with bar((2 * len(args.tokens) + 2) * (args.repetitions + 1), "swap") as advance:
+    with bar((2 * len(settings.tokens) + 2) * (settings.repetitions + 1), "swap") as advance:
         with tempfile.TemporaryDirectory() as folder:
             setting.model.save_pretrained(folder, plugin_name=name)
             model = setting.model
@@ -43,14 +53,14 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
             scale = 1e3 / (2 * _SWAPS if label.startswith("set") else 1)
             found.append({"case": label, "ms": scale * spread.median, "ms_low": scale * spread.low})
             found[-1]["ms_high"] = scale * spread.high
-        for tokens in args.tokens:
+        for tokens in settings.tokens:
             seconds = _attached_or_not(setting, tokens, advance)
             for label in (BARE, OFF):
                 found.append({"case": label, "tokens": tokens, **timed(seconds, label, BARE)})
     return found
 
 
-def _attached_or_not(setting: Setting, tokens: int, advance: Any) -> dict[str, list[float]]:
+def _attached_or_not(setting: Setting[Swap], tokens: int, advance: Any) -> dict[str, list[float]]:
     """The same forward passes with hooks and without: they are put on and taken off, and warmed up, in between."""
     ids = setting.ids(1, tokens)
     options: dict[str, Any] = {"logits_to_keep": 1} if setting.model.is_decoder else {}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_variator.bench.setting import Setting
+from llm_variator.bench.setting import Batches, Setting, Settings
+from llm_variator.cli.values import PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.measures.timing import Case, Spread, bar, ratio
 from llm_variator.sources.models import load_config, load_model
@@ -23,21 +24,27 @@ TEACHER, FORWARD, BACKWARD, STEP, PARTS = (
     "training step",
     "sum of the parts",
 )
-TRAIN_NOTE = (
-    "of dense: here, over the teacher's forward pass. bound: the three parts, each timed alone, over the same; of "
-    "bound: the parts' time over the step's (1: the step costs nothing more). A step is the paper's loss of one batch, "
-    "its gradients, and Adam."
-)
 
 
-def train_rows(setting: Setting) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Train(Batches, Settings):
+    """A training step beside its parts.
+
+    of dense: here, over the teacher's forward pass. bound: the three parts, each timed alone, over the same; of bound:
+    the parts' time over the step's (1: the step costs nothing more). A step is the paper's loss of one batch, its
+    gradients, and Adam.
+    """
+
+
+def train_rows(setting: Setting[Train]) -> list[dict[str, Any]]:
     """A step of distillation by the first plugin, and its parts."""
-    args = setting.args
+    settings = setting.settings
     name = setting.names[0]
     found = []
-    with bar(4 * len(args.tokens) * len(args.batch_sizes) * (args.repetitions + 1), "train") as advance:
-        for tokens in args.tokens:
-            for batch in args.batch_sizes:
+    total = 4 * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
+    with bar(total, "train") as advance:
+        for tokens in settings.tokens:
+            for batch in settings.batch_sizes:
                 cases = _training_cases(setting, name, batch, tokens)
                 seconds = setting.interleaved(cases, advance)
                 parts = zip(seconds[TEACHER], seconds[FORWARD], seconds[BACKWARD], strict=True)
@@ -53,7 +60,7 @@ def train_rows(setting: Setting) -> list[dict[str, Any]]:
     return found
 
 
-def _training_cases(setting: Setting, name: str, batch: int, tokens: int) -> dict[str, Case]:
+def _training_cases(setting: Setting[Settings], name: str, batch: int, tokens: int) -> dict[str, Case]:
     model = setting.model
     model.set_plugin(name)
     model.train()
@@ -98,7 +105,7 @@ def _training_cases(setting: Setting, name: str, batch: int, tokens: int) -> dic
 class _last_states:  # noqa: N801 (a context manager, read like a function)
     """Collects what the last stack of the model returns."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting[Settings]) -> None:
         host = setting.base
         self.stack = host.get_decoder() if host.can_generate() else host.base_model
         self.states: list[Tensor] = []
@@ -120,31 +127,38 @@ NF4_BITS = (
     4 + 8 / 64 + 32 / (64 * 256)
 )  # a code per weight, an 8-bit scale per 64, an fp32 scale per 256 of those
 ADAM_BYTES = 16  # fp32: the weight, its gradient and two moments
-MEMORY_NOTE = (
-    "Training one plugin on a frozen base. Activations: what autograd keeps, counted as unique storages in real passes "
-    "of models of two and three layers of this width; the difference is a layer's. Base: matrices of the layers in "
-    f"NF4 with double quantisation ({NF4_BITS:.3f} bits per weight), everything else in the given dtype. Plugin: "
-    f"{ADAM_BYTES} bytes per parameter (fp32 weight, gradient, two moments). Not included: kernels' scratch space, the "
-    "CUDA context, fragmentation."
-)
 
 
-def memory_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Memory(Batches, Settings):
+    """What training a plugin holds.
+
+    Training one plugin on a frozen base. Activations: what autograd keeps, counted as unique storages in real passes
+    of models of two and three layers of this width; the difference is a layer's. Base: matrices of the layers in NF4
+    with double quantisation (4.127 bits per weight), everything else in the given dtype. Plugin: 16 bytes per
+    parameter (fp32 weight, gradient, two moments). Not included: kernels' scratch space, the CUDA context,
+    fragmentation.
+    """
+
+    tokens: tuple[PositiveInt, ...] = (1024,)
+
+
+def memory_rows(settings: Memory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The estimate part by part, for each length and batch size, and the numbers behind it."""
-    whole: Any = load_config(args.model)
+    whole: Any = load_config(settings.model)
     layers = int(whole.num_hidden_layers)
-    meta = load_model(args.model, random_init=True, device="meta", dtype=args.dtype)
+    meta = load_model(settings.model, random_init=True, device="meta", dtype=settings.dtype)
     width = meta.dtype.itemsize
     weights = _base_bytes(meta, width)
     rows: list[dict[str, Any]] = []
     numbers: dict[str, Any] = {"layers": layers, "base_bytes": weights, "activations": {}}
-    shallow = [_shallow(args, count) for count in (2, 3)]
+    shallow = [_shallow(settings, count) for count in (2, 3)]
     name = shallow[0].names[0]
     per_layer = [sum(p.numel() for p in s.model.plugin(name).parameters()) for s in shallow]
     plugin = ADAM_BYTES * (per_layer[0] + (layers - 2) * (per_layer[1] - per_layer[0]))
     numbers["plugin_bytes"] = plugin
-    for tokens in args.tokens:
-        for batch in args.batch_sizes:
+    for tokens in settings.tokens:
+        for batch in settings.batch_sizes:
             two, three = (kept_bytes(setting, name, batch, tokens) for setting in shallow)
             kept = two + (layers - 2) * (three - two)
             parts = {
@@ -166,8 +180,8 @@ def memory_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
     return rows, numbers
 
 
-def _shallow(args: argparse.Namespace, layers: int) -> Setting:
-    return Setting(argparse.Namespace(**{**vars(args), "num_layers": layers, "random_init": True}))
+def _shallow(settings: Memory, layers: int) -> Setting[Memory]:
+    return Setting(replace(settings, num_layers=layers, random_init=True))
 
 
 def _base_bytes(model: Any, width: int) -> dict[str, int]:
@@ -181,7 +195,7 @@ def _base_bytes(model: Any, width: int) -> dict[str, int]:
     return {"layers": int(layers * NF4_BITS / 8), "rest": rest * width}
 
 
-def kept_bytes(setting: Setting, name: str, batch: int, tokens: int) -> int:
+def kept_bytes(setting: Setting[Settings], name: str, batch: int, tokens: int) -> int:
     """Bytes that autograd keeps between a student's forward pass and its backward pass, weights left out."""
     model = setting.model
     model.set_plugin(name)
@@ -207,11 +221,13 @@ def kept_bytes(setting: Setting, name: str, batch: int, tokens: int) -> int:
     return sum(storages.values())
 
 
-def check_memory_flags(args: argparse.Namespace) -> None:
+def check_memory_flags(settings: Memory) -> None:
     """Raise where the estimate is not defined."""
-    if args.num_layers is not None:
+    if settings.num_layers is not None:
         raise VariatorError(
             "bench memory counts the whole model from two and three layers: leave out --num-layers"
         )
-    if load_config(args.model).is_encoder_decoder or len(args.plugins) != 1:
+    if settings.quantize is not None:
+        raise VariatorError("bench memory counts a base in NF4 as it is: leave out --quantize")
+    if load_config(settings.model).is_encoder_decoder or len(settings.plugins) != 1:
         raise VariatorError("bench memory takes a decoder and one plugin in --plugins")

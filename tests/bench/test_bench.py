@@ -10,12 +10,13 @@ import torch
 from conftest import randomise
 
 from llm_variator import VariatorConfig, VariatorError
-from llm_variator.bench.__main__ import build_parser, main
+from llm_variator.bench.__main__ import main, read
 from llm_variator.bench.formulations import PlainLayers, fused
 from llm_variator.bench.reading import random_cache
 from llm_variator.bench.report import markdown
 from llm_variator.bench.setting import DENSE, Setting, plugin
-from llm_variator.bench.training import kept_bytes
+from llm_variator.bench.swapping import _SWAPS, Swap
+from llm_variator.bench.training import ADAM_BYTES, NF4_BITS, Memory, kept_bytes
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.engine.plugin import weights_digest
 from llm_variator.measures.timing import Case, Spread, interleaved, ratio, timed
@@ -24,7 +25,7 @@ TINY = ["--random-init", "--device", "cpu", "--repetitions", "2", "--threads", "
 
 
 def setting(*flags: str, command: str = "prefill", model: str = "tiny-llama") -> Setting:
-    return Setting(build_parser().parse_args([command, "--model", model, *TINY, *flags]))
+    return Setting(read([command, "--model", model, *TINY, *flags]))
 
 
 def figures(tmp_path, *flags: str) -> dict:
@@ -215,6 +216,7 @@ def test_plot(tmp_path):
         (["prefill", "--plugins", "nose:2"], "expected sites and a ratio"),
         (["decode", "--model", "tiny-t5"], "bench decode is for decoders"),
         (["memory", "--num-layers", "2"], "leave out --num-layers"),
+        (["memory", "--quantize", "nf4"], "leave out --quantize"),
         (["memory", "--model", "tiny-t5"], "takes a decoder"),
         (["swap", "--attention", "nothing"], "--attention nothing"),
     ],
@@ -224,6 +226,12 @@ def test_wrong_flags_get_one_clear_error(flags, message):
         flags = [*flags, "--model", "tiny-llama"]
     with pytest.raises(VariatorError, match=message):
         main([*flags, "--random-init", "--device", "cpu"])
+
+
+def test_notes_tell_the_numbers_that_are_used():
+    assert f"mean of {_SWAPS}." in Swap.note()
+    assert f"({NF4_BITS:.3f} bits per weight)" in Memory.note()
+    assert f"Plugin: {ADAM_BYTES} bytes per parameter" in Memory.note()
 
 
 def test_plugin_specification():

@@ -8,8 +8,9 @@ import pytest
 from conftest import randomise
 from tiny import model_folder
 
-from llm_variator import VariatorConfig, VariatorModel
-from llm_variator.bench.contexts.__main__ import main
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.bench.contexts.__main__ import main, read
+from llm_variator.bench.contexts.setting import words
 from llm_variator.sources.models import load_model
 
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=5)
@@ -28,6 +29,25 @@ def measure(tmp_path, plugin: str, command: str, *sizes: object) -> dict:
     file = tmp_path / "figures.json"
     main([command, "--model", model_folder(), "--plugin", plugin, "--json", str(file), *map(str, sizes)])
     return json.loads(file.read_text(encoding="utf-8"))["figures"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "questions",
+        "load --context 60 --repeats 1 --answer-from some/file --data-dir there --seed 3",
+        "prefill --lengths 80 90 --memory-of 80 0 --random-init --num-layers 2 --dtype bfloat16",
+    ],
+)
+def test_another_process_gets_the_same_settings(line):
+    settings = read(line.split())
+    assert read(words(settings)) == settings
+    assert sorted(words(settings)) == sorted(line.split())
+
+
+def test_rounding_has_no_truth_for_a_quantised_base():
+    with pytest.raises(VariatorError, match="leave out --quantize"):
+        read(["rounding", "--quantize", "nf4"])
 
 
 def test_questions(tmp_path, plugin):

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from llm_variator.bench.contexts.setting import Figures, stretches
+from llm_variator.bench.contexts.setting import Answers, Figures, stretches
+from llm_variator.cli import flag
+from llm_variator.cli.values import PositiveInt
 from llm_variator.model import VariatorModel
 
 
-def decode(model: VariatorModel, args: argparse.Namespace) -> Figures:
+@dataclass(frozen=True, kw_only=True)
+class Decode(Answers):
+    """A text read token by token as if generated: entries held, cross-entropy against dense."""
+
+    context: PositiveInt = 512
+    new_tokens: PositiveInt = 2000
+    repeats: PositiveInt = 1
+    decode_block: PositiveInt = flag(64, "tokens merged at a time")
+
+
+def decode(model: VariatorModel, settings: Decode) -> Figures:
     """The same text after the same prompt, token by token: with blocks merged, without, and dense throughout."""
-    (text,) = stretches(args, args.context + args.new_tokens + 1)
+    (text,) = stretches(settings, settings.context + settings.new_tokens + 1)
     config = model.plugins["plugin"]
-    intact = model.add_plugin("intact", dataclasses.replace(config, decode_block=None)).to(model.dtype)
+    intact = model.add_plugin("intact", replace(config, decode_block=None)).to(model.dtype)
     intact.load_state_dict(model.plugin("plugin").state_dict())
     figures: Figures = {
-        "prompt_tokens": args.context,
-        "new_tokens": args.new_tokens,
-        "decode_block": args.decode_block,
+        "prompt_tokens": settings.context,
+        "new_tokens": settings.new_tokens,
+        "decode_block": settings.decode_block,
     }
     for label, name in (("ageing", "plugin"), ("decoding_intact", "intact"), ("dense", None)):
         with model.use_plugin(name):
-            nats, cache = _continued(model, text, args.context)
+            nats, cache = _continued(model, text, settings.context)
         report = model.kv_cache_report(cache)
         figures[label] = {
             "cross_entropy": nats,
@@ -35,7 +46,7 @@ def decode(model: VariatorModel, args: argparse.Namespace) -> Figures:
         }
     kv = config.k if isinstance(config.k, int) else config.k.get("kv", config.k.get("attention", 1))
     head, tail = config.ends
-    tokens, window = args.context + args.new_tokens, tail + args.decode_block
+    tokens, window = settings.context + settings.new_tokens, tail + settings.decode_block
     bound = head + window + (tokens - head - window) / kv + 1
     return figures | {
         "k": kv,

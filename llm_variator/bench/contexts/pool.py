@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
 import random
+from dataclasses import dataclass
 
 import torch
 
-from llm_variator.bench.contexts.setting import GREEDY, Figures, stretches
+from llm_variator.bench.contexts.setting import GREEDY, Documents, Figures, stretches
+from llm_variator.cli import flag
+from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.cache import KVPool
 from llm_variator.model import VariatorModel
 
 
-def pool(model: VariatorModel, args: argparse.Namespace) -> Figures:
+@dataclass(frozen=True, kw_only=True)
+class Pool(Documents):
+    """Sessions over shared documents in one pool, against contexts that share nothing."""
+
+    context: PositiveInt = 64
+    documents: PositiveInt = flag(10, "how many")
+    sessions: PositiveInt = flag(100, "most at a time")
+    operations: PositiveInt = flag(2000, "random extends, forks, frees and questions")
+    blocks: PositiveInt = flag(60000, "in the pool")
+    block_size: PositiveInt = flag(16, "entries in a block")
+
+
+def pool(model: VariatorModel, settings: Pool) -> Figures:
     """Random order of extend, fork, free and question; every answer against contexts outside the pool."""
-    rng, shared = random.Random(args.seed), KVPool(args.blocks, args.block_size)
-    (text,) = stretches(args, args.documents * args.context + 4096)
-    documents = [text[:, i * args.context :][:, : args.context] for i in range(args.documents)]
+    rng, shared = random.Random(settings.seed), KVPool(settings.blocks, settings.block_size)
+    (text,) = stretches(settings, settings.documents * settings.context + 4096)
+    documents = [text[:, i * settings.context :][:, : settings.context] for i in range(settings.documents)]
     first = [(model.compress(row, pool=shared), model.compress(row)) for row in documents]
     sessions = [(paged.fork(), plain) for paged, plain in first]
     counts = {"extend": 0, "fork": 0, "free": 0, "ask": 0}
     wrong, peak = 0, shared.report()
-    for _ in range(args.operations):
+    for _ in range(settings.operations):
         paged, plain = session = rng.choice(sessions)
         action = rng.choice(sorted(counts))
-        if action == "free" and len(sessions) <= args.documents:
+        if action == "free" and len(sessions) <= settings.documents:
             action = "fork"
-        if action in ("fork", "extend") and len(sessions) >= args.sessions:
+        if action in ("fork", "extend") and len(sessions) >= settings.sessions:
             action = "free"
         counts[action] += 1
         start = rng.randrange(text.shape[1] - 32)

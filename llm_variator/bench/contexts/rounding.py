@@ -7,8 +7,8 @@ read by transformers.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,22 +17,44 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llm_variator.bench.contexts.setting import Figures, build_model, compressed_layers, stretches
+from llm_variator.bench.contexts.setting import (
+    Chunked,
+    Documents,
+    Figures,
+    build_model,
+    compressed_layers,
+    stretches,
+)
+from llm_variator.cli import flag
+from llm_variator.cli.values import PositiveInt
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.cache.naming import cache_argument
 from llm_variator.engine.cache.stores import whole
+from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
 
 DENSE = "dense"
 
 
-def rounding(model: VariatorModel, args: argparse.Namespace) -> Figures:
+@dataclass(frozen=True, kw_only=True)
+class Rounding(Chunked, Documents):
+    """Errors of chunked and whole prefill against the same model in fp64."""
+
+    context: PositiveInt = 700
+    ratios: tuple[PositiveInt, ...] = flag((2, 3, 4, 8), "k of untrained plugins")
+
+    def __post_init__(self) -> None:
+        if self.quantize is not None:
+            raise VariatorError("bench.contexts rounding needs the base in fp64: leave out --quantize")
+
+
+def rounding(model: VariatorModel, settings: Rounding) -> Figures:
     """Greatest and root-mean-square error of keys and values over ragged rows: whole, and by chunk."""
-    lengths = [args.context, args.context // 3, args.context - 7, 1, args.context // 2]
-    rows = [row[0].tolist() for row in stretches(args, *lengths)]
-    exact = _exact(build_model(args).double())
+    lengths = [settings.context, settings.context // 3, settings.context - 7, 1, settings.context // 2]
+    rows = [row[0].tolist() for row in stretches(settings, *lengths)]
+    exact = _exact(build_model(settings).double())
     figures = []
-    for k in (None, *args.ratios):
+    for k in (None, *settings.ratios):
         if k is not None:
             for each in (model, exact):
                 config = VariatorConfig(k=k, sites=("ffn", "kv"))
@@ -40,7 +62,7 @@ def rounding(model: VariatorModel, args: argparse.Namespace) -> Figures:
         truth = _read(exact, k, rows)
         one_pass = _read(model, k, rows)
         figures.append({"k": k or DENSE, "greatest": _greatest(truth), "one_pass": _errors(one_pass, truth)})
-        for chunk in args.chunks:
+        for chunk in settings.chunks:
             chunked = _read(model, k, rows, chunk)
             figures[-1][f"chunks_of_{chunk}"] = _errors(chunked, truth) | {
                 "from_one_pass": _errors(chunked, one_pass)["greatest"],
