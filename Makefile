@@ -109,7 +109,7 @@ lock:
 		print(*project['optional-dependencies']['docs'], sep='\n')" | $(PIP_COMPILE) --output-file requirements/docs.txt -
 
 test-matrix: $(OLDEST)/.done $(VENV)/.test $(NEWEST)/.done
-	$(BIN)/python eval/matrix.py oldest=$(OLDEST) locked=$(VENV) newest=$(NEWEST) --output eval/results/test-matrix.json
+	$(BIN)/python eval/matrix.py oldest=$(OLDEST) newest=$(NEWEST) locked=$(VENV) --output eval/results/test-matrix.json
 
 # Only its transformers is its own; everything else comes from .venv.
 $(OLDEST)/.done: $(VENV)/.test
