@@ -136,7 +136,10 @@ class VariatorModel(TrainableHolder):
             labels: the loss counts every one: leave those of the prompt out (-100), tokens of a group see each other.
             **kwargs: the base's further arguments (a cache, ...).
         """
-        kwargs |= dict(zip(self._positional()[2:], args, strict=False))
+        names_left = self._positional()[2:]
+        if len(args) > len(names_left):
+            raise TypeError(f"forward takes at most {len(names_left) + 2} arguments by position")
+        kwargs |= dict(zip(names_left, args, strict=False))
         named = (position_ids, token_type_ids, inputs_embeds, labels)
         names = ("position_ids", "token_type_ids", "inputs_embeds", "labels")
         kwargs |= {name: value for name, value in zip(names, named, strict=True) if value is not None}

@@ -19,7 +19,7 @@ from llm_variator.engine.session import Session, scope
 from llm_variator.errors import VariatorError
 
 OLDEST_TESTED, NEWEST_TESTED = "5.18.0", "5.24.0"
-"""Releases of transformers that `make test-matrix` has passed; those between them too."""
+"""The ends of the range of transformers that `make test-matrix` has passed; those between were not run."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def check_attachment(base: PreTrainedModel, architecture: Architecture, signatur
     except Exception as error:
         raise VariatorError(
             f"{type(base).__name__} cannot be compressed with transformers {version('transformers')} (tested are "
-            f"{OLDEST_TESTED} to {NEWEST_TESTED}): {error}"
+            f"{OLDEST_TESTED} and {NEWEST_TESTED}): {error}"
         ) from error
 
 
