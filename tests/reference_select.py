@@ -215,7 +215,9 @@ def of_plugin(plugin, layers: int, groups: int) -> Select:
     """What a plugin of the library says it does: from its config, and its weights by name."""
     config, state = plugin.config, plugin.state_dict()
     k = config.k if isinstance(config.k, int) else config.k["kv"]
-    ratios = config.k_per_head or [[k] * groups] * layers
+    ratios = [list(row) for row in config.k_per_head or [[k] * groups] * layers]
+    if config.layers is not None:
+        ratios = [row if i in config.layers else [1] * groups for i, row in enumerate(ratios)]
     return Select(
         ratios,
         config.block,
