@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ CARD_FILE = "README.md"
 QUANTISATIONS = ("nf4", "int8")
 """Of a frozen base, by bitsandbytes: 4 bits or 8."""
 SITES = ("ffn", "attention", "kv", "cross")
-COMPRESSORS = ("weighted", "mean")
+COMPRESSORS = ("weighted", "mean", "select")
 DECOMPRESSORS = ("adapter", "copy")
 ACTIVATIONS = ("identity", "tanh")
 
@@ -53,8 +53,9 @@ class VariatorConfig:
     extension of the paper for T5, "cross" (what the decoder reads of the encoder)."""
     r: int = 64
     """Bottleneck width of the decompressing adapter."""
-    compressor: str = "weighted"
-    """"weighted" (learned, paper section 3.2) or "mean"."""
+    compressor: str | Mapping[str, str] = "weighted"
+    """"weighted" (learned, paper section 3.2) or "mean"; for site "kv" of a decoder also "select": each head keeps
+    single keys and values, chosen by a learned score. One for all sites, or one per site."""
     decompressor: str = "adapter"
     """"adapter" (paper section 3.2) or "copy" (each token of a group gets the group's output)."""
     activation: str = "identity"
@@ -63,6 +64,12 @@ class VariatorConfig:
     """Layers that get the plugin; None: all."""
     k_per_layer: Mapping[str, Sequence[int]] | None = None
     """Per site one ratio for every layer of the model, overriding `k`; 1: that layer stays dense."""
+    k_per_head: Sequence[Sequence[int]] | None = None
+    """With "select": for every layer of the model one ratio per KV head, powers of two up to `block`; None: `k`."""
+    block: int = 64
+    """With "select": neighbouring tokens among which a head chooses its 1/k; a power of two."""
+    score_fits: int = 1
+    """With "select": linear maps per head whose log-sum-exp is the score of a token."""
     dense_head: int | None = None
     """First tokens of a sequence kept uncompressed (attention sinks); None: 4 for decoders, 0 for encoders."""
     dense_tail: int | None = None
@@ -104,7 +111,11 @@ class VariatorConfig:
         else:
             _integer("k", self.k, least=1)
         _integer("r", self.r, least=1)
-        _one_of("compressor", self.compressor, COMPRESSORS)
+        if isinstance(self.compressor, Mapping):
+            named = self._per_site("compressor", self.compressor, complete=True)
+            put("compressor", {site: self.compressor[site] for site in named})
+        for site in self.sites:
+            _one_of("compressor", self.compressor_of(site), COMPRESSORS)
         _one_of("decompressor", self.decompressor, DECOMPRESSORS)
         _one_of("activation", self.activation, ACTIVATIONS)
 
@@ -133,11 +144,50 @@ class VariatorConfig:
             for site, ratios in self.k_per_layer.items():
                 for k in ratios:
                     _integer(f"k_per_layer[{site!r}]", k, least=1)
+        self._check_select(put)
         for field, least in (("dense_head", 0), ("dense_tail", 0), ("decode_block", 1)):
             if getattr(self, field) is not None:
                 _integer(field, getattr(self, field), least=least)
         if self.decode_block is not None and "ffn" in self.sites and len(self.sites) == 1:
             raise VariatorError('decode_block compresses the KV cache: it needs site "kv" or "attention"')
+
+    def _check_select(self, put: Callable[[str, Any], None]) -> None:
+        """Raise unless what belongs to "select" is there with it alone, and right."""
+        for site in self.sites:
+            if site != "kv" and self.compressor_of(site) == "select":
+                raise VariatorError(
+                    f'compressor "select" keeps keys and values: it is for site "kv", not {site!r}; give one per '
+                    'site, as in compressor={"ffn": "weighted", "kv": "select"}'
+                )
+        for field in ("block", "score_fits"):
+            _integer(field, getattr(self, field), least=1)
+        if not self.selects:
+            if self.k_per_head is not None:
+                raise VariatorError('k_per_head belongs to compressor "select" of site "kv"')
+            return
+        if not _power_of_two(self.block):
+            raise VariatorError(f"block must be a power of two, got {self.block}")
+        if self.k_per_layer is not None and "kv" in self.k_per_layer:
+            raise VariatorError('with compressor "select" the ratios of site "kv" are k_per_head\'s')
+        if self.decode_block is not None:
+            raise VariatorError('decode_block merges generated tokens: compressor "select" has none to merge')
+        if self.k_per_head is None:
+            ratios = {self.k["kv"] if isinstance(self.k, Mapping) else self.k}
+        else:
+            rows = _items("k_per_head", self.k_per_head)
+            put("k_per_head", tuple(_items("k_per_head", row) for row in rows))
+            assert self.k_per_head is not None
+            if not rows or len({len(row) for row in self.k_per_head}) != 1 or not self.k_per_head[0]:
+                raise VariatorError(
+                    "k_per_head must have one list per layer, each with one ratio per KV head"
+                )
+            ratios = {k for row in self.k_per_head for k in row}
+        for k in ratios:
+            _integer("k_per_head", k, least=1)
+            if not _power_of_two(k) or k > self.block:
+                raise VariatorError(
+                    f'with compressor "select" a ratio must be a power of two up to block ({self.block}), got {k}'
+                )
 
     @classmethod
     def paper(cls, k: int = 4, **overrides: Any) -> VariatorConfig:
@@ -152,8 +202,30 @@ class VariatorConfig:
         """Name of the base model; None until the plugin is attached to one."""
         return self.base.name if self.base else None
 
+    def compressor_of(self, site: str) -> str:
+        """How `site` compresses."""
+        return self.compressor[site] if isinstance(self.compressor, Mapping) else self.compressor
+
+    @property
+    def selects(self) -> bool:
+        """Whether site "kv" keeps keys and values instead of merging tokens."""
+        return "kv" in self.sites and self.compressor_of("kv") == "select"
+
+    def head_ratios(self, layer: int, kv_heads: int) -> tuple[int, ...] | None:
+        """With "select": the ratio of each KV head in `layer`; None where that layer stays dense."""
+        if not self.selects or (self.layers is not None and layer not in self.layers):
+            return None
+        k = self.k["kv"] if isinstance(self.k, Mapping) else self.k
+        ratios = (k,) * kv_heads if self.k_per_head is None else tuple(self.k_per_head[layer])
+        return ratios if max(ratios) > 1 else None
+
     def ratio(self, site: str, layer: int) -> int | None:
-        """Compression ratio of `site` in `layer`; None where that layer stays dense. "cross" has layer 0 alone."""
+        """Compression ratio of `site` in `layer`; None where that layer stays dense. "cross" has layer 0 alone.
+
+        Of site "kv" with "select" there is no such ratio: see `head_ratios`.
+        """
+        if site == "kv" and self.selects:
+            return None
         if site == "cross" and site in self.sites:
             return (self.k[site] if isinstance(self.k, Mapping) else self.k) if layer == 0 else None
         if site not in self.sites or (self.layers is not None and layer not in self.layers):
@@ -182,6 +254,14 @@ class VariatorConfig:
                 raise VariatorError(
                     f"k_per_layer[{site!r}] has {len(ratios)} entries, but {base.name!r} has {base.num_layers} layers"
                 )
+        if self.selects and not decoder:
+            raise VariatorError(
+                f'compressor "select" is for decoders, {base.name!r} is none: choose weighted or mean'
+            )
+        if self.k_per_head is not None and len(self.k_per_head) != base.num_layers:
+            raise VariatorError(
+                f"k_per_head has {len(self.k_per_head)} layers, but {base.name!r} has {base.num_layers}"
+            )
         if self.decode_block is not None and not decoder:
             raise VariatorError(f"decode_block is for decoders, {base.name!r} is none: leave it out")
         default_head, default_tail = (4, 1) if decoder else (0, 0)
@@ -248,6 +328,10 @@ def _items(field: str, values: Any) -> tuple[Any, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise VariatorError(f"{field} must be a list, got {values!r}")
     return tuple(values)
+
+
+def _power_of_two(value: int) -> bool:
+    return value & (value - 1) == 0
 
 
 def _integer(field: str, value: Any, *, least: int) -> None:

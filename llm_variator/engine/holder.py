@@ -17,7 +17,7 @@ from llm_variator.engine.devices import execution_device
 from llm_variator.engine.hooks import architecture_of, host_of
 from llm_variator.engine.hooks.hook import ATTACHED, refuse_attached
 from llm_variator.engine.hooks.selfcheck import check_attachment
-from llm_variator.engine.plan import Plan
+from llm_variator.engine.plan import Plan, kv_heads
 from llm_variator.engine.plugin import CompressionPlugin, base_signature
 from llm_variator.errors import VariatorError
 
@@ -176,7 +176,8 @@ class PluginHolder(nn.Module):
 
     def _build(self, config: VariatorConfig) -> CompressionPlugin:
         decoder, slides = self._architecture.decoder, partial(self._architecture.slides, self._host)
-        plan = Plan.of(config, self.signature, decoder=decoder, slides=slides)
+        heads = kv_heads(self._host.config)
+        plan = Plan.of(config, self.signature, decoder=decoder, slides=slides, kv_heads=heads)
         if "cross" in config.sites and self._architecture.answering(self._host) is None:
             raise VariatorError(
                 f'site "cross" is for T5 with its decoder; {type(self._host).__name__} has no decoder that reads '
@@ -191,8 +192,9 @@ class PluginHolder(nn.Module):
             )
         if not name or "." in name:
             raise VariatorError(f"a plugin name must be non-empty and without dots, got {name!r}")
-        for (_, layer), site in plugin.sites.items():
-            site.to(execution_device(self._architecture.blocks(self._host)[layer]))
+        blocks = self._architecture.blocks(self._host)
+        for layer, own in [(at, own) for (_, at), own in plugin.sites.items()] + [*plugin.selects.items()]:
+            own.to(execution_device(blocks[layer]))
         self._plugins[name] = plugin
         self.add_module(f"plugin_{name}", plugin)
         return plugin

@@ -1,4 +1,4 @@
-"""The two trainable layers of the paper (section 3.2). They know groups of vectors, no model and no sequence.
+"""The trainable layers: the paper's two (section 3.2), and a score of keys. They know vectors, no model and no sequence.
 
 Symbols: d hidden width, k vectors per group, r bottleneck; h the group's vectors, g the merged vector,
 g° the frozen layer's output for g, o the restored outputs.
@@ -96,3 +96,25 @@ class HiddenDecompressor(nn.Module):
         if self.activation == "tanh":
             inner = inner.tanh()
         return F.linear(inner, up, self.up.bias.to(dtype)).add_(merged)  # the sum needs no tensor of its own
+
+
+class KeyScore(nn.Module):
+    """How much later tokens will read the key of a token, for each KV head: s = log sum_f exp 2(W_f h + b_f).
+
+    Not in the paper. Each of the linear maps f predicts the log of what one kind of later text reads; twice that is
+    the log of a mean square, and the sum over f that of their mixture. Starts as zeros: then the first tokens win.
+    Parameters: F * heads * (d + 1).
+    """
+
+    def __init__(self, dim: int, heads: int, fits: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(fits, heads, dim))
+        self.bias = nn.Parameter(torch.zeros(fits, heads))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scores (b, heads, n) in fp32 or wider, of what the attention reads (b, n, d)."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        fits = F.linear(hidden, self.weight.to(hidden.dtype).flatten(0, 1)).to(wide)  # (b, n, F * heads)
+        fits = fits.unflatten(-1, self.bias.shape) + self.bias.to(wide)
+        score = 2 * fits.squeeze(-2) if len(self.bias) == 1 else (2 * fits).logsumexp(-2)
+        return score.transpose(1, 2)

@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, BaseSignature, VariatorConfig
 from llm_variator.engine.files import write_atomically
-from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor, KeyScore
 from llm_variator.engine.plan import Plan, Ratios
 from llm_variator.errors import VariatorError
 
@@ -66,11 +67,22 @@ class SiteLayers(nn.Module):
     def __init__(self, config: VariatorConfig, site: str, dim: int, k: int) -> None:
         super().__init__()
         self.k = k
-        self.compressor = HiddenCompressor(dim, k, mean=config.compressor == "mean")
+        self.compressor = HiddenCompressor(dim, k, mean=config.compressor_of(site) == "mean")
         if site not in ("kv", "cross"):
             self.decompressor = HiddenDecompressor(
                 dim, config.r, activation=config.activation, copy=config.decompressor == "copy"
             )
+
+
+class SelectLayers(nn.Module):
+    """What site "kv" has in one layer where it keeps keys and values: the score that decides, and how many."""
+
+    def __init__(self, config: VariatorConfig, dim: int, ratios: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ratios = ratios
+        """Of each KV head."""
+        self.block = config.block
+        self.score = KeyScore(dim, len(ratios), config.score_fits)
 
 
 class CompressionPlugin(nn.Module):
@@ -78,7 +90,8 @@ class CompressionPlugin(nn.Module):
 
     Attributes:
         plan: what it does to a prompt of its base; `config` is the configuration in it.
-        sites: (site, layer) -> its trainable layers.
+        sites: (site, layer) -> its trainable layers, where vectors are merged.
+        selects: layer -> its trainable layer, where keys and values are kept.
         cache_layers: the layers whose KV cache holds fewer entries than tokens.
     """
 
@@ -96,9 +109,14 @@ class CompressionPlugin(nn.Module):
             self.add_module(
                 site, nn.ModuleDict({str(i): SiteLayers(config, site, dim, k) for i, k in layers.items()})
             )
+        if plan.selected:
+            scores = {str(i): SelectLayers(config, dim, heads) for i, heads in plan.selected.items()}
+            self.add_module("kv", nn.ModuleDict(scores))
         # plain lookups: hooks ask at every layer of every pass
         self.sites = {(site, i): self._site(site, i) for site in ratios for i in ratios[site]}
-        self.cache_layers = sorted({layer for site, layer in self.sites if site in ("kv", "attention")})
+        self.selects = {i: self._select(i) for i in plan.selected}
+        merging = {layer for site, layer in self.sites if site in ("kv", "attention")}
+        self.cache_layers = sorted(merging | self.selects.keys())
 
     def at(self, site: str, layer: int) -> SiteLayers | None:
         """The layers of `site` in the model's layer `layer`; None where it stays dense."""
@@ -107,6 +125,11 @@ class CompressionPlugin(nn.Module):
     def _site(self, site: str, layer: int) -> SiteLayers:
         module = self.get_submodule(f"{site}.{layer}")
         assert isinstance(module, SiteLayers)
+        return module
+
+    def _select(self, layer: int) -> SelectLayers:
+        module = self.get_submodule(f"kv.{layer}")
+        assert isinstance(module, SelectLayers)
         return module
 
     def save(
@@ -180,7 +203,12 @@ class CompressionPlugin(nn.Module):
         config = self.config
         base = config.base_model or "its base model"
         count = sum(parameter.numel() for parameter in self.parameters())
-        settings: dict[str, Any] = {"k": config.k, "sites": ", ".join(config.sites), "r": config.r}
+        settings: dict[str, Any] = {"k": config.k, "sites": ", ".join(config.sites)}
+        if self.sites:
+            settings["r"] = config.r
+        if self.selects:
+            settings |= {"keys and values": f"kept, each head its own, in blocks of {config.block}"}
+            settings |= {"ratios of heads": _ratios_of_heads(self.plan.selected.values())}
         settings |= {"dense head": config.dense_head, "dense tail": config.dense_tail}
         rows = [*settings.items(), ("parameters", f"{count:,}"), *(facts or {}).items()]
         table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
@@ -188,19 +216,33 @@ class CompressionPlugin(nn.Module):
         head = yaml.safe_dump({**facts_of_it, "tags": ["variator", "compression-plugin"]}, sort_keys=False)
         return (
             f"---\n{head}---\n\n# Compression plugin for {' '.join(base.split())}\n\n"
-            "Merges neighbouring prompt vectors so that a long prompt costs less compute and KV cache; "
-            "the base model is untouched.\n\n"
+            f"{self._what_it_does()}; the base model is untouched.\n\n"
             "```python\nfrom llm_variator import VariatorModel\n\n"
             f"model = VariatorModel.from_pretrained({json.dumps(base)}, {json.dumps(source)})\n```\n\n"
             f"| | |\n|---|---|\n{table}\n"
         )
+
+    def _what_it_does(self) -> str:
+        keeps = "keeps of a long prompt those keys and values that later tokens will read"
+        merges = "merges neighbouring prompt vectors so that a long prompt costs less compute"
+        if self.cache_layers and not self.selects:
+            merges += " and KV cache"
+        text = "; ".join([merges] * bool(self.sites) + [keeps] * bool(self.selects))
+        return text[0].upper() + text[1:]
+
+
+def _ratios_of_heads(layers: Iterable[tuple[int, ...]]) -> str:
+    counts = Counter(k for heads in layers for k in heads)
+    return ", ".join(
+        f"{count} of 1/{k}" if k > 1 else f"{count} whole" for k, count in sorted(counts.items())
+    )
 
 
 def _check_size(config: VariatorConfig, ratios: Ratios, dim: int) -> None:
     """A slip in k must not end in the operating system's out-of-memory killer: W_c has k²d weights."""
     count = 0
     for site, layers in ratios.items():
-        if config.compressor == "weighted":
+        if config.compressor_of(site) == "weighted":
             count += sum(k * k * dim for k in layers.values())
         if config.decompressor == "adapter" and site not in ("kv", "cross"):
             count += 3 * config.r * dim * len(layers)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llm_variator.config import BaseSignature, VariatorConfig
 from llm_variator.engine.hooks.architecture import Architecture
-from llm_variator.engine.plan import Plan
+from llm_variator.engine.plan import Plan, kv_heads
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.engine.session import Session, scope
 from llm_variator.errors import VariatorError
@@ -70,7 +70,8 @@ def _untrained(
         dense_head=0,
         dense_tail=1,
     )
-    plan = Plan.of(config, signature, decoder=architecture.decoder, slides=slides)
+    heads = kv_heads(base.config)
+    plan = Plan.of(config, signature, decoder=architecture.decoder, slides=slides, kv_heads=heads)
     return CompressionPlugin(plan, signature.hidden_size)
 
 

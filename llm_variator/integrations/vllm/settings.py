@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
-from llm_variator.engine.plan import Plan
+from llm_variator.engine.plan import Plan, kv_heads
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.policy import LoadPolicy, Policy
@@ -181,7 +181,14 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
         config.base.name, hf_config.model_type, hf_config.hidden_size, hf_config.num_hidden_layers
     )
     try:
-        plan = Plan.of(config, signature, decoder=True, slides=lambda layer: slides(hf_config, layer))
+        if config.selects:
+            raise VariatorError(
+                'compressor "select" does not run in vLLM yet: choose a plugin that merges, or Hugging Face'
+            )
+        heads = kv_heads(hf_config)
+        plan = Plan.of(
+            config, signature, decoder=True, slides=lambda layer: slides(hf_config, layer), kv_heads=heads
+        )
     except VariatorError as error:
         raise VariatorError(f"{folder}: {error}") from None
     served = Served(folder, plan)
