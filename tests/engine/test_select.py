@@ -462,7 +462,8 @@ def test_sliding_layers_keep_their_window():
     assert model.kv_cache_report().layers[1].entries == 7
 
 
-# Several turns: every prompt is reduced in its turn, what earlier ones have left stays as it is.
+# Several turns: every prompt is reduced in its turn, what earlier ones have left stays as it is. With a mask of ones,
+# as without one generate takes a generated pad token for padding.
 
 
 @torch.no_grad()
@@ -475,14 +476,14 @@ def test_a_second_turn_over_one_cache(decoder, settings):
     ids = torch.cat((turn, second), dim=1)
     # the last generated token of a turn has not been read: it is the next prompt's head
     turns = [Segment(30, select, head), Segment(5), Segment(38, select, 1)]
-    out = model.generate(ids, past_key_values=cache, **FULL, **GREEDY)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **FULL, **GREEDY)
     check_steps(model, out, ids, turns)
     turns.append(Segment(5))
     read = plain.read(model.base, out.sequences[:, :-1], turns)
     assert held(model, model.kv_cache_report(cache)) == pytest.approx(wanted_entries(model, read))
 
     ids = torch.cat((out.sequences, third), dim=1)
-    out = model.generate(ids, past_key_values=cache, **FULL, **GREEDY)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **FULL, **GREEDY)
     check_steps(model, out, ids, [*turns, Segment(22, select, 1)])
 
 
@@ -602,13 +603,17 @@ def test_a_plugin_may_change_between_turns(decoder):
         branch = copy.deepcopy(cache)
         turns = [Segment(30, mine, 2), Segment(5), Segment(38, select, 1)]
         with model.use_plugin(name):
-            out = model.generate(ids, past_key_values=branch, **FULL, **GREEDY)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=branch, **FULL, **GREEDY
+            )
         check_steps(model, out, ids, turns)
         read = plain.read(model.base, out.sequences[:, :-1], [*turns, Segment(5)])
         assert held(model, model.kv_cache_report(branch)) == pytest.approx(wanted_entries(model, read)), name
         # and back to the first
         again = torch.cat((out.sequences, third), dim=1)
-        out = model.generate(again, past_key_values=branch, **FULL, **GREEDY)
+        out = model.generate(
+            again, attention_mask=torch.ones_like(again), past_key_values=branch, **FULL, **GREEDY
+        )
         check_steps(model, out, again, [*turns, Segment(5), Segment(26, mine, 1)])
 
 
@@ -650,7 +655,8 @@ def test_merged_and_chosen_turns(other):
     before = held(model, model.kv_cache_report(cache))
     try:
         with model.use_plugin(names[1]):
-            model.generate(torch.cat((turn, second), 1), past_key_values=cache, **GREEDY)
+            ids = torch.cat((turn, second), dim=1)
+            model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY)
     except VariatorError:
         return
     counts = {
