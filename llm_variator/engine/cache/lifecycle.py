@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
 
 from llm_variator.engine.cache.layer import CompressedLayer
+from llm_variator.engine.cache.paging import PagedStore
 from llm_variator.engine.cache.recent import Recent
 from llm_variator.engine.cache.selected import SelectedLayer
 from llm_variator.engine.cache.stores import KVStore, whole
@@ -51,10 +52,10 @@ def adopt(
             continue
         if selected is not None and index in selected:
             store = layer.store if isinstance(layer, CompressedLayer) else layer
-            if isinstance(store, (KVStore, QuantizedLayer)):
+            if isinstance(store, (PagedStore, QuantizedLayer)):
                 raise VariatorError(
-                    'compressor "select" does not go on from a cache in a pool, of a shared context, or of 4 or 8 bits '
-                    f"({type(store).__name__}): read the prompt again with this plugin"
+                    f'compressor "select" does not go on from a cache in a {type(store).__name__}: read the prompt '
+                    "again with this plugin, without a pool or a quantised cache"
                 )
             cache.layers[index] = SelectedLayer.of(layer, len(selected[index]))
         elif not isinstance(layer, CompressedLayer):

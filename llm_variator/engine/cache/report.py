@@ -17,9 +17,10 @@ from llm_variator.engine.cache.stores import sizes
 class ClassReport:
     """Heads of one layer that keep equally many entries."""
 
-    k: int
-    """The ratio at which they reduced the newest prompt."""
-    heads: tuple[int, ...]
+    ratio: int
+    """At which they reduced the newest prompt."""
+    heads: int
+    """How many."""
     entries: int
     """Of each head, per row."""
     bytes: int
@@ -50,7 +51,7 @@ class LayerReport:
             held, _, column = sizes(one.store)
             dense += column * layer.tokens
             index += one.columns.nbytes
-            classes.append(ClassReport(one.k, one.heads, one.entries, held))
+            classes.append(ClassReport(one.k, len(one.heads), one.entries, held))
         total = sum(one.bytes for one in classes)
         return cls(layer.entries, total, layer.tokens, dense, 0, tuple(classes), index)
 

@@ -91,7 +91,8 @@ def end_pass(module: nn.Module, args: Any, output: Any) -> None:
 def _places(session: Session, segment: Segment, cache: Any) -> list[Place]:
     """Where the prompts of a pass begin in their prompts: at the start, unless these are read in parts."""
     assert session.plugin is not None
-    if session.place is not None:
+    uniform = segment.uniform_prompt is not None
+    if session.place is not None and uniform:
         return [session.place]
     plan = session.plugin.plan
     head = first_dense(cache, plan)
