@@ -172,7 +172,7 @@ class VariatorConfig:
         if self.decode_block is not None:
             raise VariatorError('decode_block merges generated tokens: compressor "select" has none to merge')
         if self.k_per_head is None:
-            ratios = {self.k["kv"] if isinstance(self.k, Mapping) else self.k}
+            ratios = [self.k["kv"] if isinstance(self.k, Mapping) else self.k]
         else:
             rows = _items("k_per_head", self.k_per_head)
             put("k_per_head", tuple(_items("k_per_head", row) for row in rows))
@@ -181,7 +181,7 @@ class VariatorConfig:
                 raise VariatorError(
                     "k_per_head must have one list per layer, each with one ratio per KV head"
                 )
-            ratios = {k for row in self.k_per_head for k in row}
+            ratios = [k for row in self.k_per_head for k in row]
         for k in ratios:
             _integer("k_per_head", k, least=1)
             if not _power_of_two(k) or k > self.block:

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from llm_variator.baselines.ltp import kept_tokens
 from llm_variator.config import VariatorConfig
+from llm_variator.engine import blocks
 from llm_variator.engine.groups import Split, split
 from llm_variator.errors import VariatorError
 
@@ -36,6 +37,7 @@ class Stack:
     vocabulary: int
     windows: tuple[int | None, ...]
     """Sliding window of each layer; None: full attention."""
+    kv_heads: int = 1
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Stack:
@@ -63,6 +65,7 @@ class Stack:
             key_value_width=kv_heads * width,
             vocabulary=config.vocab_size,
             windows=tuple(None if kind == "full_attention" else window for kind in kinds),
+            kv_heads=kv_heads,
         )
 
 
@@ -79,8 +82,8 @@ class Cost:
     """Next-token logits: of the prompt's last token, or of every token of an encoder's answer."""
     answer: int = 0
     """T5's decoder without its logits: the keys and values of its cross-attention, and the tokens of the answer."""
-    cache_entries: int = 0
-    """Sum over the layers of a decoder."""
+    cache_entries: float = 0
+    """Sum over the layers of a decoder; of a layer whose heads hold different numbers, their mean."""
 
     @property
     def total(self) -> int:
@@ -124,6 +127,13 @@ def prefill(
         whole = None if slides else _split(plugin, "attention", layer, n)
         entries = whole or kv or (1, Split(0, 0, n))
         queries = whole[1].entries if whole else n
+        heads = plugin.head_ratios(layer, stack.kv_heads) if plugin and not slides else None
+        if plugin is not None and heads is not None:
+            narrow = reads if layer == stack.layers - 1 else None
+            if narrow and ffn and ffn[1].tail < narrow:
+                narrow = None
+            total += _selecting(stack, plugin, n, heads, ffn, narrow)
+            continue
         if layer == stack.layers - 1 and reads and all(p[1].tail >= reads for p in (ffn, kv, whole) if p):
             total += _last(stack, plugin, n, entries, reads, layer, causal=causal)
             continue
@@ -133,13 +143,39 @@ def prefill(
             projections=2 * stack.query_weights * queries + 2 * stack.key_value_weights * entries[1].entries,
             scores=2 * 2 * stack.attention_width * seen,
             plugin=sum(
-                _plugin_cost(plugin, stack.dim, *part, restores=restores)
-                for part, restores in ((ffn, True), (kv, False), (whole, True))
+                _plugin_cost(plugin, site, stack.dim, *part, restores=site != "kv")
+                for site, part in (("ffn", ffn), ("kv", kv), ("attention", whole))
                 if plugin and part
             ),
             cache_entries=entries[1].entries if not slides else min(n, stack.windows[layer] or n),
         )
     return total
+
+
+def _selecting(
+    stack: Stack,
+    plugin: VariatorConfig,
+    n: int,
+    heads: tuple[int, ...],
+    ffn: tuple[int, Split] | None,
+    reads: int | None,
+) -> Cost:
+    """Cost of a layer whose KV `heads` keep keys of their own choice; `reads` as for the last layer, None elsewhere."""
+    head, tail = plugin.ends
+    place = blocks.Place(head, tail, 0, n)
+    pairs = sum(blocks.seen(n, k, head, tail, plugin.block) for k in heads)
+    if reads:
+        pairs -= sum(blocks.seen(n - reads, k, head, tail, plugin.block) for k in heads)
+    held = sum(blocks.entries(place, k, plugin.block, n) for k in heads)
+    queries = reads or n
+    restored = _plugin_cost(plugin, "ffn", stack.dim, *ffn, restores=True) if ffn and not reads else 0
+    return Cost(
+        ffn=2 * stack.ffn_weights * (reads or (ffn[1].entries if ffn else n)),
+        projections=2 * stack.query_weights * queries + 2 * stack.key_value_weights * n,
+        scores=2 * 2 * stack.attention_width * pairs // len(heads),
+        plugin=restored + 2 * stack.dim * plugin.score_fits * len(heads) * n,
+        cache_entries=held / len(heads),
+    )
 
 
 def _last(
@@ -161,7 +197,9 @@ def _last(
         ffn=2 * stack.ffn_weights * reads,
         projections=2 * stack.query_weights * reads + 2 * stack.key_value_weights * held,
         scores=2 * 2 * stack.attention_width * seen,
-        plugin=_plugin_cost(plugin, stack.dim, k, part, restores=False) if plugin and part.groups else 0,
+        plugin=_plugin_cost(plugin, "kv", stack.dim, k, part, restores=False)
+        if plugin and part.groups
+        else 0,
         cache_entries=min(held, window),
     )
 
@@ -188,10 +226,10 @@ def _seen(entries: tuple[int, Split], queries: int, window: int | None) -> int:
     return head * (head + 1) // 2 + in_groups + in_tail
 
 
-def _plugin_cost(plugin: VariatorConfig, dim: int, k: int, part: Split, *, restores: bool) -> int:
+def _plugin_cost(plugin: VariatorConfig, site: str, dim: int, k: int, part: Split, *, restores: bool) -> int:
     """Merge and restore of one site: the fused form of `layers`, cheaper than the paper's count."""
     tokens, cost = part.groups * k, 0
-    if k > 1 and plugin.compressor == "weighted":
+    if k > 1 and plugin.compressor_of(site) == "weighted":
         cost += 2 * dim * k * tokens + 2 * dim * tokens  # scores; weighted sum
     if restores and plugin.decompressor == "adapter":
         cost += 2 * dim * plugin.r * (part.groups + 2 * tokens)  # down from g; down from h and up
@@ -268,8 +306,8 @@ def encoding(
             projections=2 * 2 * shape.projection_weights * (queries + entries),
             scores=2 * 2 * shape.attention_width * queries * entries,
             plugin=sum(
-                _plugin_cost(plugin, shape.dim, *part, restores=restores)
-                for part, restores in ((ffn, True), (kv, False), (whole, True))
+                _plugin_cost(plugin, site, shape.dim, *part, restores=site != "kv")
+                for site, part in (("ffn", ffn), ("kv", kv), ("attention", whole))
                 if plugin and part
             ),
         )
@@ -284,7 +322,7 @@ def encoding(
     read = 2 * 2 * shape.projection_weights * states
     scores = 2 * 2 * shape.attention_width * (pairs + answer * states)
     logits = 2 * shape.dim * shape.vocabulary * answer if shape.decoder_layers else 0
-    merged = _plugin_cost(plugin, shape.dim, *cross, restores=False) if plugin and cross else 0
+    merged = _plugin_cost(plugin, "cross", shape.dim, *cross, restores=False) if plugin and cross else 0
     return total + Cost(answer=shape.decoder_layers * (own + read + scores), head=logits, plugin=merged)
 
 
