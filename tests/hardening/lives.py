@@ -129,6 +129,7 @@ class Life:
                 layer.unmerge()
 
     def other_plugin(self) -> None:
+        self.context = None  # a question may be read by another plugin than its context
         if len(self.model.plugins) == 1:
             self.plugin = "other"
             self.model.add_plugin("other", CONFIG)
@@ -146,6 +147,7 @@ class Life:
         self.model.set_plugin(name)
 
     def train_a_step(self) -> None:
+        self.context = None
         self.model.train()
         ids = prompts(17, seed=3)[0]
         parameters = [*self.model.plugin().parameters()]
