@@ -235,7 +235,7 @@ def continued_chat(
     Raises:
         VariatorError: the tokenizer's template does not print `before` as the beginning of the whole.
     """
-    if before and before[-1].get("role") == "assistant":
+    if before and before[-1].get("role") == "assistant" and not before[-1].get("tool_calls"):
         marked = [*before[:-1], {**before[-1], "content": _ANSWER}]
         text = _printed(tokenizer, [*marked, *after], prompt, options)
         rest = text.rpartition(_ANSWER)[2]

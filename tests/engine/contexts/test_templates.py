@@ -112,6 +112,8 @@ def test_calls_of_tools(model, tokenizer):
     said = [*ASKED, {"role": "assistant", "tool_calls": [{"name": "clock"}]}]
     context = model.compress(said, tokenizer=tokenizer)
     assert tokenizer.decode(context.input_ids[0]) == "<user>Why?<assistant>clock"
+    answer = model.generate([{"role": "tool", "content": "noon"}], context=context, **GREEDY)
+    assert tokenizer.decode(answer[0, :-4]) == "<tool>noon"
     with pytest.raises(VariatorError, match='needs "role" and "content"'):
         model.compress([{"role": "assistant"}], tokenizer=tokenizer)
 
