@@ -130,13 +130,14 @@ class Life:
 
     def other_plugin(self) -> None:
         self.context = None  # a question may be read by another plugin than its context
-        if len(self.model.plugins) == 1:
-            self.plugin = "other"
-            self.model.add_plugin("other", CONFIG)
-            self.model.set_plugin("other")
-            randomise(self.model.plugin(), seed=2)
+        idle = "other" if self.plugin == "default" else "default"
+        if idle in self.model.plugins:
+            self.model.delete_plugin(idle)
         else:
-            self.model.delete_plugin("other" if self.plugin == "default" else "default")
+            self.plugin = idle
+            self.model.add_plugin(idle, CONFIG)
+            self.model.set_plugin(idle)
+            randomise(self.model.plugin(), seed=2)
 
     def save_and_load(self) -> None:
         self.model.save_pretrained(self.folder)
