@@ -268,8 +268,8 @@ class VariatorModel(TrainableHolder):
             embedded = bool((after.input_ids == NO_TOKEN).any())
             if embedded:  # what lies in the cache is never read
                 new = after.unread(question)
-                read = new.new_zeros(len(new), after.tokens - new.shape[1], new.shape[2])
-                kwargs["inputs_embeds"] = torch.cat((read, new), dim=1)
+                seen = new.new_zeros(len(new), after.tokens - new.shape[1], new.shape[2])
+                kwargs["inputs_embeds"] = torch.cat((seen, new), dim=1)
             else:
                 kwargs["input_ids"] = after.input_ids
             kwargs = read_ahead(self.base, self._host, plugin, kwargs, forked=True)
