@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pipelines import base as pipelines
 
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.engine.cache import (
@@ -26,7 +27,15 @@ from llm_variator.engine.cache.naming import cache_argument, take_cache
 from llm_variator.engine.cache.paging import KVPool, PagedStore
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.engine.contexts.fingerprints import function_state, plugin_fingerprint
-from llm_variator.engine.contexts.inputs import chats, encode, prompt_lengths
+from llm_variator.engine.contexts.inputs import (
+    NO_TOKEN,
+    chats,
+    check_embeddings,
+    encode,
+    padding_first,
+    prompt_lengths,
+    template_options,
+)
 from llm_variator.engine.contexts.prefill import read
 from llm_variator.engine.devices import input_device
 from llm_variator.engine.hooks.compiled import CompiledStack
@@ -64,18 +73,27 @@ class VariatorModel(TrainableHolder):
         base: PreTrainedModel | str,
         plugin: str | os.PathLike[str],
         plugin_name: str = "default",
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
         **kwargs: Any,
     ) -> VariatorModel:
         """Attach a saved plugin (folder, hub id or shipped name such as "smollm2-135m/k2") and activate it.
 
-        `base`: a loaded model, or a name for `loading.load_model`, which gets `kwargs` (dtype, device, ...).
+        Args:
+            base: a loaded model, or a name for `loading.load_model`, which gets `kwargs` (dtype, device, ...).
+            plugin: as for `load_plugin`, with `revision` and `subfolder`.
+            plugin_name: its name in this model.
+            revision: of the plugin's repository on the hub.
+            subfolder: the folder in it that holds the plugin.
+            **kwargs: of `load_model`.
         """
         if kwargs and not isinstance(base, str):
             raise VariatorError(
                 f"{', '.join(kwargs)}: for loading a model by name; this one is loaded already"
             )
         model = cls(load_model(base, **kwargs) if isinstance(base, str) else base)
-        model.load_plugin(plugin, plugin_name)
+        model.load_plugin(plugin, plugin_name, revision=revision, subfolder=subfolder)
         model.set_plugin(plugin_name)
         return model
 
@@ -84,14 +102,22 @@ class VariatorModel(TrainableHolder):
         plugin: str | os.PathLike[str],
         plugin_name: str,
         *,
+        revision: str | None = None,
+        subfolder: str | None = None,
         dtype: torch.dtype | None = None,
         decode_block: int | None = None,
     ) -> CompressionPlugin:
-        """Load a saved plugin without activating it, in `dtype` (default: the base's). Nothing changes on error.
+        """Load a saved plugin without activating it. Nothing changes on error.
 
-        `decode_block` replaces the plugin's own: merging generated tokens needs no other weights.
+        Args:
+            plugin: a folder, a shipped name, or a hub id; on the hub also owner/name/subfolder@revision.
+            plugin_name: its name in this model.
+            revision: of a repository on the hub: a branch, a tag or a commit.
+            subfolder: the folder in it that holds the plugin.
+            dtype: of its weights; default: the base's.
+            decode_block: replaces the plugin's own: merging generated tokens needs no other weights.
         """
-        folder = plugin_folder(plugin)
+        folder = plugin_folder(plugin, revision=revision, subfolder=subfolder)
         config = VariatorConfig.from_json(folder / CONFIG_FILE)
         if decode_block is not None:
             config = dataclasses.replace(config, decode_block=decode_block)
@@ -163,6 +189,7 @@ class VariatorModel(TrainableHolder):
         *,
         context: CompressedContext | None = None,
         return_context: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hugging Face's `generate` with the prompt compressed by the active plugin; decoding is dense.
@@ -172,17 +199,16 @@ class VariatorModel(TrainableHolder):
         decoder's ways to generate are as ever.
 
         Args:
-            inputs: token ids (rows, tokens), or `input_ids=`; after a `context` text and messages too.
+            inputs: token ids (rows, tokens), or `input_ids=`; after a `context` text and messages too. Embeddings
+                (rows, tokens, d) go by `inputs_embeds=`: as in Hugging Face, the output begins behind them.
             context: what comes before `inputs`, read by `compress`; one row serves any number of questions.
                 It is shared, not changed. Sequences come back without it: question and answer.
             return_context: return (output, context after the answer), for the next turn. Not with beams.
+            chat_template_kwargs: for messages after a `context`, beside those that it was made with: see `compress`.
             **kwargs: Hugging Face's. `prefill_chunk_size`: read the prompt so many tokens at a time, as far as
                 groups allow; the result is the same.
         """
-        if not self._host.can_generate():
-            raise VariatorError(
-                f"{type(self._host).__name__} cannot generate: it has no language-model decoder"
-            )
+        self._refuse_headless("generate")
         if inputs is not None:
             kwargs["input_ids"] = inputs
         if context is None and isinstance(kwargs.get("input_ids"), (list, tuple, str)):
@@ -190,9 +216,10 @@ class VariatorModel(TrainableHolder):
             device = input_device(self._host)
             kwargs |= {"input_ids": prompt.ids.to(device), "attention_mask": prompt.mask.to(device)}
         if context is not None:
-            return self._generate_after(context, return_context, kwargs)
-        if return_context:
-            raise VariatorError("return_context needs a context to go on from: see VariatorModel.compress")
+            return self._generate_after(context, return_context, chat_template_kwargs, kwargs)
+        if return_context or chat_template_kwargs:
+            name = "return_context" if return_context else "chat_template_kwargs"
+            raise VariatorError(f"{name} needs a context to go on from: see VariatorModel.compress")
         plugin, cache = self._active(), self._give_cache(kwargs)
         if plugin is None and not is_compressed(cache):
             return self.base.generate(**kwargs)
@@ -213,7 +240,11 @@ class VariatorModel(TrainableHolder):
         return output
 
     def _generate_after(
-        self, context: CompressedContext, return_context: bool, kwargs: dict[str, Any]
+        self,
+        context: CompressedContext,
+        return_context: bool,
+        options: Mapping[str, Any] | None,
+        kwargs: dict[str, Any],
     ) -> Any:
         plugin = self._active()
         check_generation(self._host, plugin, kwargs)
@@ -227,19 +258,27 @@ class VariatorModel(TrainableHolder):
             )
         if take_cache(kwargs) is not None:
             raise VariatorError("give either a context or a cache, not both")
-        after, question = context.appended(kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None))
-        kwargs |= {
-            "input_ids": after.input_ids,
-            "attention_mask": after.attention_mask,
-            cache_argument(self._host): after.cache,
-        }
+        names = ("input_ids", "attention_mask", "inputs_embeds")
+        given, mask, embeds = (kwargs.pop(name, None) for name in names)
+        after, question = context.appended(given, mask, embeds=embeds, options=options)
+        kwargs |= {"attention_mask": after.attention_mask, cache_argument(self._host): after.cache}
         with released_on_error(after.cache):
-            check_vocabulary(self._host, question)
+            if question.embeds is None:
+                check_vocabulary(self._host, question.ids)
+            embedded = bool((after.input_ids == NO_TOKEN).any())
+            if embedded:  # what lies in the cache is never read
+                new = after.unread(question)
+                seen = new.new_zeros(len(new), after.tokens - new.shape[1], new.shape[2])
+                kwargs["inputs_embeds"] = torch.cat((seen, new), dim=1)
+            else:
+                kwargs["input_ids"] = after.input_ids
             kwargs = read_ahead(self.base, self._host, plugin, kwargs, forked=True)
             output = self._generate(plugin, kwargs)
         whole = output if isinstance(output, Tensor) else output.sequences
-        new = whole[:, after.tokens :]
-        sequences = torch.cat((question.repeat_interleave(len(new) // len(question), dim=0), new), dim=1)
+        answer = whole if embedded else whole[:, after.tokens :]
+        repeats, sequences = len(answer) // len(question.ids), answer
+        if question.embeds is None:
+            sequences = torch.cat((question.ids.repeat_interleave(repeats, dim=0), answer), dim=1)
         if isinstance(output, Tensor):
             output = sequences
         else:
@@ -248,29 +287,37 @@ class VariatorModel(TrainableHolder):
             if isinstance(output, Tensor):
                 release(after.cache)
             return output
-        read_ids, read_mask = kwargs["input_ids"], kwargs["attention_mask"]
-        return output, after.answered(read_ids, read_mask, whole, setting(self._host, kwargs, "eos_token_id"))
+        ids, mask = after.input_ids, kwargs["attention_mask"]
+        if not torch.equal(mask, after.attention_mask):  # rows were read apart
+            ids = padding_first(ids, after.attention_mask)
+        whole = torch.cat((ids.repeat_interleave(repeats, dim=0), answer), dim=1)
+        return output, after.answered(ids, mask, whole, setting(self._host, kwargs, "eos_token_id"))
 
     @torch.no_grad()
     def compress(
         self,
-        context: Any,
+        context: Any = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         tokenizer: Any = None,
         prefill_chunk_size: int | None = None,
         pool: KVPool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> CompressedContext:
         """Read a prompt once with the active plugin, for `generate(question, context=...)`.
 
         Args:
             context: token ids (a tensor (tokens,) or (rows, tokens), or lists), a tokenizer's output, text, or
                 chat messages; one row or several.
-            attention_mask: of ids given as a tensor.
+            attention_mask: of ids given as a tensor, or of embeddings.
+            inputs_embeds: (rows, tokens, d) in place of `context`.
             tokenizer: for text and messages, here and in questions.
             prefill_chunk_size: read so many tokens at a time, as far as groups allow, so that activations need
                 memory for so many only; the result is the same.
             pool: keep keys and values in its blocks, as everything that goes on from this context will.
+            chat_template_kwargs: options of the tokenizer's chat template for messages, here and in questions:
+                `enable_thinking`, `tools` (schemas or documented functions), `documents`, and what else it reads.
 
         Raises:
             VariatorError: nothing to read, a form that is not known, or the model is no decoder.
@@ -279,20 +326,27 @@ class VariatorModel(TrainableHolder):
         plugin = self._active()
         if pool is not None and plugin is not None and plugin.selects:
             raise VariatorError('a pool holds merged contexts: with compressor "select" leave out pool')
-        ids, mask = (t.to(input_device(self._host)) for t in encode(context, tokenizer, attention_mask))
-        check_vocabulary(self._host, ids)
+        self._refuse_headless("compress")
+        options = template_options(chat_template_kwargs)
+        prompt = encode(context, tokenizer, attention_mask, embeds=inputs_embeds, options=options)
+        ids, mask, embeds = prompt.to(input_device(self._host))
+        if embeds is None:
+            check_vocabulary(self._host, ids)
+        else:
+            check_embeddings(embeds, self._host.get_input_embeddings())
         layers = range(self.signature.num_layers)
         cache: Any = DynamicCache(config=self._host.config)
         for layer in layers:
             if not self._architecture.slides(self._host, layer):
                 cache.layers[layer] = CompressedLayer(None if pool is None else PagedStore(pool))
         with released_on_error(cache):
-            read(self.base, plugin, cache, ids, mask, chunk=prefill_chunk_size)
+            tokens = ids if embeds is None else embeds
+            read(self.base, plugin, cache, tokens, mask, chunk=prefill_chunk_size)
         self._report = KVCacheReport.of(cache)
         made_by = None if plugin is None else plugin_fingerprint(plugin)
         state = function_state(self.base)
         return CompressedContext(
-            self, self.active_plugin, ids, mask, cache, tokenizer, chats(context), made_by, state
+            self, self.active_plugin, ids, mask, cache, tokenizer, chats(context), made_by, state, options
         )
 
     def kv_cache_report(self, cache: Any = None) -> KVCacheReport:
@@ -310,6 +364,13 @@ class VariatorModel(TrainableHolder):
                 "no cache to report yet: run generate or forward(use_cache=True) with a plugin first"
             )
         return self._report
+
+    def _refuse_headless(self, what: str) -> None:
+        if not self._host.can_generate():
+            raise VariatorError(
+                f"{type(self._host).__name__} cannot {what}: it has no language-model head to generate with; load it "
+                "with one (AutoModelForCausalLM), or call the model for its hidden states"
+            )
 
     def _positional(self) -> list[str]:
         """The names of the base's arguments, in its order."""
@@ -350,6 +411,11 @@ class VariatorModel(TrainableHolder):
         self.decoder_only(
             "compile", "an encoder splits its input inside the module to compile, where torch stops"
         )
+        if self._host.base_model is self._host:
+            raise VariatorError(
+                f"compile is for decoders with a head, which {type(self._host).__name__} has not: load it with one "
+                "(AutoModelForCausalLM), or run it uncompiled"
+            )
         if args:
             raise VariatorError("compile takes options of torch.compile by name, as in backend='inductor'")
         # where torch's own Module.compile puts its call: copies of the module leave it out
@@ -391,3 +457,9 @@ class VariatorModel(TrainableHolder):
         if self.is_decoder:
             self.uncompile()
         return super().unload()
+
+
+# transformers' pipelines log an error for every class that they have not heard of; this is their list of wrappers.
+_wrappers = getattr(pipelines, "SUPPORTED_PEFT_TASKS", {})
+for _task in {*_wrappers, "fill-mask", "question-answering"}:
+    _wrappers.setdefault(_task, []).append(VariatorModel.__name__)

@@ -20,13 +20,17 @@ TOKEN = "hf_stub"
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos`: repository id -> file name -> content. `asked`: requests so far. `silent`: paths never answered."""
+    """`repos`: repository id -> file name -> content. `asked`: requests so far. `silent`: paths never answered.
+
+    `past`: revision -> files of whatever repository, for all but the newest commit.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.past: dict[str, dict[str, bytes]] = {}
         self.asked: list[str] = []
         self.silent: str | None = None
 
@@ -35,7 +39,12 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def commit(self, repo: str) -> str:
-        return hashlib.sha1(b"".join(sorted(self.repos[repo].values()))).hexdigest()
+        return _digest(self.repos[repo])
+
+    def at(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """The files of a branch, a tag or a commit."""
+        known = {"main": self.repos[repo], self.commit(repo): self.repos[repo], **self.past}
+        return (known | {_digest(files): files for files in self.past.values()}).get(revision)
 
 
 @contextmanager
@@ -81,14 +90,16 @@ class _Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if found is None:
             return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
-        repo, _, name = found.groups()
+        repo, revision, name = found.groups()
         if repo not in self.server.repos:
             return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
-        if name not in self.server.repos[repo]:
-            return 404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.server.commit(repo)}
-        content = self.server.repos[repo][name]
-        etag = f'"{hashlib.sha1(content).hexdigest()}"'
-        return 200, content, {"ETag": etag, "X-Repo-Commit": self.server.commit(repo)}
+        files = self.server.at(repo, revision)
+        if files is None:
+            return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
+        if name not in files:
+            return 404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _digest(files)}
+        etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
+        return 200, files[name], {"ETag": etag, "X-Repo-Commit": _digest(files)}
 
     def _post(self, body: bytes) -> tuple[int, bytes, dict[str, str]]:
         path = self._path()
@@ -123,6 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _digest(files: dict[str, bytes]) -> str:
+    return hashlib.sha1(b"".join(sorted(files.values()))).hexdigest()
 
 
 def _json(value: object) -> tuple[int, bytes, dict[str, str]]:

@@ -280,12 +280,13 @@ def test_a_tokenizer_of_another_model(run, files, tmp_path):
 
 
 def test_plugin_names():
-    values = ["smollm2-135m/k2", "a=runs/x=y", "./run.1/", "owner/v1.5"]
+    values = ["smollm2-135m/k2", "a=runs/x=y", "./run.1/", "owner/v1.5", "owner/name/k4@v2.0"]
     assert parse_plugins(values) == {
         "k2": "smollm2-135m/k2",
         "a": "runs/x=y",
         "run-1": "./run.1/",
         "v1-5": "owner/v1.5",
+        "k4@v2-0": "owner/name/k4@v2.0",
     }
 
 

@@ -9,14 +9,22 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
-from conftest import make_decoder, make_variator, pad, prompts, randomise
+import transformers
+from conftest import make_decoder, make_encoder, make_variator, pad, prompts, randomise
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LogitsProcessor, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    LogitsProcessor,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from llm_variator import CompressedContext, VariatorConfig, VariatorError, VariatorModel
+from llm_variator.sources.models import byte_tokenizer
 
 CONFIG = VariatorConfig(k=2, sites=("ffn", "kv"), r=5, dense_head=1, dense_tail=2)
 GREEDY = dict(max_new_tokens=6, do_sample=False)
@@ -306,3 +314,70 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(VariatorError, match="dtype, nonsense: for loading a model by name"):
         VariatorModel.from_pretrained(make_decoder("llama"), tmp_path, dtype=torch.bfloat16, nonsense=1)
+
+
+# Pipelines of transformers.
+
+
+@pytest.fixture
+def errors(monkeypatch):
+    """What transformers logs as an error, which it does not pass on to others' handlers."""
+    found = []
+    monkeypatch.setattr(transformers.pipelines.base.logger, "error", lambda *args: found.append(args))
+    return found
+
+
+def test_a_pipeline_generates_with_the_plugin(errors):
+    model, tokenizer = make_variator("llama", CONFIG, vocab_size=259), byte_tokenizer()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    texts = ["a text of some length, long enough to be merged", "a shorter one"]
+    options = dict(GREEDY, return_full_text=False)
+
+    def expected(text):
+        ids = tokenizer(text, return_tensors="pt")
+        return tokenizer.decode(model.generate(**ids, **GREEDY)[0, ids.input_ids.shape[1] :])
+
+    merged = [expected(text) for text in texts]
+    assert [generator(text, **options)[0]["generated_text"] for text in texts] == merged
+    batch = generator(texts, batch_size=2, **options)
+    assert [rows[0]["generated_text"] for rows in batch] == merged
+    with model.disable_plugin():
+        dense = expected(texts[0])
+        assert generator(texts[0], **options)[0]["generated_text"] == dense != merged[0]
+    assert not errors
+
+
+def test_other_pipelines_are_quiet_and_right(errors):
+    tokenizer = byte_tokenizer("bert")
+    base = make_encoder("bert", vocab_size=260)
+    model = VariatorModel(base, VariatorConfig(k=2, sites=("ffn", "attention"), r=5))
+    randomise(model.plugin())
+    text = "some text <mask> of a length"
+    ids = tokenizer(text, return_tensors="pt")
+    place = ids.input_ids[0].tolist().index(tokenizer.mask_token_id)
+    best = model(**ids).logits[0, place].argmax().item()
+    assert pipeline("fill-mask", model=model, tokenizer=tokenizer)(text)[0]["token"] == best
+
+    tokenizer = byte_tokenizer()
+    body = VariatorModel(make_decoder("llama", vocab_size=259).base_model, CONFIG)
+    randomise(body.plugin())
+    states = body(**tokenizer(text, return_tensors="pt")).last_hidden_state
+    features = pipeline("feature-extraction", model=body, tokenizer=tokenizer)(text, return_tensors=True)
+    assert torch.equal(features, states)
+
+    base = make_encoder("bert", AutoModelForSequenceClassification, vocab_size=260)
+    model = VariatorModel(base, VariatorConfig(k=2, sites=("ffn",), r=5))
+    tokenizer = byte_tokenizer("bert")
+    scores = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1)
+    (found,) = pipeline("text-classification", model=model, tokenizer=tokenizer)(text)
+    assert found["score"] == pytest.approx(scores.max().item(), rel=1e-5)
+    assert not errors
+
+
+def test_what_pipelines_do_not_know_is_still_said(errors):
+    class Wrapped(VariatorModel):
+        pass
+
+    model = Wrapped(make_decoder("llama", vocab_size=259), CONFIG)
+    pipeline("text-generation", model=model, tokenizer=byte_tokenizer())
+    assert errors, "the list is transformers': a class of somebody else's is not on it"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from llm_variator.engine.cache.naming import cache_argument
-from llm_variator.engine.contexts.inputs import Prompt, pads_first
+from llm_variator.engine.contexts.inputs import NO_TOKEN, Prompt, check_embeddings, padding_first
 from llm_variator.engine.contexts.prefill import read, slides
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
@@ -59,7 +59,11 @@ def check_generation(
 
 def check_vocabulary(host: PreTrainedModel, ids: Tensor) -> None:
     """Refuse tokens that are none of the model's."""
+    if ids.is_floating_point():
+        raise VariatorError("token ids must be whole numbers; give embeddings as inputs_embeds=")
     embeddings: Any = host.get_input_embeddings()
+    if hasattr(embeddings, "get_base_layer"):  # PEFT's adapter on it
+        embeddings = embeddings.get_base_layer()
     size = int(embeddings.num_embeddings)
     least, most = ids.min().item(), ids.max().item()
     if least < 0 or most >= size:
@@ -68,15 +72,29 @@ def check_vocabulary(host: PreTrainedModel, ids: Tensor) -> None:
         )
 
 
-def normalised(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with their prompt, where it is token ids, checked and padded on the left."""
-    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+def normalised(host: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with their prompt, where it is token ids or embeddings, checked and padded on the left."""
+    kwargs = dict(given)
+    ids, mask, embeds = (kwargs.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds"))
+    if embeds is not None:
+        check_embeddings(embeds, host.get_input_embeddings())
+        if not isinstance(ids, Tensor) or not ids.numel():
+            kwargs.pop("input_ids", None)
+            ids = torch.full(embeds.shape[:2], NO_TOKEN, device=embeds.device)
+        elif ids.shape != embeds.shape[:2]:
+            raise VariatorError(
+                f"input_ids {tuple(ids.shape)} and inputs_embeds {tuple(embeds.shape)} are two prompts: leave one out"
+            )
     if not isinstance(ids, Tensor):
-        return dict(kwargs)
+        return kwargs
     fits = isinstance(mask, Tensor) and mask.shape == ids.shape
-    prompt = Prompt.of(ids, mask if fits else None)
-    check_vocabulary(host, ids)
-    return {**kwargs, "input_ids": prompt.ids, "attention_mask": prompt.mask} if fits else dict(kwargs)
+    prompt = Prompt.of(ids, mask if fits else None, embeds)
+    if kwargs.get("input_ids") is not None:
+        check_vocabulary(host, ids)
+    if fits:
+        ready = {"input_ids": prompt.ids, "inputs_embeds": prompt.embeds, "attention_mask": prompt.mask}
+        kwargs |= {name: value for name, value in ready.items() if kwargs.get(name) is not None}
+    return kwargs
 
 
 def uncompiled(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +120,8 @@ def read_ahead(
         config = copy.deepcopy(kwargs.get("generation_config") or host.generation_config)
         config.prefill_chunk_size = None
         kwargs["generation_config"] = config
-    ids: Any = kwargs.get("input_ids")
+    embeds: Any = kwargs.get("inputs_embeds")
+    ids: Any = kwargs.get("input_ids") if embeds is None else embeds
     mask: Any = kwargs.get("attention_mask")
     name = cache_argument(host)
     cache: Any = kwargs.get(name)
@@ -112,10 +131,14 @@ def read_ahead(
         _refuse(ids, mask, past, repeats if past and not forked else 1, setting(host, kwargs, "use_cache"))
         if cache is None:
             cache = kwargs[name] = DynamicCache(config=host.config)
-        mask = torch.ones_like(ids) if mask is None else mask
+        mask = ids.new_ones(ids.shape[:2], dtype=torch.long) if mask is None else mask
         if read(base, plugin, cache, ids[:, past:], mask, chunk=chunk, unread=1):
-            ids, mask = pads_first(ids, mask)
-        kwargs |= {"input_ids": ids, "attention_mask": mask}
+            both = {
+                name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None
+            }
+            kwargs |= {name: padding_first(value, mask) for name, value in both.items()}
+            mask = padding_first(mask, mask)
+        kwargs["attention_mask"] = mask
         forked = True
     if forked and repeats > 1:
         cache.batch_repeat_interleave(repeats)
@@ -124,10 +147,10 @@ def read_ahead(
 
 def _refuse(ids: Tensor | None, mask: Tensor | None, past: int, repeats: int, use_cache: bool | None) -> None:
     if ids is None:
-        raise VariatorError("prefill_chunk_size needs input_ids")
+        raise VariatorError("prefill_chunk_size needs input_ids or inputs_embeds")
     if use_cache is False:
         raise VariatorError("prefill_chunk_size needs a cache: leave out use_cache=False")
-    if repeats > 1 or ids.shape[1] <= past or (mask is not None and mask.shape != ids.shape):
+    if repeats > 1 or ids.shape[1] <= past or (mask is not None and mask.shape != ids.shape[:2]):
         raise VariatorError(
             "prefill_chunk_size after a cache needs the whole sequence as input_ids, an attention_mask of "
             "its shape, and one beam"

@@ -199,10 +199,10 @@ def layer_options(
 ) -> list[list[Option]]:
     """Per layer its ratios with costs for a prompt of `n` tokens, the dense one first."""
 
-    def cost(layer: int, config: VariatorConfig | None) -> float:
+    def cost(layer: int, config: VariatorConfig | None) -> int:
         one = dataclasses.replace(stack, layers=1, windows=stack.windows[layer : layer + 1])
         found = prefill(one, n, config)
-        return found.ffn + found.plugin if site == "ffn" else found.cache_entries
+        return found.ffn + found.plugin if site == "ffn" else int(found.cache_entries)
 
     return [
         [

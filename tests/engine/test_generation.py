@@ -256,8 +256,6 @@ def test_unknown_architecture_names_the_supported_ones():
         VariatorError, match=r"'gpt2' is not supported; supported are llama, mistral.*CONTRIBUTING"
     ):
         VariatorModel(base, CONFIG)
-    with pytest.raises(VariatorError, match="language-model head"):
-        VariatorModel(make_decoder("llama").model, CONFIG)
 
 
 def test_sliding_layers_keep_their_attention_dense():

@@ -1,4 +1,4 @@
-"""Generated settings, files, recipes and prompts: no crash, no hang, no error but `VariatorError`.
+"""Generated settings, files, recipes, prompts and lives of a model: no crash, no hang, no error but `VariatorError`.
 
 Some cases in every run; as many as one likes with `--cases` (`make fuzz`).
 """
@@ -18,6 +18,7 @@ import torch
 from conftest import VOCAB, make_variator, prompts
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from lives import DEEDS, Life
 from safetensors.torch import load_file
 
 from llm_variator import VariatorConfig, VariatorError, cli
@@ -448,6 +449,25 @@ def test_text_and_messages(fuzz, tmp_path):
     chat = st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": text}), min_size=1, max_size=2)
     what = st.one_of(text, chat, st.lists(text, max_size=3), st.lists(message, max_size=2), anything)
     fuzz(partial(check_text, folder=tmp_path), what, what, share=0.03, little=20)
+
+
+# --- what is done to a wrapped model
+
+deeds = st.lists(st.sampled_from(DEEDS), min_size=1, max_size=6)
+starts = st.sampled_from(["plain", "peft", "injected"])
+
+
+def check_life(start, done, folder: Path) -> str:
+    life = Life(start, folder)
+    for deed in done:
+        deed(life)
+    with torch.no_grad():
+        return life.check()
+
+
+def test_lives(fuzz, tmp_path):
+    """In any order: wrapped again, copied, pickled, moved, adapted, switched, trained; then computed anew."""
+    fuzz(partial(check_life, folder=tmp_path), starts, deeds, share=0.05, little=25)
 
 
 def test_as_many_cases_as_asked_for(request, figures):

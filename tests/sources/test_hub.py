@@ -1,5 +1,6 @@
 """push_to_hub and from_pretrained against a hub of our own, in new processes: the client reads its settings once."""
 
+import json
 import os
 import subprocess
 import sys
@@ -98,6 +99,46 @@ print(list(ours.plugins))
     )
     assert "['k2']" in out
     assert len(hub.asked) == asked, "offline nothing is asked for"
+
+
+def test_a_plugin_of_a_revision_in_a_subfolder(hub, tmp_path):
+    """By arguments or in the name, from the hub and again from the cache; what is not there is named."""
+    run("pushed()", hub, tmp_path)
+    files = hub.repos["someone/plugin-k2"]
+    config = json.loads(files["variator_config.json"])
+    config["dense_tail"] = 7
+    other = {**files, "variator_config.json": json.dumps(config).encode()}
+    config["dense_tail"] = 9
+    deep = {f"llama/k2/{name}": content for name, content in files.items()}
+    deep["llama/k2/variator_config.json"] = json.dumps(config).encode()
+    hub.past = {"v1": other, "v2": deep}
+    fetch = """
+ours = VariatorModel(make_decoder("llama"))
+def load(name, **given):
+    if "other" in ours.plugins:
+        ours.delete_plugin("other")
+    try:
+        print(ours.load_plugin(name, "other", **given).config.dense_tail)
+    except VariatorError as error:
+        print(error)
+load("someone/plugin-k2")
+load("someone/plugin-k2", revision="v1")
+load("someone/plugin-k2@v1")
+load("someone/plugin-k2/llama/k2@v2")
+load("someone/plugin-k2", revision="v2", subfolder="llama/k2")
+print(VariatorModel.from_pretrained(ours.unload(), "someone/plugin-k2", revision="v2", subfolder="llama/k2").plugins)
+"""
+    out = run(fetch, hub, tmp_path).splitlines()
+    assert out[:5] == ["1", "7", "7", "9", "9"]
+    assert "dense_tail=9" in out[5]
+    asked = len(hub.asked)
+    assert run(fetch, hub, tmp_path, HF_HUB_OFFLINE="1").splitlines() == out
+    assert len(hub.asked) == asked, "offline nothing is asked for"
+    start = fetch[: fetch.index('load("someone')]
+    out = run(start + 'load("someone/plugin-k2@v9")\nload("someone/plugin-k2/none@v1")', hub, tmp_path)
+    wrong = out.splitlines()
+    assert "repo 'someone/plugin-k2', revision 'v9': " in wrong[0]
+    assert "subfolder 'none', revision 'v1': " in wrong[1]
 
 
 def test_refusals_and_silence_end_with_one_clear_error(hub, tmp_path):

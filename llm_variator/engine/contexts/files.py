@@ -30,7 +30,7 @@ from llm_variator.engine.contexts.fingerprints import (
     tokenizer_fingerprint,
 )
 from llm_variator.engine.contexts.host import Host
-from llm_variator.engine.contexts.inputs import Chat, chats
+from llm_variator.engine.contexts.inputs import Chat, chats, template_options
 from llm_variator.engine.devices import input_device
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
@@ -61,6 +61,8 @@ class Kept(Protocol):
     def tokenizer(self) -> Any: ...  # noqa: D102
     @property
     def messages(self) -> list[Chat] | None: ...  # noqa: D102
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]: ...  # noqa: D102
 
 
 def save(context: Kept, path: Path) -> None:
@@ -98,6 +100,7 @@ def save(context: Kept, path: Path) -> None:
         "belongs_to": _owners(context),
         "ends_before_last_token": bool(getattr(context.cache, "ends_before_last_token", False)),
         "messages": context.messages,
+        "chat_template_kwargs": dict(context.chat_template_kwargs),
         "layers": layers,
         "tensors": {name: [*_form(value), _checksum(value)] for name, value in stored.items()},
     }
@@ -191,6 +194,7 @@ def _fields(
         "cache": cache,
         "function": facts["belongs_to"]["base"]["function"],
         "messages": facts["messages"],
+        "chat_template_kwargs": template_options(facts.get("chat_template_kwargs")),
     }
 
 

@@ -18,6 +18,7 @@ from llm_variator.engine.blocks import Place
 from llm_variator.engine.cache import fork, stack
 from llm_variator.engine.contexts.inputs import refuse_empty
 from llm_variator.engine.plugin import CompressionPlugin
+from llm_variator.engine.rotary import fixed_up_to
 from llm_variator.engine.session import Session, first_dense, scope
 from llm_variator.errors import VariatorError
 
@@ -71,7 +72,7 @@ def read(
         base: the model with the hooks.
         plugin: compresses the segment; None: it stays dense.
         cache: what comes before the segment.
-        ids: (rows, n) tokens of the segment, padded on the left.
+        ids: (rows, n) tokens of the segment, padded on the left, or (rows, n, d) embeddings in their place.
         mask: (rows, columns of the cache + n).
         chunk: tokens in one pass at most, as far as groups allow; None: any number.
         unread: leave so many last tokens (at most the dense tail) for somebody else to read.
@@ -92,6 +93,12 @@ def read(
         raise VariatorError("reading a prompt in parts needs a plugin with dense_tail of at least 1")
     if not past and width - min(pads) <= unread:
         return False  # nothing to read
+    limit = fixed_up_to(base.config)
+    if chunk is not None and limit is not None and int(mask.sum(1).max()) > limit:
+        raise VariatorError(
+            f"beyond {limit} tokens this model's rotary positions depend on the whole length (rope_type dynamic or "
+            "longrope), so that a prompt read in chunks would differ: leave out prefill_chunk_size"
+        )
     kinds = sorted(set(pads))
     if kinds == [0] or not (chunk is not None or (past and slides(cache))):
         _read(base, plugin, cache, ids, mask, past, chunk, unread)
@@ -133,11 +140,12 @@ def _read(
         place = Place(head, plugin.plan.tail, 0, ids.shape[1])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     padded = not bool(mask.all())
+    name = "input_ids" if ids.ndim == 2 else "inputs_embeds"
     for part in chunks(n, head=head, tail=tail, step=step, chunk=chunk or n):
         own = place._replace(done=part.start, left=place.left - part.start)
         with scope(Session(plugin, edges=(part.head, part.tail), place=own)) as session:
             base(
-                input_ids=ids[:, part.start : part.end],
+                **{name: ids[:, part.start : part.end]},
                 attention_mask=mask[:, : past + part.end] if padded else None,
                 position_ids=positions[:, past + part.start : past + part.end],
                 cache=cache,

@@ -32,6 +32,7 @@ from llm_variator.engine.hooks.hook import ATTACHED, Hook, Mark, strip
 from llm_variator.engine.hooks.last_layer import hook_last_layer
 from llm_variator.engine.hooks.passes import begin_answer, begin_encoding, begin_pass, end_pass
 from llm_variator.engine.hooks.switch import HookSwitch, Hung
+from llm_variator.engine.rotary import hook_rotary
 from llm_variator.errors import VariatorError
 
 
@@ -41,7 +42,7 @@ class Architecture:
 
     model_types: tuple[str, ...]
     layers: str
-    """From the reader to its list of layers; the rest are paths from one layer."""
+    """From the reader (of a decoder without its head) to the list of layers; the rest are paths from one layer."""
     ffn: str
     attention: str
     key: str
@@ -68,9 +69,14 @@ class Architecture:
         """The module of `base` that reads the tokens to compress."""
         return (base if self.decoder else base.base_model).get_submodule(self.reader)
 
+    def layers_path(self, base: PreTrainedModel) -> str:
+        """From `stack` to the list of layers: a decoder's head, where it has one, lies between."""
+        headed = self.decoder and base.base_model is not base
+        return f"{base.base_model_prefix}.{self.layers}" if headed else self.layers
+
     def blocks(self, base: PreTrainedModel) -> nn.ModuleList:
         """The layers of `base`."""
-        return self.stack(base).get_submodule(self.layers)  # type: ignore[return-value]
+        return self.stack(base).get_submodule(self.layers_path(base))  # type: ignore[return-value]
 
     def answering(self, base: PreTrainedModel) -> nn.Module | None:
         """The decoder of `base` that reads what its encoder read; None where there is none."""
@@ -82,8 +88,7 @@ class Architecture:
         try:
             blocks = self.blocks(base)
         except AttributeError:
-            head = " with its language-model head (AutoModelForCausalLM)" if self.decoder else " whole"
-            raise VariatorError(f"{kind} has no {self.layers!r}: load it{head}") from None
+            raise VariatorError(f"{kind} has no {self.layers_path(base)!r}: load it whole") from None
         paths = [self.ffn, self.neurons, self.ffn_end, self.attention, self.attention_end]
         inner = filter(None, (self.key, self.value, self.query, self.output))
         paths += [self.norm, *(f"{self.attention}.{projection}" for projection in inner)]
@@ -136,9 +141,9 @@ class Architecture:
             raise VariatorError(
                 f"the base has {len(blocks)} layers now and had {count} when it was wrapped: wrap it anew"
             )
-        hung = Hung([stack.register_forward_hook(Hook(end_pass))], [], [])
+        hung = Hung([stack.register_forward_hook(Hook(end_pass)), *hook_rotary(stack, Hook)], [], [])
         links = dict.fromkeys(_links(base if self.decoder else base.base_model, self.reader))
-        links |= dict.fromkeys(_links(stack, self.layers))
+        links |= dict.fromkeys(_links(stack, self.layers_path(base)))
         for index, block in enumerate(blocks):
             links[blocks, str(index), block] = None
             inner = (self.key, self.value, self.query, self.output)

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from llm_variator.engine.cache import CompressedLayer, SelectedLayer
 from llm_variator.engine.cache.naming import NAMES
 from llm_variator.engine.groups import Slices
+from llm_variator.engine.rotary import fixed_up_to
 from llm_variator.engine.session import Session, current, traced
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,10 @@ class CompiledStack:
         if torch.compiler.is_compiling():
             return self.stack._call_impl(*args, **kwargs)  # part of somebody else's graph
         session = current()
-        if (reason := _obstacle(session, kwargs)) is not None:
+        reason = _obstacle(session, kwargs)
+        if fixed_up_to(self.stack.config) is not None:
+            reason = "the frequencies of the rotary positions depend on the sequence's length"
+        if reason is not None:
             return self._uncompiled(reason, args, kwargs)
         _prepare(session)
         kind = DECODE if session is None or session.now is None or session.now.segment is None else PREFILL

@@ -4,7 +4,7 @@ from llm_variator.engine.hooks.architecture import Architecture
 
 LLAMA = Architecture(
     model_types=("llama", "mistral", "qwen2", "qwen3", "gemma3_text"),
-    layers="model.layers",
+    layers="layers",
     ffn="mlp",
     neurons="mlp.down_proj",
     attention="self_attn",

@@ -41,23 +41,38 @@ def hub_reachable(seconds: float = HUB_PROBE_SECONDS) -> bool:
     return True
 
 
-def download(repo_id: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Path:
+def download(
+    repo_id: str,
+    needed: Sequence[str],
+    optional: Sequence[str] = (),
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Path:
     """Fetch these files of a repository, all of one commit, or find them in the local hub cache; their folder.
+
+    `revision`: a branch, a tag or a commit; None: the main branch. `subfolder`: where in the repository they lie.
 
     Raises:
         OSError, ValueError: as huggingface_hub does for what it cannot give.
     """
     cached = not hub_reachable()
-    first = Path(hf_hub_download(repo_id, needed[0], local_files_only=cached))
-    commit = first.parent.name
+
+    def fetch(name: str, revision: str | None) -> Path:
+        file = hf_hub_download(repo_id, name, subfolder=subfolder, revision=revision, local_files_only=cached)
+        return Path(file)
+
+    folder = fetch(needed[0], revision).parent
+    depth = len(Path(subfolder or "").parts)
+    commit = [folder, *folder.parents][depth].name
     for name in needed[1:]:
-        hf_hub_download(repo_id, name, revision=commit, local_files_only=cached)
+        fetch(name, commit)
     for name in optional:
         try:
-            hf_hub_download(repo_id, name, revision=commit, local_files_only=cached)
+            fetch(name, commit)
         except EntryNotFoundError:
             logger.debug("%s has no %s", repo_id, name)
-    return first.parent
+    return folder
 
 
 def upload(folder: Path, repo_id: str, *, private: bool | None = None) -> str:
