@@ -79,10 +79,10 @@ def frontier_section(results: Sequence[Result], drawings: Drawings) -> Section:
             if list(text["rows"]):
                 blocks += _text(result, text, place, drawings)
     for result in results:
-        for key, place in (("questions", ""), ("hidden_questions", ", the question after the prompt")):
+        for key, where in (("questions", ""), ("hidden_questions", ", the question after the prompt")):
             rows = result.figures[key]["rows"]
             if list(rows):
-                title = f"Answers: {_model(result)} on {result.figures[key]['data'].text}{place}"
+                title = f"Answers: {_model(result)} on {result.figures[key]['data'].text}{where}"
                 blocks.append(_rows(title, rows, _ANSWERS, result))
     if not blocks:
         blocks.append(Missing("Quality against cost", _FRONTIER))
