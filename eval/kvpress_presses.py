@@ -16,11 +16,13 @@ mask here is an ordinary one for every head: kvpress's own, a key that no query 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,53 +63,46 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, trust_remote_code=False
     ).eval()
-    for module in attentions(model):
-        module.register_forward_pre_hook(mask_dropped, with_kwargs=True)
     if weights_of(model) != tasks["model"]["weights"]:
         parser.error(
             f"{args.model} holds other weights than {tasks['model']['name']} that the tasks were made with"
         )
     if "KVzap" in args.presses and args.kvzap is None:
         parser.error("the press KVzap needs --kvzap")
+    for module in attentions(model):
+        module.masked_key_indices = None
     check_dense(model, tasks, args.batch_size)
     ways = [way for name in args.presses for way in ways_of(name, args.entries, args.kvzap, args.window)]
     check_presses(model, ways, tasks)
 
-    found = measure(model, ways, tasks, args.batch_size)
-    result = {
+    result: dict[str, Any] = {
         "digest": tasks["digest"],
-        "conditions": found,
         "versions": {name: version(name) for name in ("kvpress", "transformers", "torch")},
+        "conditions": [{"label": way.label, "texts": [], "answers": {}} for way in ways],
     }
-    args.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    for part in measure(model, ways, tasks, args.batch_size):
+        for condition, found in zip(result["conditions"], part, strict=True):
+            condition["texts"] += found.get("texts", [])
+            condition["answers"] |= found.get("answers", {})
+        # a run that is stopped has written whole parts
+        args.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
-@torch.inference_mode()
-def measure(model: Any, ways: Sequence[Way], tasks: dict[str, Any], batch_size: int) -> list[dict[str, Any]]:
-    """One condition per way: its label, and figures of every text and of the questions in every place."""
-    texts = [
-        on_windows(model, ways, text, dense["greedy"], tasks["generate"], batch_size)
-        for text, dense in zip(tasks["texts"], tasks["dense"], strict=True)
-    ]
-    for text in texts:
-        for way, found in zip(ways, text, strict=True):
-            print(way.label, sum(found["nats"]) / len(found["nats"]), flush=True)
-    places = {
-        place: on_questions(model, ways, asked, tasks["questions"])
-        for place, asked in tasks["questions"]["asked"].items()
-    }
-    for place, each in places.items():
+def measure(
+    model: Any, ways: Sequence[Way], tasks: dict[str, Any], batch_size: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Figures of one text, or of the questions in one place, after the other: for every way a part of its condition."""
+    for text, dense in zip(tasks["texts"], tasks["dense"], strict=True):
+        each = on_windows(model, ways, text, dense["greedy"], tasks["generate"], batch_size)
+        for way, found in zip(ways, each, strict=True):
+            print(text["data"], way.label, sum(found["nats"]) / len(found["nats"]), flush=True)
+        yield [{"texts": [found]} for found in each]
+    for place, asked in tasks["questions"]["asked"].items():
+        each = on_questions(model, ways, asked, tasks["questions"])
         for way, found in zip(ways, each, strict=True):
             nats = [token for answer in found["nats"] for token in answer]
             print(place, way.label, sum(nats) / len(nats), flush=True)
-    return [
-        {
-            "label": way.label,
-            "texts": [text[number] for text in texts],
-            "answers": {place: each[number] for place, each in places.items()},
-        }
-        for number, way in enumerate(ways)
-    ]
+        yield [{"answers": {place: found}} for found in each]
 
 
 def weights_of(model: Any) -> str:
@@ -138,23 +133,15 @@ def check_presses(model: Any, ways: Sequence[Way], tasks: dict[str, Any]) -> Non
         if way.press is None:
             continue
         ours = way.press_on(model, prompt)
-        masked = [module.dropped for module in attentions(model)]
-        forget_dropped(model)
         cache = DynamicCache()
         with way.press(model):
             if isinstance(way.press, kvpress.KVzipPress):
                 way.press.prefix_length = 0  # no chat template stands before these prompts
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        note_dropped(model, cache)
-        same = True
-        for a, b, before, module in zip(ours.layers, cache.layers, masked, attentions(model), strict=True):
+        theirs = Kept.of(model, cache)
+        same = all(map(torch.equal, ours.dropped, theirs.dropped))
+        for a, b in zip(ours.cache.layers, theirs.cache.layers, strict=True):
             same &= torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
-            here, there = (
-                torch.zeros(a.keys.shape[:3], dtype=torch.bool) if each is None else each
-                for each in (before, module.dropped)
-            )
-            same &= torch.equal(here, there)
-        forget_dropped(model)
         if not same:
             raise SystemExit(f"error: {way.label} leaves another cache when kvpress attaches it")
 
@@ -176,7 +163,6 @@ class Prompt:
     @classmethod
     def read(cls, model: Any, ids: Tensor) -> Prompt:
         """One forward pass."""
-        forget_dropped(model)
         calls: list[dict[str, Any]] = []
         handles = [
             module.register_forward_hook(
@@ -192,6 +178,82 @@ class Prompt:
                 handle.remove()
         return cls(ids, cache, output.logits[:, -1], calls)
 
+    def rows(self) -> Iterator[Prompt]:
+        """Each alone, for `Zip`, which needs no `calls`."""
+        for row in range(len(self.ids)):
+            cache = copy.deepcopy(self.cache)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[row : row + 1], layer.values[row : row + 1]
+            yield Prompt(self.ids[row : row + 1], cache, self.logits[row : row + 1], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a press leaves of prompts."""
+
+    cache: Cache
+    dropped: list[Tensor]
+    """Of each layer (rows, KV heads, entries of the cache): which are masked, where kvpress frees no memory."""
+
+    @classmethod
+    def of(cls, model: Any, cache: Cache) -> Kept:
+        """`cache`, without what a press has noted on the model's attention to be masked: it is taken off there."""
+        dropped = []
+        for module, layer in zip(attentions(model), cache.layers, strict=True):
+            dropped.append(torch.zeros(layer.keys.shape[:3], dtype=torch.bool))
+            if module.masked_key_indices is not None:
+                dropped[-1][tuple(module.masked_key_indices)] = True
+                module.masked_key_indices = None
+        return cls(cache, dropped)
+
+    @classmethod
+    def join(cls, parts: Sequence[Kept]) -> Kept:
+        """Rows of several, all of as many entries."""
+        cache = copy.deepcopy(parts[0].cache)
+        for number, layer in enumerate(cache.layers):
+            layer.keys = torch.cat([part.cache.layers[number].keys for part in parts])
+            layer.values = torch.cat([part.cache.layers[number].values for part in parts])
+        return cls(
+            cache, [torch.cat(layers) for layers in zip(*(part.dropped for part in parts), strict=True)]
+        )
+
+    def clone(self) -> Kept:
+        """The same again, to be continued in another way."""
+        return Kept(copy.deepcopy(self.cache), self.dropped)
+
+    def held(self) -> tuple[float, float]:
+        """Entries of one row, summed over the layers, heads by their mean; their bytes. Masked ones are not held."""
+        entries = size = 0.0
+        for layer, dropped in zip(self.cache.layers, self.dropped, strict=True):
+            share = 1 - dropped.float().mean().item()
+            entries += share * layer.keys.shape[2]
+            size += share * (layer.keys.nbytes + layer.values.nbytes) / len(layer.keys)
+        return entries, size
+
+    @contextlib.contextmanager
+    def masking(self, model: Any) -> Iterator[None]:
+        """What is dropped is hidden from the tokens that follow; none is padded."""
+
+        def hide(dropped: Tensor, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            rows, heads, prompt = dropped.shape
+            new = kwargs["hidden_states"].shape[1]
+            total = kwargs["past_key_values"].layers[module.layer_idx].keys.shape[2] + new
+            seen = torch.ones(rows, heads, new, total, dtype=torch.bool).tril(total - new)
+            seen[..., :prompt] &= ~dropped[:, :, None]
+            groups = module.config.num_attention_heads // heads
+            return args, {**kwargs, "attention_mask": seen.repeat_interleave(groups, dim=1)}
+
+        handles = [
+            module.register_forward_pre_hook(partial(hide, dropped), with_kwargs=True)
+            for module, dropped in zip(attentions(model), self.dropped, strict=True)
+            if dropped.any()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
 
 class Way(Protocol):
     """One press at one share of the entries."""
@@ -199,11 +261,9 @@ class Way(Protocol):
     label: str
     press: Any
     """kvpress's own; None where it has none."""
-    rows: int | None
-    """Prompts at once; None: any number."""
 
-    def press_on(self, model: Any, prompt: Prompt) -> Cache:
-        """A new cache of what is kept; what is only masked is noted on the model's attention, as `dropped`."""
+    def press_on(self, model: Any, prompt: Prompt) -> Kept:
+        """What is kept of the prompts, which stay as they are."""
         ...
 
 
@@ -213,12 +273,10 @@ class Whole:
 
     label: str = "dense"
     press: None = None
-    rows: int | None = None
 
-    def press_on(self, model: Any, prompt: Prompt) -> Cache:
+    def press_on(self, model: Any, prompt: Prompt) -> Kept:
         """The whole cache."""
-        forget_dropped(model)
-        return copy.deepcopy(prompt.cache)
+        return Kept.of(model, copy.deepcopy(prompt.cache))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,18 +285,15 @@ class Hooked:
 
     label: str
     press: Any
-    rows: int | None = None
 
-    def press_on(self, model: Any, prompt: Prompt) -> Cache:
+    def press_on(self, model: Any, prompt: Prompt) -> Kept:
         """What kvpress's hook leaves."""
-        forget_dropped(model)
         cache = copy.deepcopy(prompt.cache)
         self.press.post_init_from_model(model)
         for module, call in zip(attentions(model), prompt.calls, strict=True):
             module.rotary_emb = model.model.rotary_emb
             self.press.forward_hook(module, [], {**call, "past_key_values": cache}, [None, None])
-        note_dropped(model, cache)
-        return cache
+        return Kept.of(model, cache)
 
 
 class Zip(kvpress.KVzipPress):
@@ -276,18 +331,14 @@ class Ranked:
     share: float
     scores: Callable[[Any, Prompt], Tensor]
     press: Any = None
-    rows: int | None = 1
 
-    def press_on(self, model: Any, prompt: Prompt) -> Cache:
-        """The whole cache; the lowest entries are masked."""
-        forget_dropped(model)
-        scores = self.scores(model, prompt)  # (layers, heads, n)
-        drop = int(scores.numel() * (1 - self.share))
-        out = torch.zeros(scores.numel(), dtype=torch.bool)
-        out[scores.flatten().topk(drop, largest=False).indices] = True
-        for module, lost in zip(attentions(model), out.view_as(scores), strict=True):
-            module.dropped = lost[None]
-        return copy.deepcopy(prompt.cache)
+    def press_on(self, model: Any, prompt: Prompt) -> Kept:
+        """The whole cache; of each prompt the lowest entries are masked."""
+        scores = self.scores(model, prompt)  # (rows, layers, heads, n)
+        drop = int(scores[0].numel() * (1 - self.share))
+        lowest = scores.flatten(1).topk(drop, largest=False).indices
+        dropped = torch.zeros(scores.flatten(1).shape, dtype=torch.bool).scatter_(1, lowest, True)
+        return Kept(copy.deepcopy(prompt.cache), list(dropped.view_as(scores).unbind(1)))
 
 
 def remembered(scores: Callable[[Any, Prompt], Tensor]) -> Callable[[Any, Prompt], Tensor]:
@@ -307,7 +358,7 @@ def zip_scores(sinks: int = 4) -> Callable[[Any, Prompt], Tensor]:
     press = Zip(compression_ratio=0.5)  # at 0 it would score nothing
 
     def scores(model: Any, prompt: Prompt) -> Tensor:
-        found = press.of(model, prompt)
+        found = torch.stack([press.of(model, row) for row in prompt.rows()])
         found[..., :sinks] = torch.inf
         return found
 
@@ -319,8 +370,9 @@ def zap_scores(folder: Path, window: int) -> Callable[[Any, Prompt], Tensor]:
     fitted = KVzapModel.from_pretrained(folder).eval()
 
     def scores(model: Any, prompt: Prompt) -> Tensor:
-        hidden = torch.stack([call["hidden_states"][0] for call in prompt.calls], dim=1)  # (n, layers, d)
-        found: Tensor = fitted(hidden).permute(1, 2, 0).contiguous()
+        hidden = torch.stack([call["hidden_states"].flatten(0, 1) for call in prompt.calls], dim=1)
+        found: Tensor = fitted(hidden).unflatten(0, prompt.ids.shape)  # (rows, n, layers, heads)
+        found = found.permute(0, 2, 3, 1).contiguous()
         found[..., -window:] = torch.inf
         return found
 
@@ -358,75 +410,42 @@ def attentions(model: Any) -> list[Any]:
     return [layer.self_attn for layer in model.model.layers]
 
 
-def forget_dropped(model: Any) -> None:
-    """Every entry counts again."""
-    for module in attentions(model):
-        module.dropped = module.masked_key_indices = None
-
-
-def note_dropped(model: Any, cache: Cache) -> None:
-    """Take over what a press wants masked: `dropped` (rows, KV heads, n) on every attention, or None."""
-    for module, layer in zip(attentions(model), cache.layers, strict=True):
-        module.dropped = None
-        if module.masked_key_indices is not None:
-            module.dropped = torch.zeros(layer.keys.shape[:3], dtype=torch.bool)
-            module.dropped[tuple(module.masked_key_indices)] = True
-            module.masked_key_indices = None
-
-
-def mask_dropped(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pre-hook of an attention: what is dropped is hidden from tokens that follow the prompt. None is padded."""
-    if getattr(module, "dropped", None) is None:
-        return args, kwargs
-    rows, heads, prompt = module.dropped.shape
-    new = kwargs["hidden_states"].shape[1]
-    total = kwargs["past_key_values"].layers[module.layer_idx].keys.shape[2] + new
-    seen = torch.ones(rows, heads, new, total, dtype=torch.bool).tril(total - new)
-    seen[..., :prompt] &= ~module.dropped[:, :, None]
-    groups = module.config.num_attention_heads // heads
-    return args, {**kwargs, "attention_mask": seen.repeat_interleave(groups, dim=1)}
-
-
-def held(model: Any, cache: Cache) -> tuple[float, float]:
-    """Entries of one row, summed over the layers, heads by their mean, and their bytes; masked ones are not held."""
-    entries = size = 0.0
-    for module, layer in zip(attentions(model), cache.layers, strict=True):
-        rows, heads, tokens, _ = layer.keys.shape
-        lost = 0 if module.dropped is None else int(module.dropped.sum())
-        share = 1 - lost / (rows * heads * tokens)
-        entries += share * tokens
-        size += share * (layer.keys.nbytes + layer.values.nbytes) / rows
-    return entries, size
-
-
 # What is measured
 
 
-def follow(model: Any, cache: Cache, position: int, ids: Tensor) -> Tensor:
-    """Logits (rows, t, vocabulary) of tokens that begin at `position`."""
+def follow(model: Any, kept: Kept, position: int, ids: Tensor) -> Tensor:
+    """Logits (rows, t, vocabulary) of tokens that begin at `position`; the cache grows by them."""
     positions = torch.arange(position, position + ids.shape[1])[None]
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True, position_ids=positions).logits
+    with kept.masking(model):
+        output = model(ids, past_key_values=kept.cache, use_cache=True, position_ids=positions)
+    logits: Tensor = output.logits
     return logits
 
 
-def after(model: Any, cache: Cache, first: Tensor, position: int, tokens: Tensor) -> Tensor:
+def after(model: Any, kept: Kept, first: Tensor, position: int, tokens: Tensor) -> Tensor:
     """Logits (rows, t, vocabulary) that predict `tokens` (rows, t); `first` are those before them."""
     if tokens.shape[1] == 1:
         return first[:, None]
-    return torch.cat((first[:, None], follow(model, cache, position, tokens[:, :-1])), dim=1)
+    return torch.cat((first[:, None], follow(model, kept, position, tokens[:, :-1])), dim=1)
 
 
 def greedy(
-    model: Any, cache: Cache, logits: Tensor, position: int, tokens: int, stop: frozenset[int]
-) -> Tensor:
-    """The likeliest tokens (rows, tokens); of one row they end with the first that stops."""
+    model: Any, kept: Kept, logits: Tensor, position: int, tokens: int, stop: set[int]
+) -> list[list[int]]:
+    """The likeliest tokens of each row; they end with the first that stops."""
     chosen = [logits.argmax(-1, keepdim=True)]
-    while len(chosen) < tokens and not (stop and int(chosen[-1]) in stop):
-        logits = follow(model, cache, position + len(chosen) - 1, chosen[-1])[:, -1]
+    ends = torch.tensor(sorted(stop), dtype=torch.long)
+    done = torch.isin(chosen[-1], ends)
+    while len(chosen) < tokens and not done.all():
+        logits = follow(model, kept, position + len(chosen) - 1, chosen[-1])[:, -1]
         chosen.append(logits.argmax(-1, keepdim=True))
-    return torch.cat(chosen, dim=1)
+        done |= torch.isin(chosen[-1], ends)
+    rows = torch.cat(chosen, dim=1).tolist()
+    last = [next((place for place, token in enumerate(row) if token in stop), len(row)) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, last, strict=True)]
 
 
+@torch.inference_mode()
 def on_windows(
     model: Any,
     ways: Sequence[Way],
@@ -438,47 +457,52 @@ def on_windows(
     """Cross-entropy, greedy tokens and agreement of every window, and what is held; one item per way."""
     context, windows, reference = text["context"], torch.tensor(text["windows"]), torch.tensor(dense)
     found: list[dict[str, Any]] = [{"nats": [], "greedy": [], "same_choice": []} for _ in ways]
-    for at_once in dict.fromkeys(way.rows for way in ways):
-        size = at_once or max(1, batch_size * 512 // max(context, 512))
-        for rows, theirs in zip(windows.split(size), reference.split(size), strict=True):
-            prompt = Prompt.read(model, rows[:, :context])
-            for way, one in zip(ways, found, strict=True):
-                if way.rows != at_once:
-                    continue
-                cache, first = way.press_on(model, prompt), prompt.logits
-                one["entries"], one["bytes"] = held(model, cache)
-                one["greedy"] += greedy(
-                    model, copy.deepcopy(cache), first, context, generate, frozenset()
-                ).tolist()
-                chosen = after(model, copy.deepcopy(cache), first, context, theirs).argmax(-1)
-                one["same_choice"] += (chosen == theirs).double().mean(1).tolist()
-                targets = rows[:, context:]
-                logits = after(model, cache, first, context, targets)
-                one["nats"] += [F.cross_entropy(*pair).item() for pair in zip(logits, targets, strict=True)]
+    size = max(1, batch_size * 512 // max(context, 512))
+    for rows, theirs in zip(windows.split(size), reference.split(size), strict=True):
+        prompt = Prompt.read(model, rows[:, :context])
+        first = prompt.logits
+        for way, one in zip(ways, found, strict=True):
+            kept = way.press_on(model, prompt)
+            one["entries"], one["bytes"] = kept.held()
+            one["greedy"] += greedy(model, kept.clone(), first, context, generate, set())
+            chosen = after(model, kept.clone(), first, context, theirs).argmax(-1)
+            one["same_choice"] += (chosen == theirs).double().mean(1).tolist()
+            targets = rows[:, context:]
+            logits = after(model, kept, first, context, targets)
+            one["nats"] += [F.cross_entropy(*pair).item() for pair in zip(logits, targets, strict=True)]
     return found
 
 
+@torch.inference_mode()
 def on_questions(
     model: Any, ways: Sequence[Way], asked: list[dict[str, Any]], about: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Nats of the gold answers, greedy answers and what is held of every prompt; one item per way."""
     found: list[dict[str, Any]] = [{"tokens": [], "nats": [], "entries": [], "bytes": []} for _ in ways]
-    stop = frozenset(about["stop"])
+    stop = set(about["stop"])
     for number, question in enumerate(asked):
         prompt = Prompt.read(model, torch.tensor([question["prompt"]]))
-        gold = torch.tensor([question["gold"]])
+        alike: dict[tuple[int, bool], list[tuple[dict[str, Any], Kept]]] = {}
         for way, one in zip(ways, found, strict=True):
-            cache, first, position = way.press_on(model, prompt), prompt.logits, prompt.ids.shape[1]
-            entries, size = held(model, cache)
-            if question["after"]:
-                rest = torch.tensor([question["after"]])
-                first = follow(model, cache, position, rest)[:, -1]
-                position += rest.shape[1]
-            logits = after(model, copy.deepcopy(cache), first, position, gold)[0]
-            one["nats"].append(F.cross_entropy(logits, gold[0], reduction="none").tolist())
-            one["tokens"] += greedy(model, cache, first, position, about["tokens"], stop).tolist()
+            kept = way.press_on(model, prompt)
+            entries, size = kept.held()
             one["entries"].append(entries)
             one["bytes"].append(size)
+            key = kept.cache.layers[0].keys.shape[2], any(dropped.any() for dropped in kept.dropped)
+            alike.setdefault(key, []).append((one, kept))
+        for group in alike.values():  # caches of as many entries are rows of one
+            rows, position = len(group), prompt.ids.shape[1]
+            kept = Kept.join([each for _, each in group])
+            first = prompt.logits.expand(rows, -1)
+            rest, gold = (torch.tensor(question[part]).expand(rows, -1) for part in ("after", "gold"))
+            if question["after"]:
+                first = follow(model, kept, position, rest)[:, -1]
+                position += rest.shape[1]
+            logits = after(model, kept.clone(), first, position, gold)
+            texts = greedy(model, kept, first, position, about["tokens"], stop)
+            for (one, _), row, text in zip(group, logits, texts, strict=True):
+                one["nats"].append(F.cross_entropy(row, gold[0], reduction="none").tolist())
+                one["tokens"].append(text)
         if number % 10 == 9:
             print(f"{number + 1} of {len(asked)} questions", flush=True)
     return found
