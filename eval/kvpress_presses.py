@@ -225,9 +225,10 @@ class Kept:
         """Entries of one row, summed over the layers, heads by their mean; their bytes. Masked ones are not held."""
         entries = size = 0.0
         for layer, dropped in zip(self.cache.layers, self.dropped, strict=True):
-            share = 1 - dropped.float().mean().item()
-            entries += share * layer.keys.shape[2]
-            size += share * (layer.keys.nbytes + layer.values.nbytes) / len(layer.keys)
+            rows, heads, _, width = layer.keys.shape
+            kept = int((~dropped).sum())
+            entries += kept / (rows * heads)
+            size += kept * 2 * width * layer.keys.element_size() / rows
         return entries, size
 
     @contextlib.contextmanager
