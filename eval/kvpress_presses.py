@@ -5,10 +5,10 @@
 
 Runs in kvpress's own environment and imports nothing of llm_variator. `frontier --elsewhere presses.json` adds the
 figures to its tables. A press reads the whole prompt densely, then keeps a share of its keys and values: so a prompt
-is read once for all presses.
+is read once for all presses. A run that was stopped goes on where it was: at a text, or at the questions of one place.
 
-Presses are named as kvpress's classes without "Press"; AdaKV:NAME shares NAME's budget among the heads of a layer,
-KVzap takes what eval/kvpress_kvzap.py fitted. AdaKV, KVzip and KVzap keep unlike numbers for the heads: kvpress then
+Presses are named as kvpress's classes without "Press", settings behind a comma (ExpectedAttention,epsilon=0.01);
+AdaKV:NAME shares NAME's budget among the heads of a layer, KVzap takes what eval/kvpress_kvzap.py fitted. AdaKV, KVzip and KVzap keep unlike numbers for the heads: kvpress then
 only masks, all memory stays in use, and what is counted here is what they would hold. Their labels say "masked". The
 mask here is an ordinary one for every head: kvpress's own, a key that no query may like, is not found for many queries.
 """
@@ -75,29 +75,44 @@ def main() -> None:
     ways = [way for name in args.presses for way in ways_of(name, args.entries, args.kvzap, args.window)]
     check_presses(model, ways, tasks)
 
-    result: dict[str, Any] = {
-        "digest": tasks["digest"],
-        "versions": {name: version(name) for name in ("kvpress", "transformers", "torch")},
-        "conditions": [{"label": way.label, "texts": [], "answers": {}} for way in ways],
-    }
-    for part in measure(model, ways, tasks, args.batch_size):
+    result = begun(args.output, tasks["digest"], [way.label for way in ways])
+    for part in measure(model, ways, tasks, args.batch_size, result["conditions"][0]):
         for condition, found in zip(result["conditions"], part, strict=True):
             condition["texts"] += found.get("texts", [])
             condition["answers"] |= found.get("answers", {})
-        # a run that is stopped has written whole parts
         args.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
+def begun(path: Path, digest: str, labels: list[str]) -> dict[str, Any]:
+    """What a run that was stopped has measured of the same tasks with the same presses; else nothing yet."""
+    versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
+    if path.is_file():
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = before["digest"] == digest and before["versions"] == versions
+        if same and [one["label"] for one in before["conditions"]] == labels:
+            return before
+    return {
+        "digest": digest,
+        "versions": versions,
+        "conditions": [{"label": label, "texts": [], "answers": {}} for label in labels],
+    }
+
+
 def measure(
-    model: Any, ways: Sequence[Way], tasks: dict[str, Any], batch_size: int
+    model: Any, ways: Sequence[Way], tasks: dict[str, Any], batch_size: int, done: dict[str, Any]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Figures of one text, or of the questions in one place, after the other: for every way a part of its condition."""
-    for text, dense in zip(tasks["texts"], tasks["dense"], strict=True):
+    """Figures of one text, or of the questions in one place, after the other: for every way a part of its condition.
+
+    `done` is a condition as far as it was measured before.
+    """
+    first = len(done["texts"])
+    for text, dense in zip(tasks["texts"][first:], tasks["dense"][first:], strict=True):
         each = on_windows(model, ways, text, dense["greedy"], tasks["generate"], batch_size)
         for way, found in zip(ways, each, strict=True):
             print(text["data"], way.label, sum(found["nats"]) / len(found["nats"]), flush=True)
         yield [{"texts": [found]} for found in each]
-    for place, asked in tasks["questions"]["asked"].items():
+    for place in [place for place in tasks["questions"]["asked"] if place not in done["answers"]]:
+        asked = tasks["questions"]["asked"][place]
         each = on_questions(model, ways, asked, tasks["questions"])
         for way, found in zip(ways, each, strict=True):
             nats = [token for answer in found["nats"] for token in answer]
@@ -395,10 +410,12 @@ def ways_of(name: str, shares: Sequence[float], kvzap: Path | None, window: int)
             )
             for share in shares
         ]
+    inner, *settings = inner.split(",")
+    values = {key: float(value) for key, value in (setting.split("=") for setting in settings)}
     ways: list[Way] = []
     for share in shares:
-        press = getattr(kvpress, f"{inner}Press")(compression_ratio=1 - share)
-        label = f"{inner} {100 * share:g}%"
+        press = getattr(kvpress, f"{inner}Press")(compression_ratio=1 - share, **values)
+        label = f"{' '.join([inner, *settings])} {100 * share:g}%"
         if outer:
             press = getattr(kvpress, f"{outer}Press")(press)
             label = f"{outer} of {label}, masked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 from pathlib import Path
@@ -40,7 +41,15 @@ def found(tmp_path_factory):
     line = ["--presses", *presses, "--entries", 1, 0.5, "--kvzap", zap, "--window", 4]
     run("kvpress_presses.py", "--tasks", tasks, "--output", there, *line)
     figures = frontier_of(folder, "--elsewhere", there, *flags)["figures"]
-    return figures, json.loads(there.read_text())
+    result = json.loads(there.read_text())
+    # stopped after the text: what is there stays, the rest is measured
+    begun = copy.deepcopy(result)
+    for condition in begun["conditions"]:
+        condition["texts"][0]["nats"][0] = 7.0
+        condition["answers"] = {}
+    there.write_text(json.dumps(begun))
+    run("kvpress_presses.py", "--tasks", tasks, "--output", there, *line)
+    return figures, result, json.loads(there.read_text())
 
 
 def rows(table) -> dict[str, dict]:
@@ -52,7 +61,7 @@ LABELS = ("Knorm {}%", "AdaKV of Knorm {}%, masked", "KVzip {}%, masked", "KVzap
 
 @pytest.mark.parametrize("label", LABELS)
 def test_presses_join_the_table(found, label):
-    figures, _ = found
+    figures, _, _ = found
     texts = rows(figures["texts"][0])
     whole, half = texts[label.format(100)], texts[label.format(50)]
     assert whole["cross_entropy"] == pytest.approx(texts["dense"]["cross_entropy"], abs=1e-5)
@@ -70,10 +79,13 @@ def test_presses_join_the_table(found, label):
 
 
 def test_what_is_kept_of_every_window(found):
-    _, there = found
+    _, there, resumed = found
     assert [one["label"] for one in there["conditions"]] == [
         label.format(share) for label in LABELS for share in (100, 50)
     ]
     for one in there["conditions"]:
         assert len(one["texts"][0]["nats"]) == WINDOWS
         assert set(one["answers"]) == {"seen", "hidden"}
+    assert all(one["texts"][0]["nats"][0] == 7 for one in resumed["conditions"])
+    for one, again in zip(there["conditions"], resumed["conditions"], strict=True):
+        assert again["answers"] == one["answers"]
