@@ -8,9 +8,10 @@ figures to its tables. A press reads the whole prompt densely, then keeps a shar
 is read once for all presses. A run that was stopped goes on where it was: at a text, or at the questions of one place.
 
 Presses are named as kvpress's classes without "Press", settings behind a comma (ExpectedAttention,epsilon=0.01);
-AdaKV:NAME shares NAME's budget among the heads of a layer, KVzap takes what eval/kvpress_kvzap.py fitted. AdaKV, KVzip and KVzap keep unlike numbers for the heads: kvpress then
-only masks, all memory stays in use, and what is counted here is what they would hold. Their labels say "masked". The
-mask here is an ordinary one for every head: kvpress's own, a key that no query may like, is not found for many queries.
+AdaKV:NAME shares NAME's budget among the heads of a layer, KVzap takes what eval/kvpress_kvzap.py fitted. AdaKV, KVzip
+and KVzap keep unlike numbers for the heads: kvpress then only masks, all memory stays in use, and what is counted here
+is what they would hold. Their labels say "masked". The mask here is an ordinary one for every head: kvpress's own, a
+key that no query may like, is not found for many queries.
 """
 
 from __future__ import annotations
