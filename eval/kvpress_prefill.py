@@ -20,10 +20,11 @@ from typing import Any
 
 import kvpress
 import torch
-from kvpress_presses import PRESSES, weights_of
+from kvpress_presses import weights_of
 from transformers import AutoModelForCausalLM, DynamicCache
 
 DENSE = "dense"
+PRESSES = ("ExpectedAttention", "SnapKV", "TOVA", "StreamingLLM", "Knorm")
 
 
 def main() -> None:

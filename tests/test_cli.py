@@ -116,6 +116,36 @@ def test_texts_stay_as_they_are():
         assert read("--model", text).model == text
 
 
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """Take several."""
+
+    some: tuple[str, ...] = flag(("a", "b"), "one at least")
+    any: tuple[str, ...] = flag(("a", "b"), "or none", may_be_empty=True)
+    places: tuple[Literal["here", "there"], ...] = flag(("here",), "where")
+
+
+def test_several_values_or_none(tmp_path):
+    def read(*argv: str) -> Several:
+        return cli.read(Several, argv, prog="prog")
+
+    assert read("--any", "--some", "c").any == ()
+    assert read("--some", "c", "--any").any == ()
+    assert read().any == ("a", "b")
+    assert read("--any", "c", "d").any == ("c", "d")
+    assert read("--places", "there", "here").places == ("there", "here")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("any: []\n")
+    assert read("--config", str(recipe)).any == ()
+    with pytest.raises(VariatorError, match="--some"):
+        read("--some", "--any")
+    with pytest.raises(VariatorError, match="--places"):
+        read("--places", "elsewhere")
+    recipe.write_text("some: []\n")
+    with pytest.raises(VariatorError, match="some: expected plain values"):
+        read("--config", str(recipe))
+
+
 def test_positionals(tmp_path):
     assert cli.read(Table, ["a.yaml", "--secret", "3"], prog="prog") == Table(file=Path("a.yaml"), secret=3)
     with pytest.raises(VariatorError, match="required: file"):

@@ -112,7 +112,8 @@ def _shaped(action: argparse.Action, value: Any) -> Any:
             raise VariatorError(f"expected true or false, got {value!r}")
     elif action.nargs not in (None, "?"):
         value = value if isinstance(value, list) else [value]
-        if not value or any(isinstance(item, (dict, list, bool)) for item in value):
+        empty = not value and action.nargs != "*"
+        if empty or any(isinstance(item, (dict, list, bool)) for item in value):
             raise VariatorError(f"expected plain values in the list, got {value!r}")
         if isinstance(action.nargs, int) and len(value) != action.nargs:
             raise VariatorError(f"expected a list of {action.nargs}, got {value!r}")

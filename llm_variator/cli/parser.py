@@ -25,7 +25,8 @@ def flag(default: Any, text: str, **how: Any) -> Any:
         default: The field's; `REQUIRED`: flag or recipe must give it.
         text: The help.
         how: `metavar` and `choices` as in argparse; `repeats=True`: giving the flag again adds to it;
-            `positional=True`: the value stands without a flag; `hidden=True`: not in the help.
+            `positional=True`: the value stands without a flag; `hidden=True`: not in the help;
+            `may_be_empty=True`: several values, or none after the flag.
     """
     return dataclasses.field(default=default, metadata={"text": text, **how})
 
@@ -97,7 +98,8 @@ def _options(default: Any, hint: Any, how: Mapping[str, Any]) -> dict[str, Any]:
         return options | {"action": argparse.BooleanOptionalAction if default is True else "store_true"}
     if get_origin(hint) is tuple:
         hint, *others = get_args(hint)
-        options["nargs"] = "+" if isinstance(others[0], EllipsisType) else 1 + len(others)
+        several = "*" if how.get("may_be_empty") else "+"
+        options["nargs"] = several if isinstance(others[0], EllipsisType) else 1 + len(others)
         if how.get("repeats"):
             options["action"] = "extend"
     elif how.get("positional"):

@@ -66,8 +66,6 @@ def read(argv: Sequence[str] | None = None) -> Settings:
         "sensitivity": sensitivity.Settings,
         "harness": harness.Settings,
     }
-    if words[:1] == ["frontier"]:
-        words = frontier.without_values(words)
     settings: Settings = cli.read_command(
         commands, words, prog="python -m llm_variator.evaluate", text="Measure the quality of plugins."
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.questions import ANSWER_TOKENS
-from llm_variator.measures.quality import Answers, Continuation
+from llm_variator.measures.quality import Answers, Continuation, Question
 from llm_variator.measures.store import digest
 from llm_variator.model import VariatorModel
 
@@ -33,7 +33,7 @@ class _Text(Protocol):
 
 class _Quiz(Protocol):
     @property
-    def prompts(self) -> list[list[int]]: ...
+    def asked(self) -> dict[str, list[Question]]: ...
     @property
     def stop(self) -> frozenset[int]: ...
 
@@ -45,7 +45,8 @@ class ExternalResult:
     label: str
     texts: list[Continuation]
     """One per set of windows."""
-    answers: Answers | None
+    answers: dict[str, Answers]
+    """By the place of the question; empty without questions."""
 
 
 def export(
@@ -81,7 +82,7 @@ def read_external(
             ExternalResult(
                 one["label"],
                 [Continuation(**text) for text in one["texts"]],
-                Answers(**one["answers"]) if one["answers"] and quiz else None,
+                {place: Answers(**answers) for place, answers in one["answers"].items()},
             )
             for one in content["conditions"]
         ]
@@ -103,7 +104,10 @@ def _tasks(model: VariatorModel, texts: Sequence[_Text], quiz: _Quiz | None, gen
             {"data": text.data, "context": text.context, "windows": text.windows.tolist()} for text in texts
         ],
         "questions": {
-            "prompts": quiz.prompts if quiz else [],
+            "asked": {
+                place: [dataclasses.asdict(question) for question in asked]
+                for place, asked in (quiz.asked if quiz else {}).items()
+            },
             "stop": sorted(quiz.stop) if quiz else [],
             "tokens": ANSWER_TOKENS,
         },

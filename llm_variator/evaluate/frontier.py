@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,12 +22,19 @@ from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import alternatives, questions
 from llm_variator.evaluate.exchange import ExternalResult, export, read_external
-from llm_variator.evaluate.rows import AnswerRow, TextRow, answer_row, text_row
+from llm_variator.evaluate.rows import TextRow, answer_row, text_row
 from llm_variator.evaluate.show import markdown, plot, print_tables
 from llm_variator.measures.conditions import Condition, Dense, NoContext, WithPlugin, mean_merge
 from llm_variator.measures.loading import load_variator
 from llm_variator.measures.operations import Stack
-from llm_variator.measures.quality import Answers, Continuation, answer, continue_windows, time_reading
+from llm_variator.measures.quality import (
+    Answers,
+    Continuation,
+    Question,
+    answer,
+    continue_windows,
+    time_reading,
+)
 from llm_variator.measures.results import scrub_paths, write_result
 from llm_variator.measures.store import Store
 from llm_variator.model import VariatorModel
@@ -35,6 +43,7 @@ from llm_variator.sources.models import load_tokenizer, plugin_folder
 from llm_variator.sources.tasks import Example
 
 WORK = Path("runs/frontier")
+_SHORT_PROMPT = 512
 _log = Console(stderr=True, highlight=False)
 
 
@@ -53,8 +62,10 @@ class Quiz:
     """Questions as token ids, with their passages and without."""
 
     examples: list[Example]
-    prompts: list[list[int]]
-    bare: list[list[int]]
+    asked: dict[str, list[Question]]
+    """By the place of the question: "seen" in the prompt, or "hidden" from whoever reads the prompt."""
+    bare: list[Question]
+    """Without passages."""
     stop: frozenset[int]
 
 
@@ -71,16 +82,18 @@ class Settings(flags.Stored, flags.BaseModel):
     untrained: bool = flag(False, "also means and copies in place of each plugin's weights")
     also: tuple[str, ...] = flag(
         ("drop:2", "late-skip", "mean:2"),
-        "untrained competitors, or none: drop:K (read every K-th token), late-skip:LAYER (from there on prompt tokens "
-        "give keys and values only), mean:K (merge without training)",
+        "untrained competitors; no word: none; drop:K (read every K-th token), late-skip:LAYER (from there on "
+        "prompt tokens give keys and values only), mean:K (merge without training)",
         metavar="WAY",
+        may_be_empty=True,
     )
     dense_head: Natural = flag(4, "first prompt tokens that --also leaves alone")
     dense_tail: Natural = flag(64, "last prompt tokens that --also leaves alone")
     data: tuple[str, ...] = flag(
         ("wikitext2/test", questions.ARTICLES),
-        f"texts, named as in llm_variator.train, or {questions.ARTICLES}: SQuAD's development articles; or none",
+        f"texts, named as in llm_variator.train, or {questions.ARTICLES}: SQuAD's development articles; no word: none",
         metavar="SOURCE",
+        may_be_empty=True,
     )
     data_dir: Path | None = flag(
         None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)", metavar="DIR"
@@ -89,9 +102,16 @@ class Settings(flags.Stored, flags.BaseModel):
     continuation: PositiveInt = flag(128, "tokens scored after the prompt")
     generate: PositiveInt = flag(32, "greedy tokens compared with the dense model's")
     windows: PositiveInt = flag(16, "stretches of each text, evenly spread over it")
-    batch_size: PositiveInt = flag(4, "windows in one forward pass")
+    batch_size: PositiveInt = flag(
+        4,
+        "windows of at most 512 prompt tokens in one forward pass; fewer of longer ones, to the same memory",
+    )
     questions: Natural = flag(50, "SQuAD questions to answer; 0: none")
     question_form: Literal["text", "chat"] = flag("text", "how they are asked")
+    question_place: tuple[Literal["seen", "hidden"], ...] = flag(
+        ("seen", "hidden"),
+        "seen: the prompt ends with the question; hidden: the question comes after the prompt",
+    )
     shots: Natural = flag(3, "answered examples before each question")
     repetitions: Natural = flag(5, "timings of reading a prompt, in turns; 0: none")
     work: Path = flag(
@@ -101,17 +121,7 @@ class Settings(flags.Stored, flags.BaseModel):
     export: Path | None = flag(None, "write windows and questions for another environment", metavar="FILE")
     elsewhere: tuple[Path, ...] = flag((), "add what was measured there", metavar="FILE")
     markdown: Path | None = flag(None, "write the tables", metavar="FILE")
-    plot: Path | None = flag(None, "draw quality against prefill and KV entries (.png, .svg)", metavar="FILE")
-
-
-def without_values(words: Sequence[str]) -> list[str]:
-    """The command line with an empty value after an --also or --data that has none."""
-    following = [*words[1:], "--"]
-    pairs = zip(words, following, strict=True)
-    bare = [word in ("--also", "--data") and after.startswith("--") for word, after in pairs]
-    return [
-        part for word, empty in zip(words, bare, strict=True) for part in ([word, ""] if empty else [word])
-    ]
+    plot: Path | None = flag(None, "draw quality against prefill and KV bytes (.png, .svg)", metavar="FILE")
 
 
 def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
@@ -119,10 +129,7 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
     started = time.perf_counter()
     tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
     texts = [
-        _text(settings, tokenizer, data, context)
-        for context in settings.context
-        for data in settings.data
-        if data
+        _text(settings, tokenizer, data, context) for context in settings.context for data in settings.data
     ]
     quiz = _quiz(settings, tokenizer) if settings.questions else None
     model = load_variator(settings)
@@ -131,7 +138,6 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
     store = Store.of(model, None if settings.fresh else settings.work, settings.work)
 
     measured = [_measure_text(model, conditions, text, settings, store) for text in texts]
-    answers = _measure_answers(model, conditions, quiz, store) if quiz else {}
     if settings.export:
         export(settings.export, model, texts, quiz, measured, settings.generate)
     others = [
@@ -139,6 +145,11 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
         for file in settings.elsewhere
         for one in read_external(file, model, texts, quiz, settings.generate)
     ]
+    answers = (
+        {place: _measure_answers(model, conditions, place, quiz, store) for place in quiz.asked}
+        if quiz
+        else {}
+    )
 
     rows = [
         _text_rows(model, conditions, text, found, others, number, settings.repetitions)
@@ -162,17 +173,17 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
         "configs": {c.label: c.config.to_dict() for c in conditions if isinstance(c, WithPlugin)},
         "read_from_cache": store.found,
     }
-    if quiz:
-        origin = quiz.examples[0].origin
-        figures["questions"] = {
+    for place, found in answers.items():
+        assert quiz is not None
+        origin, asked = quiz.examples[0].origin, quiz.asked[place]
+        theirs = {one.label: one.answers[place] for one in others if place in one.answers}
+        figures["questions" if place == "seen" else "hidden_questions"] = {
             "data": f"{origin.name}: {origin.describe(len(quiz.examples))}",
             "form": settings.question_form,
             "shots": settings.shots,
-            "mean_prompt_tokens": sum(map(len, quiz.prompts)) / len(quiz.prompts),
-            "rows": [
-                dataclasses.asdict(row)
-                for row in _answer_rows(model, conditions, quiz, answers, others, tokenizer)
-            ],
+            "mean_prompt_tokens": statistics.fmean(len(question.prompt) for question in asked),
+            "mean_answer_tokens": statistics.fmean(len(question.gold) for question in asked),
+            "rows": _answer_rows(quiz.examples, found | theirs, found[conditions[0].label], tokenizer),
         }
     print_tables(figures)
     if settings.json:
@@ -207,7 +218,7 @@ def gather(model: VariatorModel, settings: Settings) -> list[Condition]:
             bare = dataclasses.replace(loaded.config, compressor="mean", decompressor="copy")
             model.add_plugin(f"plugin{len(model.plugins)}", bare)
             attach(f"{label} (untrained)")
-    for text in filter(None, settings.also):
+    for text in settings.also:
         name, _, number = text.partition(":")
         if name == "mean" and (number.isdigit() or not number):
             k = int(number or 2)
@@ -244,7 +255,10 @@ def _quiz(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Quiz:
     encode = partial(questions.encode_question, tokenizer, form=settings.question_form, shots=shots)
     return Quiz(
         examples,
-        [encode(example) for example in examples],
+        {
+            place: [encode(example, hidden=place == "hidden") for example in examples]
+            for place in settings.question_place
+        },
         [encode(example, passage=False) for example in examples],
         questions.stop_tokens(tokenizer),
     )
@@ -258,7 +272,7 @@ def _measure_text(
         dense = found[conditions[0].label].greedy if found else None
         measure = partial(
             continue_windows, model, condition, text.windows, text.context,
-            generate=settings.generate, batch_size=settings.batch_size, dense=dense,
+            generate=settings.generate, batch_size=rows_at_once(settings.batch_size, text.context), dense=dense,
         )  # fmt: skip
         about = {"windows": text.windows.tolist(), "context": text.context, "generate": settings.generate}
         what = f"{text.data}, {text.context} tokens: {condition.label}"
@@ -266,16 +280,25 @@ def _measure_text(
     return found
 
 
+def rows_at_once(batch_size: int, context: int) -> int:
+    """Windows in one forward pass: `batch_size` as long as prompts have at most 512 tokens, then fewer."""
+    return max(1, min(batch_size, batch_size * _SHORT_PROMPT // context))
+
+
 def _measure_answers(
-    model: VariatorModel, conditions: Sequence[Condition], quiz: Quiz, store: Store
+    model: VariatorModel,
+    conditions: Sequence[Condition],
+    place: str,
+    quiz: Quiz,
+    store: Store,
 ) -> dict[str, Answers]:
     found = {}
     for condition in conditions:
         absent = isinstance(condition, NoContext)
-        reader, prompts = (Dense(), quiz.bare) if absent else (condition, quiz.prompts)
-        measure = partial(answer, model, reader, prompts, tokens=questions.ANSWER_TOKENS, stop=quiz.stop)
-        about = {"prompts": prompts, "tokens": questions.ANSWER_TOKENS}
-        what = f"{len(prompts)} questions: {condition.label}"
+        reader, asking = (Dense(), quiz.bare) if absent else (condition, quiz.asked[place])
+        measure = partial(answer, model, reader, asking, tokens=questions.ANSWER_TOKENS, stop=quiz.stop)
+        about = {"asked": [dataclasses.asdict(one) for one in asking], "tokens": questions.ANSWER_TOKENS}
+        what = f"{len(asking)} questions, {place}: {condition.label}"
         found[condition.label] = _logged(what, store, condition, about, measure, Answers)
     return found
 
@@ -328,24 +351,12 @@ def _text_rows(
 
 
 def _answer_rows(
-    model: VariatorModel,
-    conditions: Sequence[Condition],
-    quiz: Quiz,
+    examples: Sequence[Example],
     found: Mapping[str, Answers],
-    others: Sequence[ExternalResult],
+    dense: Answers,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[AnswerRow]:
-    everything = dict(found) | {one.label: one.answers for one in others if one.answers is not None}
+) -> list[dict[str, Any]]:
     decode = partial(questions.decode_answer, tokenizer)
-    dense = conditions[0].label
-    entries = found[dense].entries
     return [
-        answer_row(
-            label,
-            quiz.examples,
-            [decode(tokens) for tokens in one.tokens],
-            [decode(tokens) for tokens in found[dense].tokens],
-            sum(one.entries) / sum(entries),
-        )
-        for label, one in everything.items()
+        dataclasses.asdict(answer_row(label, examples, one, dense, decode)) for label, one in found.items()
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
+from llm_variator.measures.quality import Question
 from llm_variator.sources.corpora import data_folder, read_documents
 from llm_variator.sources.tasks import Example, load_examples
 
@@ -64,8 +65,9 @@ def encode_question(
     form: str,
     shots: Sequence[Example] = (),
     passage: bool = True,
-) -> list[int]:
-    """The token ids of one question as a prompt.
+    hidden: bool = False,
+) -> Question:
+    """The token ids of one question.
 
     Args:
         tokenizer: the model's.
@@ -73,10 +75,34 @@ def encode_question(
         form: "text" is continued by the answer; "chat" asks an instruction-tuned model.
         shots: questions that are answered before it.
         passage: whether the passage stands before its question (the passages of the shots always do).
+        hidden: whether the prompt ends with the passage, before the line break in front of the question.
 
     Raises:
-        VariatorError: the chat form and a tokenizer without a chat template.
+        VariatorError: the chat form and a tokenizer without a chat template, or with one that writes the answer
+            elsewhere than behind its prompt.
     """
+    text, answer = _written(tokenizer, example, form=form, shots=shots, passage=passage)
+    cut = text.rindex(f"\nQuestion: {example.inputs['question']}") if hidden else len(text)
+    return Question(
+        list(tokenizer(text[:cut], add_special_tokens=form != "chat", verbose=False)["input_ids"]),
+        _encode(tokenizer, text[cut:]),
+        _encode(tokenizer, answer),
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    *,
+    form: str,
+    shots: Sequence[Example],
+    passage: bool,
+) -> tuple[str, str]:
+    """Everything before the answer, and the answer with what ends it."""
     if form == "chat":
         if not tokenizer.chat_template:
             raise VariatorError("this model's tokenizer has no chat template: choose another --question-form")
@@ -86,10 +112,16 @@ def encode_question(
             messages.append({"role": "assistant", "content": shot.answer})
         messages.append({"role": "user", "content": _request(example, passage=passage)})
         text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        messages.append({"role": "assistant", "content": example.answer})
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        if not whole.startswith(text):
+            raise VariatorError(
+                "this model's chat template does not write an answer behind its prompt: choose --question-form text"
+            )
+        return text, whole[len(text) :].rstrip()
     parts = [shot.decoder_prompt + shot.continuation for shot in shots]
     parts.append(example.decoder_prompt if passage else f"Question: {example.inputs['question']}\nAnswer:")
-    return list(tokenizer("\n\n".join(parts), verbose=False)["input_ids"])
+    return "\n\n".join(parts), f"{example.continuation}\n"
 
 
 def _request(example: Example, *, passage: bool) -> str:

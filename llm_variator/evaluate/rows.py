@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llm_variator.measures.operations import Cost
-from llm_variator.measures.quality import Continuation, agreement, difference, ratio_to
+from llm_variator.measures.quality import (
+    Answers,
+    Continuation,
+    agreement,
+    difference,
+    difference_per_token,
+    mean_per_token,
+    ratio_to,
+)
 from llm_variator.sources.tasks import Example, score
 from llm_variator.sources.tasks.scoring import token_f1
 
@@ -32,6 +40,8 @@ class TextRow:
     """Share of the FFNs' operations, counting all of the plugin's own against it."""
     kv_entries: float
     """Share of the prompt's KV entries, counted in the cache."""
+    kv_bytes: float
+    """Share of their bytes."""
     prefill: float | None
     """Measured time of reading the prompt, by the dense model's: median over rounds of the ratio."""
     prefill_seconds: float | None
@@ -40,7 +50,7 @@ class TextRow:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRow:
-    """One condition on SQuAD's questions, in percent."""
+    """One condition on SQuAD's questions; F1 and shares of answers in percent."""
 
     condition: str
     exact_match: float
@@ -49,8 +59,15 @@ class AnswerRow:
     f1_above_dense_error: float | None
     same_answer: float
     """Share of answers equal to the dense model's."""
+    gold_nats: float
+    """Nats per token of the gold answers, given the tokens before."""
+    gold_above_dense: float
+    gold_above_dense_error: float | None
+    """Standard error of that difference, over the questions."""
     kv_entries: float
     """Share of the prompts' KV entries, of 1."""
+    kv_bytes: float
+    """Share of their bytes, of 1."""
 
 
 def text_row(
@@ -74,20 +91,38 @@ def text_row(
         operations=cost.total / dense_cost.total,
         ffn_operations=(cost.ffn + cost.plugin) / dense_cost.ffn,
         kv_entries=found.entries / dense.entries,
+        kv_bytes=found.bytes / dense.bytes,
         prefill=ratio_to(dense_seconds, seconds) if seconds and dense_seconds else None,
         prefill_seconds=statistics.median(seconds) if seconds else None,
     )
 
 
 def answer_row(
-    label: str, examples: Sequence[Example], answers: Sequence[str], dense: Sequence[str], kv_entries: float
+    label: str,
+    examples: Sequence[Example],
+    found: Answers,
+    dense: Answers,
+    decode: Callable[[Sequence[int]], str],
 ) -> AnswerRow:
     """The row of a condition from its answers and the dense model's."""
+    answers, reference = ([decode(tokens) for tokens in one.tokens] for one in (found, dense))
     figures = score("squad", answers, examples)
     ours, theirs = (
         [100 * token_f1(text, example.golds) for text, example in zip(texts, examples, strict=True)]
-        for texts in (answers, dense)
+        for texts in (answers, reference)
     )
     above, error = difference(ours, theirs)
-    same = sum(a == b for a, b in zip(answers, dense, strict=True)) / len(answers)
-    return AnswerRow(label, figures["exact_match"], figures["f1"], above, error, 100 * same, kv_entries)
+    gold_above, gold_error = difference_per_token(found.nats, dense.nats)
+    return AnswerRow(
+        condition=label,
+        exact_match=figures["exact_match"],
+        f1=figures["f1"],
+        f1_above_dense=above,
+        f1_above_dense_error=error,
+        same_answer=100 * statistics.fmean(a == b for a, b in zip(answers, reference, strict=True)),
+        gold_nats=mean_per_token(found.nats),
+        gold_above_dense=gold_above,
+        gold_above_dense_error=gold_error,
+        kv_entries=sum(found.entries) / sum(dense.entries),
+        kv_bytes=sum(found.bytes) / sum(dense.bytes),
+    )

@@ -12,13 +12,22 @@ from llm_variator.measures import plots, tables
 
 TEXT_COLUMNS = (
     "condition", "nats/token", "above dense", "greedy agreement", "same choice",
-    "operations", "FFN", "KV entries", "prefill time",
+    "operations", "FFN", "KV entries", "KV bytes", "prefill time",
 )  # fmt: skip
-ANSWER_COLUMNS = ("condition", "exact match", "F1", "above dense", "same answer", "KV entries")
+ANSWER_COLUMNS = (
+    "condition", "exact match", "F1", "above dense", "same answer", "gold nats/token", "above dense",
+    "KV entries", "KV bytes",
+)  # fmt: skip
+PLACES = {
+    "questions": "the question in the prompt",
+    "hidden_questions": "the question after the prompt, which is read without it",
+}
+"""Where a table of answers lies in the figures, and what the condition was given to read."""
 NOTE = (
     "Above dense: mean of the paired differences and its standard error. Greedy agreement: share of greedy tokens "
-    "equal to the dense model's; same choice: given the dense model's tokens before. Operations, FFN (with the "
-    "plugin's own), KV entries and prefill time are of the dense model's."
+    "equal to the dense model's; same choice: given the dense model's tokens before. Gold nats: of the right "
+    "answer's tokens, given those before; errors are over the questions. Operations, FFN (with the plugin's own), "
+    "KV entries, KV bytes and prefill time are of the dense model's."
 )
 
 
@@ -30,13 +39,13 @@ def text_title(figures: Mapping[str, Any], text: Mapping[str, Any]) -> str:
     )
 
 
-def answer_title(figures: Mapping[str, Any]) -> str:
-    """What the table of answers is about."""
-    about = figures["questions"]
+def answer_title(figures: Mapping[str, Any], key: str) -> str:
+    """What a table of answers is about; `key` is one of `PLACES`."""
+    about = figures[key]
     shots = f", {about['shots']} examples" if about["shots"] else ""
     return (
         f"{figures['model']} answers {about['data']}; {about['form']}{shots}, "
-        f"{about['mean_prompt_tokens']:.0f} prompt tokens"
+        f"{about['mean_prompt_tokens']:.0f} prompt tokens, {PLACES[key]}"
     )
 
 
@@ -51,6 +60,7 @@ def text_cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['operations']:.3f}",
         f"{row['ffn_operations']:.3f}",
         f"{row['kv_entries']:.3f}",
+        f"{row['kv_bytes']:.3f}",
         "-" if row["prefill"] is None else f"{row['prefill']:.2f}",
     ]
 
@@ -63,7 +73,10 @@ def answer_cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['f1']:.1f}",
         _difference(row["f1_above_dense"], row["f1_above_dense_error"], 1),
         f"{row['same_answer']:.0f}%",
+        f"{row['gold_nats']:.3f}",
+        _difference(row["gold_above_dense"], row["gold_above_dense_error"], 3),
         f"{row['kv_entries']:.3f}",
+        f"{row['kv_bytes']:.3f}",
     ]
 
 
@@ -83,14 +96,14 @@ def markdown(figures: Mapping[str, Any]) -> str:
 
 
 def plot(path: Path, figures: Mapping[str, Any]) -> None:
-    """Draw nats above dense against measured prefill time, counted operations and KV entries, a row per text.
+    """Draw nats above dense against measured prefill time, counted operations and KV bytes, a row per text.
 
     Raises:
         VariatorError: matplotlib is missing, the suffix is none of its formats, or the file cannot be written.
     """
     matplotlib = plots.matplotlib()
     texts = figures["texts"]
-    axes_of = {"operations": "operations of the prefill, of dense", "kv_entries": "KV entries, of dense"}
+    axes_of = {"operations": "operations of the prefill, of dense", "kv_bytes": "KV bytes, of dense"}
     if all(text["rows"][0]["prefill"] is not None for text in texts):
         axes_of = {"prefill": "measured prefill time, of dense", **axes_of}
     size = (4.5 * len(axes_of), 3.6 * len(texts) + 1.2)
@@ -123,12 +136,13 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 def _tables(figures: Mapping[str, Any]) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:
     for text in figures["texts"]:
         yield text_title(figures, text), TEXT_COLUMNS, [text_cells(row) for row in text["rows"]]
-    if "questions" in figures:
-        yield (
-            answer_title(figures),
-            ANSWER_COLUMNS,
-            [answer_cells(row) for row in figures["questions"]["rows"]],
-        )
+    for key in PLACES:
+        if key in figures:
+            yield (
+                answer_title(figures, key),
+                ANSWER_COLUMNS,
+                [answer_cells(row) for row in figures[key]["rows"]],
+            )
 
 
 def _difference(value: float, error: float | None, digits: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from llm_variator.config import VariatorConfig
+from llm_variator.engine.cache.report import KVCacheReport
 from llm_variator.measures.operations import Cost, Stack, prefill
 from llm_variator.model import VariatorModel
 
@@ -37,10 +38,13 @@ class Prompt:
         """The same prompt again, to be continued in another way."""
         return Prompt(copy.deepcopy(self.cache), self.logits, self.tokens)
 
-    def entries(self) -> int:
-        """Keys held, summed over the layers."""
-        layers: Any = self.cache.layers
-        return sum(layer.keys.shape[-2] for layer in layers if layer.keys is not None)
+    def entries(self) -> float:
+        """Keys held for one row, summed over the layers; where heads hold unlike numbers, their mean."""
+        return sum(layer.entries for layer in KVCacheReport.of(self.cache).layers)
+
+    def bytes(self) -> float:
+        """Bytes of keys and values held for one row, all layers."""
+        return KVCacheReport.of(self.cache).bytes / len(self.logits)
 
 
 class Condition(Protocol):

@@ -6,6 +6,7 @@ Every figure is kept per window or question: differences to the dense model are 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,17 +30,36 @@ class Continuation:
     """The condition's own likeliest tokens."""
     same_choice: list[float]
     """Share of the dense model's greedy tokens that this condition would choose after those before them."""
-    entries: int
-    """KV entries of a prompt, summed over the layers."""
+    entries: float
+    """KV entries of a prompt, summed over the layers; where heads hold unlike numbers, their mean."""
+    bytes: float
+    """Of those keys and values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is read, asked and right, as token ids tokenised apart."""
+
+    prompt: list[int]
+    """Read in the condition that is measured."""
+    after: list[int]
+    """The question where the prompt does not hold it, read densely after the prompt; else nothing."""
+    gold: list[int]
+    """The right answer and what ends it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Greedy answers as token ids, one per question, and what their prompts took."""
+    """How one condition answers; lists have one item per question."""
 
     tokens: list[list[int]]
-    entries: list[int]
-    """KV entries of each prompt, summed over the layers."""
+    """Greedy answers."""
+    nats: list[list[float]]
+    """Of every token of the gold answer, given those before (teacher forcing)."""
+    entries: list[float]
+    """KV entries of the prompt, summed over the layers; where heads hold unlike numbers, their mean."""
+    bytes: list[float]
+    """Of those keys and values."""
 
 
 @torch.inference_mode()
@@ -67,11 +87,11 @@ def continue_windows(
     nats: list[float] = []
     texts: list[list[int]] = []
     same: list[float] = []
-    entries = 0
+    entries = held = 0.0
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(device=model.device, dtype=torch.long)
         prompt = condition.read(model, batch[:, :context])
-        entries = prompt.entries()
+        entries, held = prompt.entries(), prompt.bytes()
         own = greedy(model, prompt.clone(), generate)
         reference = own
         if dense is not None:
@@ -83,26 +103,42 @@ def continue_windows(
         logits = _after(model, prompt, targets)
         for row, target in zip(logits, targets, strict=True):  # fp32 logits of one row at a time
             nats.append(F.cross_entropy(row.float(), target).item())
-    return Continuation(nats, texts, same, entries)
+    return Continuation(nats, texts, same, entries, held)
 
 
 @torch.inference_mode()
 def answer(
     model: VariatorModel,
     condition: Condition,
-    questions: Sequence[Sequence[int]],
+    questions: Sequence[Question],
     *,
     tokens: int,
     stop: frozenset[int],
 ) -> Answers:
-    """Answer greedily, with at most `tokens` tokens, up to and with the first token in `stop`."""
-    found: list[list[int]] = []
-    entries = []
+    """Read every prompt once; then score its gold answer, and answer greedily.
+
+    Args:
+        model: in evaluation mode.
+        condition: how to read a prompt; a question after it is dense.
+        questions: to answer.
+        tokens: at most so many in a greedy answer.
+        stop: the first of these tokens ends it, and belongs to it.
+    """
+    found = Answers([], [], [], [])
     for question in questions:
-        prompt = condition.read(model, torch.tensor([list(question)], device=model.device))
-        entries.append(prompt.entries())
-        found.append(greedy(model, prompt, tokens, stop)[0].tolist())
-    return Answers(found, entries)
+        ids, after, gold = (
+            torch.tensor([part], dtype=torch.long, device=model.device)
+            for part in (question.prompt, question.after, question.gold)
+        )
+        prompt = condition.read(model, ids)
+        found.entries.append(prompt.entries())
+        found.bytes.append(prompt.bytes())
+        if question.after:
+            follow(model, prompt, after)
+        logits = _after(model, prompt.clone(), gold)[0].float()
+        found.nats.append(F.cross_entropy(logits, gold[0], reduction="none").tolist())
+        found.tokens.append(greedy(model, prompt, tokens, stop)[0].tolist())
+    return found
 
 
 @torch.inference_mode()
@@ -140,6 +176,29 @@ def difference(ours: Sequence[float], dense: Sequence[float]) -> tuple[float, fl
     if len(pairs) < 2:
         return pairs[0], None
     return statistics.fmean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5
+
+
+def mean_per_token(nats: Sequence[Sequence[float]]) -> float:
+    """Over the tokens of all answers."""
+    return statistics.fmean(token for answer in nats for token in answer)
+
+
+def difference_per_token(
+    ours: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]
+) -> tuple[float, float | None]:
+    """Difference of the means over all tokens, and its standard error, where answers are what was drawn.
+
+    Tokens of one answer hang together: the error is that of a ratio of sums over the answers, to first order. For
+    answers of one length it is the error of the mean of paired differences. None for a single answer.
+    """
+    differences = [math.fsum(a) - math.fsum(b) for a, b in zip(ours, dense, strict=True)]
+    lengths = [len(answer) for answer in dense]
+    total, count = sum(lengths), len(lengths)
+    mean = math.fsum(differences) / total
+    if count < 2:
+        return mean, None
+    rest = [difference - mean * length for difference, length in zip(differences, lengths, strict=True)]
+    return mean, math.sqrt(count / (count - 1) * math.fsum(r * r for r in rest)) / total
 
 
 def _after(model: VariatorModel, prompt: Prompt, tokens: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ _TEXT = (
     ("same_choice", "same choice, %", ".1f", 100.0),
     ("operations", "operations", ".3f", 1.0),
     ("kv_entries", "KV entries", ".3f", 1.0),
+    ("kv_bytes", "KV bytes", ".3f", 1.0),
     ("prefill", "prefill time", ".2f", 1.0),
 )
 _ANSWERS = (
@@ -26,7 +27,11 @@ _ANSWERS = (
     ("f1_above_dense", "above dense", "+.1f", 1.0),
     ("f1_above_dense_error", "±", ".1f", 1.0),
     ("same_answer", "same answer, %", ".1f", 1.0),
+    ("gold_nats", "nats per gold token", ".3f", 1.0),
+    ("gold_above_dense", "above dense", "+.3f", 1.0),
+    ("gold_above_dense_error", "±", ".3f", 1.0),
     ("kv_entries", "KV entries", ".3f", 1.0),
+    ("kv_bytes", "KV bytes", ".3f", 1.0),
 )
 _MANY_TASKS = 6
 _FRONTIER = (
@@ -74,10 +79,11 @@ def frontier_section(results: Sequence[Result], drawings: Drawings) -> Section:
             if list(text["rows"]):
                 blocks += _text(result, text, place, drawings)
     for result in results:
-        rows = result.figures["questions"]["rows"]
-        if list(rows):
-            title = f"Answers: {_model(result)} on {result.figures['questions']['data'].text}"
-            blocks.append(_rows(title, rows, _ANSWERS, result))
+        for key, where in (("questions", ""), ("hidden_questions", ", the question after the prompt")):
+            rows = result.figures[key]["rows"]
+            if list(rows):
+                title = f"Answers: {_model(result)} on {result.figures[key]['data'].text}{where}"
+                blocks.append(_rows(title, rows, _ANSWERS, result))
     if not blocks:
         blocks.append(Missing("Quality against cost", _FRONTIER))
     offline = [result for result in results if list(result.figures["quality"])]

@@ -101,8 +101,9 @@ def test_rows_hold_quality_and_cost_of_every_condition(model, plugin, tmp_path, 
     assert rows["mine"]["operations"] == pytest.approx(cost.total / whole.total)
     assert rows["mine"]["ffn_operations"] == pytest.approx((cost.ffn + cost.plugin) / whole.ffn)
     entries = split(CONTEXT, 3, 2, 5).entries / CONTEXT
-    assert rows["mine"]["kv_entries"] == rows["drop:3"]["kv_entries"] == pytest.approx(entries)
-    assert rows["late-skip:1"]["kv_entries"] == rows["dense"]["kv_entries"] == 1
+    for share in ("kv_entries", "kv_bytes"):
+        assert rows["mine"][share] == rows["drop:3"][share] == pytest.approx(entries)
+        assert rows["late-skip:1"][share] == rows["dense"][share] == 1
     assert rows["dense"]["prefill"] == 1
     assert all(row["prefill_seconds"] > 0 for row in rows.values())
 
@@ -117,8 +118,9 @@ def test_rows_hold_quality_and_cost_of_every_condition(model, plugin, tmp_path, 
 
 def test_competitors_and_texts_may_be_none():
     settings = read(["frontier", "--model", "m", "--also", "--json", "x.json", "--data"])
-    assert not any(settings.also + settings.data)
+    assert settings.also == settings.data == ()
     assert str(settings.json) == "x.json"
+    assert read(["frontier", "--model", "m"]).also == ("drop:2", "late-skip", "mean:2")
     assert read(["frontier", "--model", "m", "--data", "a", "b", "--fresh"]).data == ("a", "b")
 
 
@@ -156,7 +158,7 @@ def test_other_weights_are_measured_again(model, plugin, tmp_path):
     assert one["cross_entropy"] != two["cross_entropy"]
 
 
-def test_questions(model, plugin, data, tmp_path):
+def test_questions(model, plugin, data, tmp_path, capsys):
     flags = [
         "--data",
         "--plugin",
@@ -183,11 +185,48 @@ def test_questions(model, plugin, data, tmp_path):
     examples = load_examples("squad", "validation", data_dir=data, limit=4)
     shots = questions.load_shots(data, 2)
     lengths = [
-        len(questions.encode_question(tokenizer, example, form="text", shots=shots)) for example in examples
+        len(questions.encode_question(tokenizer, example, form="text", shots=shots).prompt)
+        for example in examples
     ]
     held = sum(split(n, 3, 2, 5).entries for n in lengths) / sum(lengths)
-    assert rows["k3"]["kv_entries"] == pytest.approx(held)
+    assert rows["k3"]["kv_entries"] == rows["k3"]["kv_bytes"] == pytest.approx(held)
     assert about["mean_prompt_tokens"] == pytest.approx(sum(lengths) / 4)
+
+    # the gold answers, whole prompts and answers in one pass each
+    def nats_of(hidden) -> float:
+        total = count = 0
+        for example in examples:
+            asked = questions.encode_question(tokenizer, example, form="text", shots=shots, hidden=hidden)
+            ids = asked.prompt + asked.after + asked.gold
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]), prompt_length=len(asked.prompt)).logits[0].double()
+            first = len(ids) - len(asked.gold)
+            total -= sum(logits[first - 1 + i].log_softmax(-1)[t].item() for i, t in enumerate(asked.gold))
+            count += len(asked.gold)
+        return total / count
+
+    hidden = result["hidden_questions"]
+    after = {row["condition"]: row for row in hidden["rows"]}
+    assert rows["k3"]["gold_nats"] == pytest.approx(nats_of(hidden=False), abs=1e-5)
+    assert after["k3"]["gold_nats"] == pytest.approx(nats_of(hidden=True), abs=1e-5)
+    with model.disable_plugin():
+        dense = nats_of(hidden=True)
+    assert after["dense"]["gold_nats"] == pytest.approx(dense, abs=1e-5)
+    assert after["k3"]["gold_above_dense"] == pytest.approx(after["k3"]["gold_nats"] - dense, abs=1e-5)
+    assert rows["dense"]["gold_above_dense"] == rows["dense"]["gold_above_dense_error"] == 0
+    assert rows["k3"]["gold_above_dense_error"] > 0
+    assert about["mean_prompt_tokens"] > hidden["mean_prompt_tokens"]
+    assert about["mean_answer_tokens"] == hidden["mean_answer_tokens"]
+    assert rows["no context"] == after["no context"] | {
+        key: rows["no context"][key] for key in rows["no context"] if "above_dense" in key or "kv" in key
+    } | {"same_answer": rows["no context"]["same_answer"]}
+    text = capsys.readouterr().out
+    assert "the question in the prompt" in " ".join(text.split())
+    assert f"{after['k3']['gold_nats']:.3f}" in text
+
+    seen = frontier_of(tmp_path, *flags, "--question-place", "seen")["figures"]
+    assert "hidden_questions" not in seen
+    assert seen["questions"] == about
 
 
 def test_prompts_of_questions(data):
@@ -196,7 +235,11 @@ def test_prompts_of_questions(data):
     (shot,) = questions.load_shots(data, 1)
 
     def text(**options):
-        return tokenizer.decode(questions.encode_question(tokenizer, example, **options))
+        asked = questions.encode_question(tokenizer, example, **options)
+        assert asked.after == []
+        gold = tokenizer.decode(asked.gold)
+        assert gold == (f" {example.answer}\n" if options["form"] == "text" else f"{example.answer}<end>")
+        return tokenizer.decode(asked.prompt)
 
     assert text(form="text") == example.decoder_prompt
     shown = f"{shot.decoder_prompt} {shot.answer}"
@@ -205,16 +248,50 @@ def test_prompts_of_questions(data):
     assert bare == f"{shown}\n\nQuestion: {example.inputs['question']}\nAnswer:"
     with pytest.raises(VariatorError, match="no chat template"):
         text(form="chat")
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    tokenizer.chat_template += "{% if m.role == 'assistant' %}<end>\n{% endif %}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     asked = "Question: {question}\nAnswer in a few words."
     ask, asked_before = (asked.format_map(one.inputs) for one in (example, shot))
-    turns = f"<user>Passage: {shot.inputs['context']}\n{asked_before}<assistant>{shot.answer}<user>"
+    turns = f"<user>Passage: {shot.inputs['context']}\n{asked_before}<assistant>{shot.answer}<end>\n<user>"
     assert text(form="chat", shots=[shot], passage=False) == f"{turns}{ask}<assistant>"
     passage = f"Passage: {example.inputs['context']}\n"
     assert text(form="chat", shots=[shot]) == f"{turns}{passage}{ask}<assistant>"
     assert questions.decode_answer(tokenizer, tokenizer(" two birds\nand more")["input_ids"]) == "two birds"
     newline = tokenizer("\n")["input_ids"]
     assert {*newline, tokenizer.eos_token_id} <= questions.stop_tokens(tokenizer)
+
+
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_hidden_questions_are_cut_off_before_their_line(data, form):
+    tokenizer = load_tokenizer(model_folder())
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (example, *_) = load_examples("squad", "validation", data_dir=data)
+    (shot,) = questions.load_shots(data, 1)
+    seen, hidden = (
+        questions.encode_question(tokenizer, example, form=form, shots=[shot], hidden=hidden)
+        for hidden in (False, True)
+    )
+    whole = tokenizer.decode(seen.prompt)
+    before, _, rest = whole.rpartition("\nQuestion:")
+    assert before.endswith(example.inputs["context"])
+    assert hidden.prompt == tokenizer(before)["input_ids"]
+    assert hidden.after == tokenizer(f"\nQuestion:{rest}", add_special_tokens=False)["input_ids"]
+    assert hidden.gold == seen.gold
+    tokenizer.chat_template = (
+        "{% if not add_generation_prompt %}all else{% endif %}{{ messages[-1].content }}"
+    )
+    if form == "chat":
+        with pytest.raises(VariatorError, match="choose --question-form text"):
+            questions.encode_question(tokenizer, example, form=form)
+
+
+def test_long_prompts_come_in_smaller_batches():
+    sizes = {context: frontier.rows_at_once(8, context) for context in (30, 512, 513, 2048, 4096, 100_000)}
+    assert list(sizes.values()) == [8, 8, 7, 2, 1, 1]
 
 
 def test_articles_hold_each_paragraph_once(tmp_path):
@@ -231,11 +308,22 @@ def test_figures_of_another_environment(plugin, data, tmp_path):
     tasks = json.loads((tmp_path / "tasks.json").read_text())
     windows = torch.tensor(tasks["texts"][0]["windows"])
     assert windows.shape == (WINDOWS, CONTEXT + CONTINUATION)
-    assert len(tasks["questions"]["prompts"]) == 2
+    assert {place: len(asked) for place, asked in tasks["questions"]["asked"].items()} == {
+        "seen": 2,
+        "hidden": 2,
+    }
+    assert set(tasks["questions"]["asked"]["hidden"][0]) == {"prompt", "after", "gold"}
+    gold = [len(question["gold"]) for question in tasks["questions"]["asked"]["hidden"]]
+    answers = {
+        "tokens": [[5], [6]],
+        "nats": [[2.0] * n for n in gold],
+        "entries": [10, 11],
+        "bytes": [100, 110],
+    }
     press = {
         "label": "press",
-        "texts": [tasks["dense"][0] | {"nats": [9.0] * WINDOWS, "entries": 3 * CONTEXT // 2}],
-        "answers": {"tokens": [[5], [6]], "entries": [10, 11]},
+        "texts": [tasks["dense"][0] | {"nats": [9.0] * WINDOWS, "entries": 3 * CONTEXT / 2}],
+        "answers": {"hidden": answers},
     }
     there = tmp_path / "there.json"
     there.write_text(json.dumps({"digest": tasks["digest"], "conditions": [press]}))
@@ -245,7 +333,9 @@ def test_figures_of_another_environment(plugin, data, tmp_path):
     assert (row["condition"], row["kv_entries"], row["operations"], row["prefill"]) == ("press", 0.5, 1, None)
     assert row["above_dense"] == pytest.approx(9 - dense)
     assert row["greedy_agreement"] == 1
-    assert both["questions"]["rows"][-1]["condition"] == "press"
+    row = both["hidden_questions"]["rows"][-1]
+    assert (row["condition"], row["gold_nats"]) == ("press", 2)
+    assert both["questions"]["rows"] == figures["questions"]["rows"]
     with pytest.raises(VariatorError, match="other windows or questions"):
         frontier_of(tmp_path, "--elsewhere", there, *flags, "--generate", 3)
     there.write_text("{}")
