@@ -161,6 +161,7 @@ class Region:
         """Tokens of the head that the region begins with."""
         self.tail = max(self.lead, self.pending + places[0].left - places[0].tail)
         """Where the tail begins; behind the region where rows differ."""
+        self._causal: dict[tuple[int, int, torch.dtype], Tensor] = {}
         if len(set(zip(places, new, strict=True))) > 1:
             self.tail = self.tokens
 
@@ -187,6 +188,18 @@ class Region:
             return None
         held = scores[..., self.tokens - pending(after[0], self.block) :]
         return Open(after * (len(scores) // len(after)), self.block, held)
+
+    def causal(self, groups: int, queries: int, keys: int, dtype: torch.dtype) -> Tensor | None:
+        """(groups * queries, keys) to add to scores where the queries are those of the last keys; None: nothing."""
+        if queries == 1:
+            return None
+        made = self._causal.get((groups, queries, dtype))
+        if made is None or made.shape[1] < keys:
+            hidden = torch.ones(queries, queries, dtype=torch.bool, device=self.device).triu(1)
+            made = torch.zeros(queries, 2 * keys, dtype=dtype, device=self.device)
+            made[:, 2 * keys - queries :].masked_fill_(hidden, float("-inf"))
+            made = self._causal[groups, queries, dtype] = made.repeat(groups, 1)
+        return made[:, made.shape[1] - keys :]
 
     def order(self, scores: Tensor) -> Tensor:
         """(b, heads, T) -> (b, heads, whole blocks, B): the tokens of every whole block, best first."""

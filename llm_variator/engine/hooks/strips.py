@@ -53,12 +53,16 @@ def attend(query: Tensor, entries: Entries, scale: float, seen: Tensor | None = 
 
 def attend_masked(query: Tensor, entries: Entries, mask: Tensor | None, scale: float) -> Tensor:
     """(b, H, g, Q, d), where `mask` (b or 1, H or 1, Q or 1, m), or (Q, m), is True."""
-    groups, queries = query.shape[2:4]
+    groups = query.shape[2]
     if mask is not None and groups > 1 and mask.shape[-2] > 1:
         mask = mask.repeat(*[1] * (mask.dim() - 2), groups, 1)
-    keys, values = entries.keys, entries.values
+    return _fold(query, entries.keys, entries.values, mask, scale)
+
+
+def _fold(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The same of a `mask` for the rows of all query heads, (g * Q, m) in its last dimensions."""
     out = F.scaled_dot_product_attention(query.flatten(2, 3), keys, values, attn_mask=mask, scale=scale)
-    return out.unflatten(2, (groups, queries))
+    return out.unflatten(2, query.shape[2:4])
 
 
 def attend_region(
@@ -110,6 +114,10 @@ def attend_region(
         valid = None
         if before is not None and before.valid is not None:
             valid = F.pad(before.valid, (0, pair[0].shape[2] - before.valid.shape[1]), value=True)
+        if strip.plain and valid is None:
+            mask = region.causal(query.shape[2], strip.end - strip.start, pair[0].shape[2], query.dtype)
+            outputs.append(_fold(rows, *pair, mask, scale))
+            continue
         if strip.plain:
             outputs.append(attend(rows, Entries(pair[0], pair[1], valid), scale))
             continue
