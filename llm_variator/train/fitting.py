@@ -110,6 +110,12 @@ class _Fitting:
             dense_layers=len(self.watch.layers) - len(self._chosen),
         )
         self._samples = self._read(settings.fit_samples + HELD_OUT, settings.fit_tokens, settings.seed)
+        positions = getattr(host_of(base).config, "max_position_embeddings", None)
+        if positions is not None and self._samples.longest > positions:
+            raise VariatorError(
+                f"--fit-tokens {max(settings.fit_tokens)} and what follows take {self._samples.longest} positions, "
+                f"the model has {positions} positions: make contexts shorter"
+            )
         self.names = _names(self._config.score_fits, questions=self._samples.has_questions)
 
     def _read(self, count: int, lengths: Sequence[int], seed: int) -> Samples:

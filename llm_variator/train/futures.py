@@ -79,6 +79,8 @@ class Samples(Sequence[Sample]):
         passages = [source for source in sources if _has_passages(source.name)]
         texts = [source for source in sources if source not in passages]
         self.has_questions = bool(passages)
+        self.longest = max(lengths) + max(CONTINUATION, _QUESTIONS, min(STRETCH, max(lengths)) + len(ask))
+        """The most tokens that a context and one of its futures may have together."""
         self._kinds = [kind for kind, found in zip(KINDS, (texts, passages), strict=True) if found]
         wanted = {kind: self._of_kind(kind) for kind in self._kinds}
         self._windows: dict[int, Tensor] = {}

@@ -69,8 +69,8 @@ class Watch:
             self._norms = {
                 layer: _value_norms(
                     attention.get_submodule(family.output),
-                    int(attention.head_dim),
-                    self._host.dtype,  # type: ignore[arg-type]
+                    int(attention.head_dim),  # type: ignore[arg-type]
+                    self._host.dtype,
                 )
                 for layer, attention in self._attention.items()
             }

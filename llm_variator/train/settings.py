@@ -233,16 +233,12 @@ class Settings(
                 f"the best checkpoint can only be kept if --save-every {self.save_every} is a multiple of "
                 f"--eval-every {self.eval_every}"
             )
+        if self.max_steps == 0 and not self.fits_scores:
+            raise VariatorError("--max-steps: expected a whole number of at least 1, got 0")
 
     @property
     def steps(self) -> int:
-        """Optimiser steps.
-
-        Raises:
-            VariatorError: none are asked for.
-        """
-        if self.max_steps == 0:
-            raise VariatorError("--max-steps: expected a whole number of at least 1, got 0")
+        """Optimiser steps."""
         return 1000 if self.max_steps is None else self.max_steps
 
     @property
