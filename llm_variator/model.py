@@ -276,6 +276,9 @@ class VariatorModel(TrainableHolder):
             VariatorError: nothing to read, a form that is not known, or the model is no decoder.
         """
         self.decoder_only("compress", "an encoder keeps no KV cache")
+        plugin = self._active()
+        if pool is not None and plugin is not None and plugin.selects:
+            raise VariatorError('a pool holds merged contexts: with compressor "select" leave out pool')
         ids, mask = (t.to(input_device(self._host)) for t in encode(context, tokenizer, attention_mask))
         check_vocabulary(self._host, ids)
         layers = range(self.signature.num_layers)
@@ -284,9 +287,8 @@ class VariatorModel(TrainableHolder):
             if not self._architecture.slides(self._host, layer):
                 cache.layers[layer] = CompressedLayer(None if pool is None else PagedStore(pool))
         with released_on_error(cache):
-            read(self.base, self._active(), cache, ids, mask, chunk=prefill_chunk_size)
+            read(self.base, plugin, cache, ids, mask, chunk=prefill_chunk_size)
         self._report = KVCacheReport.of(cache)
-        plugin = self._active()
         made_by = None if plugin is None else plugin_fingerprint(plugin)
         state = function_state(self.base)
         return CompressedContext(

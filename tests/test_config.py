@@ -10,6 +10,7 @@ from llm_variator import VariatorConfig, VariatorError
 from llm_variator.config import BaseSignature
 
 BASE = BaseSignature("base", "llama", 32, 3)
+SELECT = {"k": 4, "sites": ("kv",), "compressor": "select"}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,40 @@ BASE = BaseSignature("base", "llama", 32, 3)
         ({"dense_head": -1}, "dense_head must be"),
         ({"dense_tail": 1.5}, "dense_tail must be"),
         ({"format_version": 2}, "format_version 2 is not supported"),
+        ({"compressor": "select"}, 'select.*"kv"'),
+        ({"sites": ("attention",), "compressor": "select"}, 'select.*"kv"'),
+        ({"sites": ("cross",), "compressor": "select"}, 'select.*"kv"'),
+        ({"sites": ("ffn", "kv"), "compressor": "select"}, 'select.*"kv"'),
+        ({"compressor": {"ffn": "select"}}, 'select.*"kv"'),
+        ({"compressor": {"kv": "select"}}, "compressor.*must name ffn"),
+        ({"sites": ("ffn", "kv"), "compressor": {"kv": "select"}}, "compressor.*must name ffn, kv"),
+        ({"sites": ("kv",), "compressor": {"kv": "max"}}, "compressor must be one of"),
+        ({"sites": ("kv",), "compressor": ["select"]}, "compressor must be one of"),
+        ({"k_per_head": ((2, 2),)}, "k_per_head.*select"),
+        (SELECT | {"k": 3}, "power of two"),
+        (SELECT | {"k": {"kv": 6}}, "power of two"),
+        (SELECT | {"k": 128}, "up to block"),
+        (SELECT | {"k": 8, "block": 4}, "up to block"),
+        (SELECT | {"k_per_head": ((2, 3),)}, "power of two"),
+        (SELECT | {"k_per_head": ((2, 128),)}, "up to block"),
+        (SELECT | {"k_per_head": ((2, 0),)}, "k_per_head must be an integer >= 1"),
+        (SELECT | {"k_per_head": ((2, -2),)}, "k_per_head must be an integer >= 1"),
+        (SELECT | {"k_per_head": ((2, 2.0),)}, "k_per_head must be an integer"),
+        (SELECT | {"k_per_head": ((2, True),)}, "k_per_head must be an integer"),
+        (SELECT | {"k_per_head": ((2, "4"),)}, "k_per_head must be an integer"),
+        (SELECT | {"k_per_head": ((2, [4]),)}, "k_per_head must be an integer"),
+        (SELECT | {"k_per_head": ((2, None),)}, "k_per_head must be an integer"),
+        (SELECT | {"k_per_head": ((2, 4), (2,))}, "k_per_head must"),
+        (SELECT | {"k_per_head": ((), ())}, "k_per_head must"),
+        (SELECT | {"k_per_head": ()}, "k_per_head must"),
+        (SELECT | {"k_per_head": (2, 4)}, "k_per_head must"),
+        (SELECT | {"k_per_head": "24"}, "k_per_head must"),
+        (SELECT | {"k_per_head": 2}, "k_per_head must"),
+        (SELECT | {"block": 48}, "block must be a power of two"),
+        (SELECT | {"block": 0}, "block must be"),
+        (SELECT | {"block": 64.0}, "block must be an integer"),
+        (SELECT | {"block": None}, "block must be an integer"),
+        (SELECT | {"score_fits": 0}, "score_fits must be"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -89,11 +124,18 @@ def test_ratio_of_a_layer():
         ),
         (VariatorConfig(base=BaseSignature("other", "llama", 64, 3)), "hidden_size 64"),
         (VariatorConfig(base=BaseSignature("other", "llama", 32, 4)), "num_layers 4"),
+        (VariatorConfig(**SELECT, k_per_head=((2, 2),) * 2), "k_per_head has 2 layers, but 'base' has 3"),
+        (VariatorConfig(**SELECT, k_per_head=((2, 2),) * 4), "k_per_head has 4 layers, but 'base' has 3"),
     ],
 )
 def test_config_and_model_must_fit(config, message):
     with pytest.raises(VariatorError, match=message):
         config.resolved(BASE, decoder=True)
+
+
+def test_select_is_for_decoders():
+    with pytest.raises(VariatorError, match=r"select.*decoders"):
+        VariatorConfig(**SELECT).resolved(BASE, decoder=False)
 
 
 def test_json_round_trip(tmp_path):
@@ -107,6 +149,33 @@ def test_json_round_trip(tmp_path):
     file = tmp_path / "variator_config.json"
     file.write_text(json.dumps(config.to_dict()))
     assert VariatorConfig.from_json(file) == config
+
+
+def test_select_round_trip(tmp_path):
+    config = VariatorConfig(
+        k={"ffn": 3, "kv": 4},
+        sites=("kv", "ffn"),
+        compressor={"kv": "select", "ffn": "mean"},
+        k_per_head=[[1, 2], [8, 8], [1, 1]],
+        block=8,
+        score_fits=3,
+    ).resolved(BASE, decoder=True)
+    assert (config.compressor_of("ffn"), config.compressor_of("kv")) == ("mean", "select")
+    file = tmp_path / "variator_config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    read = VariatorConfig.from_json(file)
+    assert read == config
+    assert read.k_per_head == ((1, 2), (8, 8), (1, 1))
+    assert (read.block, read.score_fits) == (8, 3)
+    assert json.loads(file.read_text())["k_per_head"] == [[1, 2], [8, 8], [1, 1]]
+
+
+def test_defaults_of_select():
+    config = VariatorConfig(**SELECT)
+    assert (config.block, config.score_fits, config.k_per_head) == (64, 1, None)
+    assert config.compressor_of("kv") == "select"
+    assert VariatorConfig(**SELECT | {"k": 64}).k == 64
+    assert VariatorConfig().compressor_of("ffn") == "weighted"
 
 
 @pytest.mark.parametrize(

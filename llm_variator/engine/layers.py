@@ -1,4 +1,4 @@
-"""The trainable layers: the paper's two (section 3.2), and a score of keys. They know vectors, no model and no sequence.
+"""The trainable layers: the paper's two (section 3.2), and a score of keys. They know vectors, no model, no sequence.
 
 Symbols: d hidden width, k vectors per group, r bottleneck; h the group's vectors, g the merged vector,
 g° the frozen layer's output for g, o the restored outputs.

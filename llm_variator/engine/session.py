@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from llm_variator.engine.cache import CompressedLayer
+from llm_variator.engine.blocks import Place, Region, Rows, entries
+from llm_variator.engine.cache import CompressedLayer, SelectedLayer
 from llm_variator.engine.groups import Segment
 from llm_variator.engine.plan import Plan
 from llm_variator.engine.plugin import CompressionPlugin
@@ -41,6 +42,8 @@ class Session:
     """Prompt tokens of every row, or of each; None: every token of the first pass is prompt."""
     edges: tuple[int, int] | None = None
     """Dense tokens at both ends of the next passes, where they are parts of one prompt; None: as configured."""
+    place: Place | None = None
+    """Where the next pass begins in its prompt then."""
     generating: bool = False
     """Inside `generate`: after the first pass all tokens are continuation."""
     skip_unread: bool = True
@@ -102,11 +105,21 @@ class Pass:
         segment: Segment | None,
         cache: Cache | None = None,
         reads: int | None = None,
+        places: list[Place] | None = None,
+        *,
+        ends_prompts: bool = False,
     ) -> None:
         """`segment`: the tokens; None where each row has one, which is always dense.
 
         `reads`: the last columns whose logits are returned, where nothing else is read; None: all.
+        `places`: of the prompts in this pass, one for all rows or of each, for a plugin that keeps keys and values.
+        `ends_prompts`: its tokens are the last of prompts whose parts were read before.
         """
+        self.places, self.ends_prompts = places, ends_prompts
+        selects = plugin is not None and bool(plugin.selects) and segment is not None
+        self.rows = Rows(segment) if selects and segment is not None else None
+        """For a plugin that keeps keys and values, in a pass with a prompt."""
+        self._regions: dict[int, Region] = {}
         self.plugin, self.segment, self.cache, self.reads = plugin, segment, cache, reads
         self.narrow: int | None = None
         """The columns read, while the last layer runs on these alone."""
@@ -128,13 +141,25 @@ class Pass:
         """Layers that attended to entries."""
         self._held = self._layers_held()
 
-    def _layers_held(self) -> dict[int, tuple[CompressedLayer, int]]:
+    def region(self, block: int) -> Region:
+        """The prompt tokens of this pass, for heads that keep keys and values in blocks of this size."""
+        if block not in self._regions:
+            assert self.rows is not None
+            assert self.places is not None
+            rows = self.rows
+            self._regions[block] = Region(self.places, rows.prompts, block, rows.prompt_columns.device)
+        return self._regions[block]
+
+    def _layers_held(self) -> dict[int, tuple[CompressedLayer | SelectedLayer, tuple[int, ...]]]:
         """Layer -> the part of the cache it fills, and the entries there now, without what ageing took away."""
         layers = self.cache.layers if self.cache is not None else ()
         return {
-            index: (layer, layer.entries + layer.aged)
+            index: (
+                layer,
+                layer.counts if isinstance(layer, SelectedLayer) else (layer.entries + layer.aged,),
+            )
             for index, layer in enumerate(layers)
-            if isinstance(layer, CompressedLayer)
+            if isinstance(layer, (CompressedLayer, SelectedLayer))
         }
 
     def prove(self) -> None:
@@ -154,20 +179,51 @@ class Pass:
                     raise broken(
                         f"site {site!r} of layer {layer} {'merged' if ran else 'did not merge'} the prompt's groups"
                     )
+            for layer in plugin.selects:
+                if ("kv", layer) not in merged:
+                    raise broken(f"site 'kv' of layer {layer} did not choose which keys to keep")
         for layer, (held, before) in self._held.items():
+            if isinstance(held, SelectedLayer):
+                self._prove_counts(layer, held, before)
+                continue
             new = 1
             if segment is not None:
                 reader = (plugin.at("attention", layer) or plugin.at("kv", layer)) if plugin else None
                 new = segment.grouping(reader.k if reader else 1).entries
-            if held.entries + held.aged != before + new:
-                raise broken(
-                    f"layer {layer} holds {held.entries} entries of the KV cache, expected {before + new - held.aged}"
-                )
+            if held.entries + held.aged != before[0] + new:
+                wanted = before[0] + new - held.aged
+                raise broken(f"layer {layer} holds {held.entries} entries of the KV cache, expected {wanted}")
         expected = len(self._held)
         if self.cache is None and plugin is not None and segment is not None:
             expected = len(plugin.cache_layers)
         if self.attended != expected:
             raise broken(f"{self.attended} layers attended to compressed keys, expected {expected}")
+
+    def _prove_counts(self, layer: int, held: SelectedLayer, before: tuple[int, ...]) -> None:
+        """Raise unless every head of a layer that keeps keys holds as many as it should."""
+        site = self.plugin.selects.get(layer) if self.plugin else None
+        if self.ends_prompts and site is not None:
+            if held.open is not None:
+                raise broken(f"layer {layer} did not reduce the prompt")
+            return
+        for head, (count, old) in enumerate(zip(held.counts, before, strict=True)):
+            if self.segment is None or site is None:
+                reader = (
+                    (self.plugin.at("attention", layer) or self.plugin.at("kv", layer))
+                    if self.plugin
+                    else None
+                )
+                new = 1 if self.segment is None else self.segment.grouping(reader.k if reader else 1).entries
+            else:
+                assert self.places is not None
+                assert self.rows is not None
+                k, block = site.ratios[head], site.block
+                new = self.rows.rest_columns.shape[1] + max(
+                    entries(place, k, block, read) - entries(place, k, block)
+                    for place, read in zip(self.places, self.rows.prompts, strict=True)
+                )
+            if count != old + new:
+                raise broken(f"head {head} of layer {layer} holds {count} keys, expected {old + new}")
 
 
 def broken(what: str) -> VariatorError:

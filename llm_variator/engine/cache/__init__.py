@@ -11,14 +11,17 @@ from llm_variator.engine.cache.lifecycle import (
     stack,
 )
 from llm_variator.engine.cache.paging import KVPool, PoolExhaustedError
-from llm_variator.engine.cache.report import KVCacheReport, LayerReport
+from llm_variator.engine.cache.report import ClassReport, KVCacheReport, LayerReport
+from llm_variator.engine.cache.selected import SelectedLayer
 
 __all__ = [
+    "ClassReport",
     "CompressedLayer",
     "KVCacheReport",
     "KVPool",
     "LayerReport",
     "PoolExhaustedError",
+    "SelectedLayer",
     "adopt",
     "expand",
     "fork",

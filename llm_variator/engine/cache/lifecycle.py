@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
 
 from llm_variator.engine.cache.layer import CompressedLayer
+from llm_variator.engine.cache.paging import PagedStore
 from llm_variator.engine.cache.recent import Recent
+from llm_variator.engine.cache.selected import SelectedLayer
 from llm_variator.engine.cache.stores import KVStore, whole
 from llm_variator.engine.groups import FILLER
 from llm_variator.errors import VariatorError
@@ -23,13 +25,19 @@ from llm_variator.errors import VariatorError
 def is_compressed(cache: Any) -> bool:
     """Whether some layer of `cache` holds fewer entries than tokens."""
     return any(
-        isinstance(layer, CompressedLayer) and layer.entries != layer.tokens
+        isinstance(layer, SelectedLayer)
+        or (isinstance(layer, CompressedLayer) and layer.entries != layer.tokens)
         for layer in getattr(cache, "layers", ())
     )
 
 
-def adopt(cache: Cache, layers: Iterable[int], num_layers: int) -> None:
-    """Make `layers` of a growing `cache` compressible, in place; what it already holds stays as it is."""
+def adopt(
+    cache: Cache, layers: Iterable[int], num_layers: int, selected: Mapping[int, Sequence[int]] | None = None
+) -> None:
+    """Make `layers` of a growing `cache` compressible, in place; what it already holds stays as it is.
+
+    `selected`: those of them where heads keep keys of their own choice, with the ratio of each head.
+    """
     while cache.layer_class_to_replicate is not None and len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
     for index in layers:
@@ -40,7 +48,17 @@ def adopt(cache: Cache, layers: Iterable[int], num_layers: int) -> None:
                 f"got {type(cache).__name__}; leave out past_key_values and cache_implementation"
             )
         assert not layer.is_sliding, "sliding layers are never compressed"
-        if not isinstance(layer, CompressedLayer):
+        if isinstance(layer, SelectedLayer):
+            continue
+        if selected is not None and index in selected:
+            store = layer.store if isinstance(layer, CompressedLayer) else layer
+            if isinstance(store, (PagedStore, QuantizedLayer)):
+                raise VariatorError(
+                    f'compressor "select" does not go on from a cache in a {type(store).__name__}: read the prompt '
+                    "again with this plugin, without a pool or a quantised cache"
+                )
+            cache.layers[index] = SelectedLayer.of(layer, len(selected[index]))
+        elif not isinstance(layer, CompressedLayer):
             cache.layers[index] = CompressedLayer(layer)
 
 
@@ -49,9 +67,11 @@ def fork(cache: Cache) -> DynamicCache:
     new: Any = DynamicCache()
     new.layer_class_to_replicate = None
     new.layers = [
-        layer.fork() if isinstance(layer, CompressedLayer) else copy.copy(layer) for layer in cache.layers
+        layer.fork() if isinstance(layer, (CompressedLayer, SelectedLayer)) else copy.copy(layer)
+        for layer in cache.layers
     ]
     new.ends_before_last_token = getattr(cache, "ends_before_last_token", False)
+    new.unread = getattr(cache, "unread", 0)
     return new
 
 
@@ -89,7 +109,12 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
     stacked: list[Any] = []
     for parts in zip(*(cache.layers for cache in caches), strict=True):
         like = next(part for part in parts if part.get_seq_length())
-        if isinstance(like, CompressedLayer):
+        if isinstance(like, SelectedLayer):
+            kept = [
+                part if isinstance(part, SelectedLayer) else SelectedLayer(len(like.counts)) for part in parts
+            ]
+            new: Any = SelectedLayer.stack(kept, [*map(len, rows)], tokens)
+        elif isinstance(like, CompressedLayer):
             tensors = _tensors([getattr(part, "store", part) for part in parts], rows)
             store, placed = _stack_tensors(tensors, DynamicLayer()), []
             for part, (keys, _) in zip(parts, tensors, strict=True):
@@ -100,7 +125,7 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
             if like.entries and isinstance(like.store, KVStore):
                 store = like.store.like(*whole(store))
             columns = torch.cat(placed)
-            new: Any = CompressedLayer.holding(store, tokens, columns, bool((columns == FILLER).any()))
+            new = CompressedLayer.holding(store, tokens, columns, bool((columns == FILLER).any()))
             new.recent = Recent.stack([getattr(part, "recent", None) for part in parts], [*map(len, rows)])
         elif isinstance(like, DynamicSlidingWindowLayer):
             new = _stack_tensors(_tensors(parts, rows), copy.copy(like))

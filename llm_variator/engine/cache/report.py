@@ -9,19 +9,51 @@ from transformers.cache_utils import CacheLayerMixin
 
 from llm_variator.engine.cache.layer import CompressedLayer
 from llm_variator.engine.cache.paging import PagedStore, PoolReport
+from llm_variator.engine.cache.selected import SelectedLayer
 from llm_variator.engine.cache.stores import sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassReport:
+    """Heads of one layer that keep equally many entries."""
+
+    ratio: int
+    """At which they reduced the newest prompt."""
+    heads: int
+    """How many."""
+    entries: int
+    """Of each head, per row."""
+    bytes: int
+    """Of all heads and rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """KV cache of one layer: entries (per row) and bytes (all rows), as held and as a dense cache would."""
 
-    entries: int
+    entries: float
+    """Of each head; their mean where heads keep tokens of their own choice."""
     bytes: int
     dense_entries: int
     dense_bytes: int
     shared_bytes: int = 0
     """Of `bytes`, those that lie in tensors or blocks which other caches may use too."""
+    classes: tuple[ClassReport, ...] = ()
+    """Where heads keep tokens of their own choice."""
+    index_bytes: int = 0
+    """Beside `bytes`: which tokens those are."""
+
+    @classmethod
+    def of_selected(cls, layer: SelectedLayer) -> LayerReport:
+        """Measure what a layer of kept keys and values holds."""
+        classes, dense, index = [], 0, 0
+        for one in layer.classes:
+            held, _, column = sizes(one.store)
+            dense += column * layer.tokens
+            index += one.columns.nbytes
+            classes.append(ClassReport(one.k, len(one.heads), one.entries, held))
+        total = sum(one.bytes for one in classes)
+        return cls(layer.entries, total, layer.tokens, dense, 0, tuple(classes), index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +74,8 @@ class KVCacheReport:
             assert isinstance(layer, CacheLayerMixin)
             if not layer.is_initialized:
                 layers.append(LayerReport(0, 0, 0, 0))
+            elif isinstance(layer, SelectedLayer):
+                layers.append(LayerReport.of_selected(layer))
             elif isinstance(layer, CompressedLayer):
                 held, shared, column = sizes(layer.store)
                 held += layer.recent.nbytes if layer.recent is not None else 0
@@ -75,7 +109,9 @@ class KVCacheReport:
             f"KV cache {self.bytes:,} bytes{shared}, dense {self.dense_bytes:,} ({ratio:.1%})",
             "layer entries dense",
         ]
-        lines += [f"{i:5} {layer.entries:7} {layer.dense_entries:5}" for i, layer in enumerate(self.layers)]
+        lines += [
+            f"{i:5} {layer.entries:7.6g} {layer.dense_entries:5}" for i, layer in enumerate(self.layers)
+        ]
         if self.pool is not None:
             lines.insert(1, str(self.pool))
         return "\n".join(lines)

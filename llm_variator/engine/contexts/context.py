@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from llm_variator.engine.cache import CompressedLayer, KVCacheReport, expand, fork, release, released_on_error
+from llm_variator.engine.cache import (
+    CompressedLayer,
+    KVCacheReport,
+    SelectedLayer,
+    expand,
+    fork,
+    release,
+    released_on_error,
+)
 from llm_variator.engine.cache.paging import KVPool
 from llm_variator.engine.cache.quantised import Quantised
 from llm_variator.engine.cache.stores import KVStore, SharedStore, whole
@@ -61,7 +69,7 @@ class CompressedContext:
         return self.input_ids.shape[1]
 
     @property
-    def entries(self) -> tuple[int, ...]:
+    def entries(self) -> tuple[float, ...]:
         """Entries of the KV cache per row, layer by layer."""
         return tuple(layer.entries for layer in self.report().layers)
 
@@ -107,6 +115,10 @@ class CompressedContext:
         """
         cache = fork(self._alive())
         for layer in cache.layers:
+            if isinstance(layer, SelectedLayer):
+                raise VariatorError(
+                    '4 and 8 bits are for merged contexts: with compressor "select" leave them out'
+                )
             if isinstance(layer, CompressedLayer):
                 keys, values = (Quantised.of(t, bits) for t in whole(layer.store))
                 if isinstance(layer.store, KVStore):
@@ -173,7 +185,7 @@ class CompressedContext:
         mask = torch.cat((mask.repeat_interleave(repeats, dim=0), valid.to(mask)), dim=1)
         if not bool(valid.all()):
             for layer in self.cache.layers:
-                if isinstance(layer, CompressedLayer):
+                if isinstance(layer, (CompressedLayer, SelectedLayer)):
                     layer.hide(mask)
         messages = None
         if self.messages is not None:
@@ -186,7 +198,11 @@ class CompressedContext:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the context to one file (safetensors), whole or not at all: an old file stays until then."""
-        self._alive()
+        if any(isinstance(layer, SelectedLayer) for layer in self._alive().layers):
+            raise VariatorError(
+                'contexts of a plugin with compressor "select" cannot be saved yet: keep them in memory, or compress '
+                "again"
+            )
         files.save(self, Path(path))
 
     @classmethod

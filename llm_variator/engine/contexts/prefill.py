@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from llm_variator.engine.blocks import Place
 from llm_variator.engine.cache import fork, stack
 from llm_variator.engine.contexts.inputs import refuse_empty
 from llm_variator.engine.plugin import CompressionPlugin
@@ -105,6 +106,7 @@ def read(
         parts.append(part)
         order.append(rows)
     cache.layers = stack(parts, order)
+    cache.unread = max(part.unread for part in parts)  # type: ignore[attr-defined]
     return True
 
 
@@ -124,14 +126,16 @@ def _read(
     unread: int,
 ) -> None:
     n = ids.shape[1] - unread
-    head, tail, step = 0, n, 1
+    head, tail, step, place = 0, n, 1, Place(0, 0)
     if plugin is not None:
         head, tail = first_dense(cache, plugin.plan), plugin.plan.tail - unread
         step = math.lcm(*(site.k for site in plugin.sites.values()))
+        place = Place(head, plugin.plan.tail, 0, ids.shape[1])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     padded = not bool(mask.all())
     for part in chunks(n, head=head, tail=tail, step=step, chunk=chunk or n):
-        with scope(Session(plugin, edges=(part.head, part.tail))) as session:
+        own = place._replace(done=part.start, left=place.left - part.start)
+        with scope(Session(plugin, edges=(part.head, part.tail), place=own)) as session:
             base(
                 input_ids=ids[:, part.start : part.end],
                 attention_mask=mask[:, : past + part.end] if padded else None,
@@ -142,3 +146,5 @@ def _read(
             )
         assert session is not None
         session.finish()
+    if n and plugin is not None and plugin.selects:
+        cache.unread = unread  # type: ignore[attr-defined]

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llm_variator.engine.cache import CompressedLayer
+from llm_variator.engine.cache import CompressedLayer, SelectedLayer
 from llm_variator.engine.cache.naming import cache_argument
 from llm_variator.engine.groups import FILLER, Grouping, Slices
 from llm_variator.engine.hooks.ageing import age, remember
@@ -28,6 +29,8 @@ from llm_variator.engine.hooks.ffn import in_eights
 from llm_variator.engine.hooks.hook import Hook
 from llm_variator.engine.hooks.kernels import group_causal_attention, pooled_bias, visible
 from llm_variator.engine.hooks.last_layer import at_the_end
+from llm_variator.engine.hooks.selection import SelectCall, by_class
+from llm_variator.engine.hooks.strips import attend, attend_masked
 from llm_variator.engine.plan import Plan
 from llm_variator.engine.plugin import SiteLayers
 from llm_variator.engine.session import Pass, broken, current_pass
@@ -45,7 +48,7 @@ class _AttentionCall:
 
     grouping: Grouping | None
     """None: one dense token per row."""
-    held: CompressedLayer | None
+    held: CompressedLayer | SelectedLayer | None
     cache: Any
     """The whole cache that `held` is a layer of: it moves offloaded layers when they are updated."""
     width: int
@@ -83,13 +86,15 @@ class _AttentionCall:
             key, value = self.grouping.take(key, 2), self.grouping.take(value, 2)
         if self.held is None:
             return key, value
+        if isinstance(self.held, SelectedLayer):
+            return self.cache.update(key, value, layer, columns=self.grouping.columns, width=self.width)
         out = self.cache.update(key, value, layer, grouping=self.grouping, width=self.width)
         self._remember()
         return out
 
     def _remember(self) -> None:
         if self.read is not None:
-            assert self.held is not None
+            assert isinstance(self.held, CompressedLayer)
             plan, hidden, position = self.read
             remember(self.held, plan, self.grouping, hidden, position)
 
@@ -109,6 +114,7 @@ class _AttentionCall:
         """
         kept = self.grouping if self.held is None else self.held
         assert kept is not None
+        assert not isinstance(kept, SelectedLayer)
         if self.grouping is None or not self.causal or rows == 1:
             return (kept.columns != FILLER)[:, None, None] if kept.has_fillers else None
         reach = self.grouping.columns if self.whole else self.grouping.reach
@@ -132,10 +138,30 @@ class _AttentionCall:
         if not self.attended:
             raise broken(f"layer {layer} attended without the library's attention function")
 
+    def attend_by_class(self, query: Tensor, scale: float) -> Tensor:
+        """Queries (b, heads, n, d) or the last of them, after a cache whose heads keep keys of their own choice."""
+        held, rows = self.held, query.shape[2]
+        assert isinstance(held, SelectedLayer)
+        new = None
+        if self.grouping is not None:
+            reach = self.grouping.columns if self.whole else self.grouping.reach
+            new = visible(reach[:, -rows:], self.grouping.columns)[:, 0]  # (b or 1, rows, new entries)
 
-def _compressed_layer(cache: Any, layer: int) -> CompressedLayer | None:
+        def attend_one(number: int, own: Tensor) -> Tensor:
+            entries = held.held(held.classes[number])
+            if new is None:
+                return attend(own, entries, scale)
+            mask = F.pad(new, (entries.keys.shape[2] - new.shape[2], 0), value=True)
+            if entries.valid is not None:
+                mask = mask & entries.valid[:, None]
+            return attend_masked(own, entries, mask[:, None], scale)
+
+        return by_class(query, held, attend_one)
+
+
+def _compressed_layer(cache: Any, layer: int) -> CompressedLayer | SelectedLayer | None:
     held = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
-    return held if isinstance(held, CompressedLayer) else None
+    return held if isinstance(held, (CompressedLayer, SelectedLayer)) else None
 
 
 def hook_attention(
@@ -153,16 +179,21 @@ def hook_attention(
         plugin, segment = now.plugin, now.segment
         whole = plugin.at("attention", layer) if plugin else None
         site = whole or (plugin.at("kv", layer) if plugin else None)
-        if site is None and held is None:
+        chooser = plugin.selects.get(layer) if plugin else None
+        if site is None and held is None and (chooser is None or segment is None):
             return None
         if segment is None and held is None:
             return None  # one token without a cache: plainly dense
         if "hidden_states" not in kwargs:
             args, kwargs = args[1:], {**kwargs, "hidden_states": args[0]}
         hidden = kwargs["hidden_states"]
+        if chooser is not None:
+            assert held is None or isinstance(held, SelectedLayer)
+            now.attention[layer] = SelectCall(chooser, now, held, cache, hidden)
+            return args, {**kwargs, name: now.attention[layer]}
         grouping = segment.grouping(site.k if site else 1) if segment else None
         width = hidden.shape[1]
-        if held is not None:
+        if isinstance(held, CompressedLayer):
             age(module, held, site, plugin.plan if plugin else None, grouping)
         call = _AttentionCall(grouping, held, cache, width, site, causal, whole is not None, hidden)
         if "position_bias" in kwargs and kwargs["position_bias"] is None:
@@ -189,8 +220,13 @@ def hook_attention(
         now = current_pass()
         if now is None or (call := now.attention.pop(layer, None)) is None:
             return None
-        call.prove(layer, len(projections))
         now.attended += 1
+        if isinstance(call, SelectCall):
+            call.prove(layer)
+            if call.scores is not None:
+                now.merged.append(("kv", layer))
+            return None
+        call.prove(layer, len(projections))
         if call.whole or call.entries is not None:
             now.merged.append(("attention" if call.whole else "kv", layer))
         if not call.whole or now.narrow is not None:
@@ -202,7 +238,7 @@ def hook_attention(
     def before_projection(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         now = current_pass()
         call = now.attention.get(layer) if now else None
-        if call is None or call.entries is None:
+        if not isinstance(call, _AttentionCall) or call.entries is None:
             return None
         call.projected += 1
         return (in_eights(call.entries),)
@@ -210,8 +246,9 @@ def hook_attention(
     def after_projection(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         now = current_pass()
         call = now.attention.get(layer) if now else None
-        if call is None or call.entries is None:
+        if not isinstance(call, _AttentionCall) or call.entries is None:
             return None
+        assert call.grouping is not None
         call.projected += 1
         return call.grouping.place(output[:, : call.entries.shape[1]])
 
@@ -285,7 +322,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    call: _AttentionCall | None,
+    call: _AttentionCall | SelectCall | None,
     now: Pass | None,
     rows: int | None = None,
     **kwargs: Any,
@@ -299,6 +336,10 @@ def _attend(
     if now is None or call is None:
         return stock(module, query, key, value, attention_mask, **kwargs)
     call.attended = True
+    if isinstance(call, SelectCall):
+        return call.attend(query, kwargs["scaling"]).transpose(1, 2).contiguous(), None
+    if isinstance(call.held, SelectedLayer):
+        return call.attend_by_class(query, kwargs["scaling"]).transpose(1, 2).contiguous(), None
     if (
         implementation == "flex_attention"
     ):  # its masks have a form of their own, and none means that all is seen

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from llm_variator.engine.cache import CompressedLayer
+from llm_variator.engine.cache import CompressedLayer, SelectedLayer
 from llm_variator.engine.cache.naming import NAMES
 from llm_variator.engine.groups import Slices
 from llm_variator.engine.session import Session, current, traced
@@ -128,6 +128,10 @@ def _obstacle(session: Session | None, kwargs: Mapping[str, Any]) -> str | None:
     if cache is not None and getattr(cache, "offloading", False):
         return "the KV cache is offloaded"
     plugin = session.plugin if session else None
+    if any(isinstance(layer, SelectedLayer) for layer in cache.layers if isinstance(cache, Cache)) or (
+        plugin is not None and plugin.selects
+    ):
+        return 'compressor "select" keeps keys of each head'
     if plugin is not None and plugin.config.decode_block is not None:
         return "decode_block merges generated tokens"
     return None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
-from llm_variator.engine.cache import adopt, is_compressed
+from llm_variator.engine.blocks import Place
+from llm_variator.engine.cache import SelectedLayer, adopt, is_compressed
 from llm_variator.engine.cache.naming import NAMES, take_cache
 from llm_variator.engine.contexts.inputs import refuse_empty
 from llm_variator.engine.groups import FILLER, Segment
@@ -52,17 +53,26 @@ def begin_pass(
         if cache is None and (config.use_cache if wanted is None else wanted):
             cache = DynamicCache(config=config)
         if cache is not None:
-            adopt(cache, plugin.cache_layers, config.num_hidden_layers)
+            adopt(cache, plugin.cache_layers, config.num_hidden_layers, plugin.plan.selected)
+            _refuse_ageing(cache, plugin.config.decode_block)
     if cache is not None:
         kwargs[cache_name] = cache
     past = cache.get_seq_length() if cache is not None else 0
-    segment = None
+    segment, places, unread = None, None, getattr(cache, "unread", 0)
     if tokens.shape[1] != 1 or session.edges is not None:
+        if unread and session.edges is None:
+            raise VariatorError(
+                f"a prompt of this cache has {unread} tokens left: read these first, by themselves"
+            )
         segment = _segment(session, tokens, kwargs.get("attention_mask"), past, cache)
         _refuse_packed(kwargs, segment)
-    session.now = Pass(plugin, segment, cache, _columns_read(host, kwargs) if session.skip_unread else None)
+        if plugin is not None and plugin.selects:
+            _refuse_weights(host, kwargs)
+            places = _places(session, segment, cache)
+    reads = _columns_read(host, kwargs) if session.skip_unread else None
+    session.now = Pass(plugin, segment, cache, reads, places, ends_prompts=bool(unread) and segment is None)
     if cache is not None:
-        cache.ends_before_last_token = False
+        cache.ends_before_last_token, cache.unread = False, 0
     session.passes += 1
     return args, kwargs
 
@@ -76,6 +86,39 @@ def end_pass(module: nn.Module, args: Any, output: Any) -> None:
     """
     if (session := current()) is not None:
         session.end_pass()
+
+
+def _places(session: Session, segment: Segment, cache: Any) -> list[Place]:
+    """Where the prompts of a pass begin in their prompts: at the start, unless these are read in parts."""
+    assert session.plugin is not None
+    uniform = segment.uniform_prompt is not None
+    if session.place is not None and uniform:
+        return [session.place]
+    plan = session.plugin.plan
+    head = first_dense(cache, plan)
+    prompts = (
+        segment.prompts if segment.uniform_prompt is None else [min(segment.uniform_prompt, segment.width)]
+    )
+    return [Place(head, plan.tail, 0, prompt) for prompt in prompts]
+
+
+def _refuse_ageing(cache: Any, decode_block: int | None) -> None:
+    """Raise where generated tokens would be merged in a cache that keeps single keys."""
+    if decode_block is not None and any(isinstance(layer, SelectedLayer) for layer in cache.layers):
+        raise VariatorError(
+            "this cache keeps single keys of each head: decode_block cannot merge tokens in it; go on with a plugin "
+            "without decode_block"
+        )
+
+
+def _refuse_weights(host: Any, kwargs: dict[str, Any]) -> None:
+    """Raise where attention weights are asked for: there is no one matrix of them."""
+    wanted = kwargs.get("output_attentions")
+    if host.config.output_attentions if wanted is None else wanted:
+        raise VariatorError(
+            'with compressor "select" every head sees other keys, in parts: leave out output_attentions, or use '
+            "model.disable_plugin()"
+        )
 
 
 def _columns_read(host: Any, kwargs: dict[str, Any]) -> int | None:

@@ -1,0 +1,364 @@
+"""One layer of a KV cache in which each head keeps keys and values of its own choice, for transformers' `DynamicCache`.
+
+Heads that hold equally many entries form a *class*, whose entries are one plain tensor (b, heads, entries, head_dim)
+in a store. Classes are split where a plugin gives their heads different ratios, and never joined again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
+
+from llm_variator.engine.blocks import Kept, Open, Region
+from llm_variator.engine.cache.layer import CompressedLayer
+from llm_variator.engine.cache.stores import whole
+from llm_variator.engine.groups import FILLER
+from llm_variator.errors import VariatorError
+
+
+class Entries(NamedTuple):
+    """Keys and values (b, heads, m, d) of a class, and which of them are no fillers (b or 1, m); None: all."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadClass:
+    """Heads of one layer that hold equally many entries."""
+
+    heads: tuple[int, ...]
+    store: DynamicLayer
+    columns: Tensor
+    """(b or 1, heads, known) int32: the column in the whole sequence of the first entries, `FILLER` where there is
+    none; the entries after them are dense tokens, up to the last."""
+    k: int = 1
+    """The ratio at which the newest prompt was reduced."""
+
+    @property
+    def entries(self) -> int:
+        """Entries held in every row, fillers of shorter rows included."""
+        return self.store.get_seq_length()
+
+    @property
+    def places(self) -> slice | list[int]:
+        """An index of the heads: a slice where they are neighbours, so that nothing is copied."""
+        first, last = self.heads[0], self.heads[-1]
+        return slice(first, last + 1) if last - first == len(self.heads) - 1 else list(self.heads)
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> HeadClass:
+        """With rows picked or repeated in the columns; the store changes by itself."""
+        return dataclasses.replace(
+            self, columns=change(self.columns) if len(self.columns) > 1 else self.columns
+        )
+
+
+class SelectedLayer(DynamicLayer):
+    """Keys and values of KV heads that stand for `get_seq_length()` columns."""
+
+    is_croppable = False
+
+    def __init__(self, heads: int) -> None:
+        self.tokens = 0
+        self.classes = [
+            HeadClass(tuple(range(heads)), DynamicLayer(), torch.empty(1, heads, 0, dtype=torch.int32))
+        ]
+        self.open: Open | None = None
+        """Of prompts that are being read."""
+        self.has_fillers = False
+
+    @classmethod
+    def of(cls, layer: DynamicLayer, heads: int) -> SelectedLayer:
+        """With what `layer`, dense or merged, holds."""
+        new = cls(heads)
+        if not layer.get_seq_length():
+            return new
+        merged = isinstance(layer, CompressedLayer)
+        keys, values = whole(layer.store if isinstance(layer, CompressedLayer) else layer)
+        store = DynamicLayer()
+        store.update(keys, values)
+        columns = torch.empty(1, heads, 0, dtype=torch.int32, device=keys.device)
+        if isinstance(layer, CompressedLayer):
+            columns = layer.columns.int()[:, None].expand(-1, heads, -1)
+            new.has_fillers = layer.has_fillers
+        new.tokens = layer.tokens if merged else keys.shape[2]  # type: ignore[attr-defined]
+        new.classes = [HeadClass(new.classes[0].heads, store, columns)]
+        return new
+
+    # --- what transformers asks
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Of the first class."""
+        return self.classes[0].store.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Of the first class."""
+        return self.classes[0].store.values
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether there are keys yet."""
+        return self.classes[0].store.is_initialized
+
+    def get_seq_length(self) -> int:
+        """Columns this layer stands for: what positions and 2D masks count."""
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes of the mask transformers builds; this layer replaces that mask by its own."""
+        return self.tokens + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what a block has lost does not come back."""
+        raise VariatorError("a compressed KV cache cannot be cropped (assisted decoding is not supported)")
+
+    def offload(self) -> None:
+        """Move the entries to the CPU."""
+        for one in self.classes:
+            one.store.offload()
+
+    def prefetch(self) -> None:
+        """Move them back to their device."""
+        for one in self.classes:
+            one.store.prefetch()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__(len(self.counts))  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        for one in self.classes:
+            one.store.batch_repeat_interleave(repeats)
+        self.classes = [one.rows(lambda t: t.repeat_interleave(repeats, dim=0)) for one in self.classes]
+        if self.open is not None:
+            rows = range(len(self.open.places))
+            self.open = self.open.rows([row for row in rows for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        for one in self.classes:
+            one.store.batch_select_indices(indices)
+        self.classes = [one.rows(lambda t: t[indices.to(t.device)]) for one in self.classes]
+        if self.open is not None:
+            self.open = self.open.rows(indices.tolist())
+
+    # --- what it holds
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Entries of every head, fillers of shorter rows included."""
+        counts = {head: one.entries for one in self.classes for head in one.heads}
+        return tuple(counts[head] for head in sorted(counts))
+
+    @property
+    def entries(self) -> float:
+        """The mean of `counts`."""
+        total, heads = sum(self.counts), len(self.counts)
+        return total // heads if total % heads == 0 else total / heads
+
+    def columns(self, one: HeadClass) -> Tensor:
+        """(b or 1, heads, entries) int32: the column of every entry of a class, `FILLER` where there is none."""
+        rest = one.entries - one.columns.shape[-1]
+        dense = torch.arange(self.tokens - rest, self.tokens, dtype=torch.int32, device=one.columns.device)
+        return torch.cat((one.columns, dense.expand(*one.columns.shape[:2], -1)), dim=-1)
+
+    def held(self, one: HeadClass) -> Entries:
+        """Keys and values of a class."""
+        valid = None
+        if self.has_fillers:
+            valid = self.columns(one)[:, 0] != FILLER
+        return Entries(*whole(one.store), valid)
+
+    def all_held(self) -> list[Entries | None]:
+        """Of every class; None where there is nothing yet."""
+        return [self.held(one) if one.entries else None for one in self.classes]
+
+    # --- changes
+
+    def refine(self, ratios: Sequence[int]) -> None:
+        """Split classes until all heads of each have the same of the `ratios`, one per head."""
+        refined = []
+        for one in self.classes:
+            kinds = sorted({ratios[head] for head in one.heads})
+            for k in kinds:
+                places = [place for place, head in enumerate(one.heads) if ratios[head] == k]
+                heads = tuple(one.heads[place] for place in places)
+                store, columns = one.store, one.columns
+                if len(kinds) > 1:
+                    store, columns = DynamicLayer(), columns[:, places]
+                    if one.entries:
+                        keys, values = whole(one.store)
+                        store.update(keys[:, places], values[:, places])
+                refined.append(HeadClass(heads, store, columns, k))
+        self.classes = refined
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        take: Callable[[Tensor, Tensor], None] | None = None,
+        columns: Tensor | None = None,
+        width: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Append the same entries (b, heads, n, d) to every head; returns them, not what was there before.
+
+        Args:
+            key_states: like `value_states`.
+            value_states: of the entries.
+            *args: none.
+            take: does all of it in place of this method.
+            columns: (b or 1, n) where they stand among `width` new columns, `FILLER` where they are none; None: they
+                are n dense tokens.
+            width: new columns.
+            **kwargs: none.
+        """
+        if take is not None:
+            take(key_states, value_states)
+            return key_states, value_states
+        placed = None if columns is None else torch.where(columns == FILLER, FILLER, columns + self.tokens)
+        changed = []
+        for one in self.classes:
+            if placed is not None:
+                own = placed[:, None].expand(-1, len(one.heads), -1)
+                one = dataclasses.replace(one, columns=_joined(self.columns(one), own))
+            one.store.update(key_states[:, one.places], value_states[:, one.places])
+            changed.append(one)
+        self.classes = changed
+        self.tokens += key_states.shape[2] if width is None else width
+        self.has_fillers |= columns is not None and bool((columns == FILLER).any())
+        return key_states, value_states
+
+    def newest(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last `count` entries of all heads (b, heads, count, d)."""
+        order = [head for one in self.classes for head in one.heads]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        pairs = [whole(one.store) for one in self.classes]
+        keys, values = (
+            torch.cat([pair[side][:, :, pair[side].shape[2] - count :] for pair in pairs], dim=1)[:, back]
+            for side in (0, 1)
+        )
+        return keys, values
+
+    def replace(self, old: int, keys: Tensor, values: Tensor, columns: Tensor, kept: Sequence[Kept]) -> None:
+        """Put what every class keeps of a region (b, heads, T, d) in place of its last `old` entries.
+
+        `columns` (b or 1, T) of the region in the whole sequence, which may be longer from now on.
+        """
+        changed = []
+        for one, own in zip(self.classes, kept, strict=True):
+            first = one.entries - old
+            before, store = self.columns(one)[..., :first], one.store
+            if old:
+                store = DynamicLayer()
+                if first:
+                    store.update(*(held[:, :, :first] for held in whole(one.store)))
+            store.update(own.take(keys[:, one.places]), own.take(values[:, one.places]))
+            placed = _joined(before, own.place(columns[:, None]))
+            changed.append(dataclasses.replace(one, store=store, columns=placed))
+            self.has_fillers |= own.valid is not None
+        self.classes = changed
+
+    def end_prompts(self) -> list[Tensor]:
+        """Reduce prompts whose last token was the newest; per class (b, heads, entries) bool: what it saw of them."""
+        assert self.open is not None
+        region = Region(
+            self.open.places, [1] * len(self.open.places), self.open.block, self.open.scores.device
+        )
+        size, lengths = region.tokens, torch.tensor(region.lengths, device=region.device)
+        column = torch.arange(size, device=region.device)
+        aligned = (column + (size - lengths)[:, None]).clamp(max=size - 1)[
+            :, None
+        ]  # rows end together in the cache
+        scores = F.pad(self.open.scores, (size - 1 - self.open.scores.shape[-1], 1))
+        scores = scores.gather(-1, aligned.expand(-1, scores.shape[1], -1))
+        order, changed, seen = region.order(scores), [], []
+        for one in self.classes:
+            entry = torch.arange(one.entries, device=region.device) - (one.entries - lengths)[:, None, None]
+            inside = entry.clamp(min=0).expand(-1, len(one.heads), -1)
+            own = order[:, one.places]
+            seen.append(region.seen_by_last(own, one.k).gather(-1, inside) | (entry < 0))
+            keep = region.keep(scores[:, one.places], own, one.k).gather(-1, inside) | (entry < 0)
+            counts = [
+                count + one.entries - n for count, n in zip(region.counts(one.k), region.lengths, strict=True)
+            ]
+            if (valid := self.held(one).valid) is not None:
+                keep = keep & valid[:, None]
+                counts = keep[:, 0].sum(-1).tolist()
+            kept, store = Kept.of(keep, counts), DynamicLayer()
+            store.update(*map(kept.take, whole(one.store)))
+            changed.append(dataclasses.replace(one, store=store, columns=kept.place(self.columns(one)).int()))
+            self.has_fillers |= kept.valid is not None
+        self.classes, self.open = changed, None
+        return seen
+
+    def hide(self, mask: Tensor) -> None:
+        """Make entries invisible whose token (rows, tokens) is not in `mask`; for tokens behind the end of a row."""
+        changed = []
+        for one in self.classes:
+            columns = self.columns(one).expand(len(mask), -1, -1)
+            known = mask.bool().to(columns.device)[:, None].expand(-1, columns.shape[1], -1)
+            seen = known.gather(-1, columns.long().clamp(min=0))
+            changed.append(dataclasses.replace(one, columns=columns.masked_fill(~seen, FILLER)))
+            self.has_fillers |= bool((changed[-1].columns == FILLER).any())
+        self.classes = changed
+
+    def fork(self) -> SelectedLayer:
+        """A layer that goes on by itself from the same entries; storage is shared until the two diverge."""
+        new = copy.copy(self)
+        new.classes = [dataclasses.replace(one, store=copy.copy(one.store)) for one in self.classes]
+        return new
+
+    @classmethod
+    def stack(cls, parts: Sequence[SelectedLayer], rows: Sequence[int], tokens: int) -> SelectedLayer:
+        """Those of several batches, of so many `rows`, as one batch whose entries are right-aligned.
+
+        `tokens`: columns of the longest.
+        """
+        like = max(parts, key=lambda part: len(part.classes))
+        new = cls(len(like.counts))
+        new.tokens, new.has_fillers, new.classes = tokens, False, []
+        for number, one in enumerate(like.classes):
+            size = max(part.classes[number].entries for part in parts if part.tokens)
+            keys, values, columns = [], [], []
+            for part, count in zip(parts, rows, strict=True):
+                if not part.tokens:
+                    empty = whole(one.store)[0][:1, :, :0].expand(count, -1, -1, -1)
+                    pair, own = (empty, empty), one.columns.new_empty(count, len(one.heads), 0)
+                else:
+                    own = part.columns(part.classes[number]).expand(count, -1, -1)
+                    own = torch.where(own == FILLER, FILLER, own + (tokens - part.tokens))
+                    pair = whole(part.classes[number].store)
+                missing = size - own.shape[-1]
+                keys.append(F.pad(pair[0].expand(count, -1, -1, -1), (0, 0, missing, 0)))
+                values.append(F.pad(pair[1].expand(count, -1, -1, -1), (0, 0, missing, 0)))
+                columns.append(F.pad(own, (missing, 0), value=FILLER))
+            store = DynamicLayer()
+            store.update(torch.cat(keys), torch.cat(values))
+            placed = torch.cat(columns).int()
+            new.has_fillers |= bool((placed == FILLER).any())
+            new.classes.append(dataclasses.replace(one, store=store, columns=placed))
+        new.open = Open.stack([part.open for part in parts], rows)
+        return new
+
+
+def _joined(before: Tensor, after: Tensor) -> Tensor:
+    rows = max(len(before), len(after))
+    before = before.to(after.device).expand(rows, -1, -1)
+    return torch.cat((before, after.int().expand(rows, -1, -1)), dim=-1)

@@ -1,0 +1,207 @@
+"""Site "kv" where keys and values are kept ("select"): one layer's attention, and what its cache then holds.
+
+The model's own code computes queries, keys and values of all tokens. Its call of the cache hands them to a
+`SelectCall`, which stores what is kept of them; then the attention function has it attend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_variator.engine.blocks import Kept, Region
+from llm_variator.engine.cache import SelectedLayer
+from llm_variator.engine.cache.selected import Entries
+from llm_variator.engine.hooks.last_layer import at_the_end
+from llm_variator.engine.hooks.strips import attend, attend_region
+from llm_variator.engine.plugin import SelectLayers
+from llm_variator.engine.session import Pass, broken
+
+
+class SelectCall:
+    """One layer's attention in a pass with a plugin that selects; stands in for the cache inside the layer."""
+
+    def __init__(
+        self, site: SelectLayers, now: Pass, held: SelectedLayer | None, cache: Any, hidden: Tensor
+    ) -> None:
+        """`held` None: nothing is cached. `hidden` (b, n, d) is what the attention reads."""
+        self.site, self.now, self.cache = site, now, cache
+        self.stored = held is not None
+        self.held = SelectedLayer(len(site.ratios)) if held is None else held
+        self.past = self.held.tokens
+        self.scores = None if now.rows is None else site.score(hidden)
+        """(b, H, n), of a prompt; here H are all KV heads."""
+        self.updated = False
+        self.attended = False
+        self._attend: Callable[[Tensor, float], Tensor]
+
+    def get_seq_length(self, layer: int) -> int:
+        """Columns before this pass."""
+        return self.past
+
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store what is kept of keys and values (b, H, n, d); returns all of them."""
+        self.updated = True
+        self.held.refine(self.site.ratios)
+        take = self._take_token if self.now.rows is None else self._take_prompt
+        if self.stored:
+            self.cache.update(key, value, layer, take=take)
+        else:
+            take(key, value)
+        return key, value
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """(b, query heads, n, d) -> the same, of all columns or of the last."""
+        self.attended = True
+        return self._attend(query, scale)
+
+    def prove(self, layer: int) -> None:
+        """When the layer's attention has ended: raise unless the model's code used what this stands for."""
+        if not self.updated:
+            raise broken(f"the attention of layer {layer} did not hand its keys and values to its cache")
+        if not self.attended:
+            raise broken(f"layer {layer} attended without the library's attention function")
+
+    # --- prompts, and what comes after them in the same pass
+
+    def _take_prompt(self, key: Tensor, value: Tensor) -> None:
+        held, rows, region = self.held, self.now.rows, self.now.region(self.site.block)
+        assert rows is not None
+        assert self.scores is not None
+        keys, values = rows.prompt(key), rows.prompt(value)
+        scores = rows.prompt(self.scores.unsqueeze(-1)).squeeze(-1)
+        columns = self.past + rows.prompt_columns
+        if old := region.pending:
+            assert held.open is not None
+            keys, values = (
+                torch.cat(pair, dim=2) for pair in zip(held.newest(old), (keys, values), strict=True)
+            )
+            scores = torch.cat((held.open.scores, scores), dim=-1)
+            first = torch.arange(self.past - old, self.past, device=key.device).expand(len(columns), -1)
+            columns = torch.cat((first, columns), dim=1)
+        order = region.order(scores)
+        before = [_without_last(own, old) for own in held.all_held()]
+        kept = [
+            Kept.of(region.keep(scores[:, one.places], order[:, one.places], one.k), region.counts(one.k))
+            for one in held.classes
+        ]
+        held.replace(old, keys, values, columns, kept)
+        held.open = region.after(scores)
+        if rows.uniform:
+            held.tokens += rows.prompts[0]
+            if rows.rest_columns.shape[1]:
+                held.update(rows.rest(key), rows.rest(value))
+        else:
+            held.update(rows.rest(key), rows.rest(value), columns=rows.rest_columns, width=rows.width)
+        after = held.all_held() if rows.rest_columns.shape[1] else []
+        self._attend = partial(self._attend_prompt, keys, values, order, before, after)
+
+    def _attend_prompt(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        order: Tensor,
+        before: list[Entries | None],
+        after: list[Entries | None],
+        query: Tensor,
+        scale: float,
+    ) -> Tensor:
+        rows, region, wanted = self.now.rows, self.now.region(self.site.block), query.shape[2]
+        assert rows is not None
+        if rows.uniform:
+            rest = min(wanted, rows.rest_columns.shape[1])
+            first, last = query[:, :, : wanted - rest], query[:, :, wanted - rest :]
+        else:  # rows may end in different columns
+            whole = at_the_end(query.transpose(1, 2), rows.width).transpose(1, 2)
+            first, last = rows.prompt(whole), rows.rest(whole)
+
+        def read(number: int, own: Tensor) -> Tensor:
+            one = self.held.classes[number]
+            parts = own, keys[:, one.places], values[:, one.places], before[number], order[:, one.places]
+            if rows.uniform or region.tails_are_near:
+                return attend_region(*parts, region, one.k, scale)
+            singles = [
+                attend_region(*_row(row, single, *parts), single, one.k, scale)
+                for row, single in enumerate(region.singles())
+            ]
+            return torch.stack([_padded(out[0], own.shape[3]) for out in singles])
+
+        def go_on(number: int, own: Tensor) -> Tensor:
+            held = after[number]
+            assert held is not None
+            return attend(own, held, scale)
+
+        out = self._by_class(first, read) if first.shape[2] else first
+        out = rows.joined(out, self._by_class(last, go_on) if last.shape[2] else last)
+        return out[:, :, out.shape[2] - wanted :]
+
+    # --- single tokens
+
+    def _take_token(self, key: Tensor, value: Tensor) -> None:
+        held = self.held
+        held.update(key, value)
+        found = held.all_held()
+        seen: list[Tensor | None] = [None] * len(found)
+        if self.now.ends_prompts and held.open is not None:
+            seen = list(held.end_prompts())
+
+        def step(number: int, own: Tensor, scale: float) -> Tensor:
+            entries = found[number]
+            assert entries is not None
+            return attend(own, entries, scale, seen[number])
+
+        self._attend = lambda query, scale: self._by_class(query, partial(step, scale=scale))
+
+    def _by_class(self, query: Tensor, attend_one: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """(b, query heads, n, d), computed class by class: its number, (b, heads, g, n, d) -> the same."""
+        return by_class(query, self.held, attend_one)
+
+
+def by_class(query: Tensor, held: SelectedLayer, attend_one: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """(b, query heads, n, d) attend class by class: number of the class, (b, heads, g, n, d) -> the same."""
+    grouped = query.unflatten(1, (len(held.counts), -1))
+    outputs = [attend_one(number, grouped[:, one.places]) for number, one in enumerate(held.classes)]
+    if len(outputs) == 1:
+        return outputs[0].flatten(1, 2)
+    order = [head for one in held.classes for head in one.heads]
+    out = torch.cat(outputs, dim=1)
+    if order != sorted(order):
+        out = out[:, sorted(range(len(order)), key=order.__getitem__)]
+    return out.flatten(1, 2)
+
+
+def _without_last(held: Entries | None, count: int) -> Entries | None:
+    if held is None or not count:
+        return held
+    end = held.keys.shape[2] - count
+    valid = None if held.valid is None else held.valid[:, :end]
+    return Entries(held.keys[:, :, :end], held.values[:, :, :end], valid) if end else None
+
+
+def _row(
+    row: int,
+    region: Region,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    before: Entries | None,
+    order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Entries | None, Tensor]:
+    """What `attend_region` takes, of one row."""
+    own, n = slice(row, row + 1), region.tokens
+    if before is not None:
+        valid = before.valid if before.valid is None or len(before.valid) == 1 else before.valid[own]
+        before = Entries(before.keys[own], before.values[own], valid)
+    blocks = (n - region.lead) // region.block if n > region.lead else 0
+    return query[own, :, :, :n], keys[own, :, :n], values[own, :, :n], before, order[own, :, :blocks]
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """(heads, g, n, d) -> (heads, g, width, d)."""
+    return torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[2]))
