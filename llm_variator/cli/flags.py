@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_variator.cli import REQUIRED, flag, spelled
-from llm_variator.cli.values import JsonMapping, Layers, Names, Natural, PositiveInt, Ratio, Whole
+from llm_variator.cli.values import (
+    JsonLists,
+    JsonMapping,
+    Layers,
+    Names,
+    Natural,
+    PositiveInt,
+    Ratio,
+    Whole,
+    Word,
+)
 from llm_variator.config import VariatorConfig
 
 
@@ -63,7 +73,11 @@ class PluginConfig:
     k: Ratio | None = flag(None, "compression ratio, one for all sites or one each: 2 or ffn=2,kv=4")
     sites: Names | None = flag(None, "where to compress: some of ffn,attention,kv, and for T5 cross")
     r: Whole | None = flag(None, "bottleneck width of the decompressor")
-    compressor: str | None = flag(None, "how a group becomes one vector: weighted or mean")
+    compressor: Word | None = flag(
+        None,
+        "how a group becomes one vector: weighted or mean; for site kv of a decoder also select: each head keeps "
+        "single keys and values. One for all sites or one each: ffn=weighted,kv=select",
+    )
     decompressor: str | None = flag(None, "how one vector becomes k again: adapter or copy")
     activation: str | None = flag(None, "in the adapter: identity (paper) or tanh (its released code)")
     layers: Layers | None = flag(None, "layers that get a plugin, as in 0-5,8 (default: all)")
@@ -72,6 +86,13 @@ class PluginConfig:
         "per site one ratio for every layer, 1 leaving the layer dense: '{\"ffn\": [1, 2, 2, 4]}'",
         metavar="JSON",
     )
+    k_per_head: JsonLists | None = flag(
+        None,
+        "with select: for every layer one ratio per KV head: '[[4, 1], [2, 64]]' (default: by --keep, or --k for all)",
+        metavar="JSON",
+    )
+    block: Whole | None = flag(None, "with select: neighbouring tokens among which a head chooses")
+    score_fits: Whole | None = flag(None, "with select: linear maps in a head's score")
     dense_head: Whole | None = flag(None, "first prompt tokens kept uncompressed")
     dense_tail: Whole | None = flag(None, "least number of last prompt tokens kept uncompressed")
     decode_block: Whole | None = flag(

@@ -73,6 +73,37 @@ def ratio(value: Any) -> int | dict[str, int]:
     raise ArgumentTypeError(f"expected a whole number or one per site, as in ffn=2,kv=4; got {value!r}")
 
 
+def word(value: Any) -> str | dict[str, str]:
+    """`mean` -> "mean"; `ffn=weighted,kv=select`, such a JSON object or mapping -> one word per site."""
+    if isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith("{")):
+        found = json_mapping(value)
+    elif isinstance(value, str) and "=" in value:
+        pairs = (part.split("=", 1) for part in names(value) if "=" in part)
+        found = {site.strip(): one.strip() for site, one in pairs}
+    else:
+        found = value
+    words = list(found.values()) if isinstance(found, dict) else [found]
+    if not all(isinstance(one, str) and one for one in words):
+        raise ArgumentTypeError(
+            f"expected a word or one per site, as in ffn=weighted,kv=select; got {value!r}"
+        )
+    return found
+
+
+def json_lists(value: Any) -> tuple[tuple[int, ...], ...]:
+    """A JSON list of lists of whole numbers, or such lists."""
+    try:
+        rows = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        rows = None
+    whole = isinstance(rows, (list, tuple)) and all(
+        isinstance(row, (list, tuple)) and all(type(number) is int for number in row) for row in rows
+    )
+    if not whole:
+        raise ArgumentTypeError(f"expected a JSON list of lists of whole numbers, got {value!r}")
+    return tuple(tuple(row) for row in rows)
+
+
 _MOST_LAYERS = 10_000  # of any model: a range beyond is a slip of the pen
 
 
@@ -95,3 +126,5 @@ Names = Annotated[tuple[str, ...], names]
 JsonMapping = Annotated[dict[str, Any], json_mapping]
 Ratio = Annotated[int | dict[str, int], ratio]
 Layers = Annotated[tuple[int, ...], layer_ranges]
+Word = Annotated[str | dict[str, str], word]
+JsonLists = Annotated[tuple[tuple[int, ...], ...], json_lists]

@@ -24,6 +24,7 @@ from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_re
 from llm_variator.sources.models import load_model
 from llm_variator.sources.models.quantisation import base_bytes, predicted_bytes
 from llm_variator.train.distributed import is_main_process, wants_fsdp, world_size
+from llm_variator.train.fitting import fit_scores
 from llm_variator.train.least_squares import LeastSquares
 from llm_variator.train.objective import forward_arguments
 from llm_variator.train.settings import FREE_ON_RESUME, SCHEDULES, Settings, check_machine
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = read(argv)
     check_machine(settings)
+    if settings.fits_scores:
+        _check_writable(settings)
+        fit_scores(settings, argv, started, RESULT_FILE)
+        return
     checkpoint = _check_output(settings)
 
     run = prepare(settings)
@@ -77,12 +82,16 @@ def _check_output(settings: Settings) -> Path | None:
         return checkpoint
     if checkpoints(settings.folder):
         raise VariatorError(f"{settings.folder} holds checkpoints: add --resume, or choose another --output")
+    _check_writable(settings)
+    return None
+
+
+def _check_writable(settings: Settings) -> None:
     place = settings.folder.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise VariatorError(f"cannot write to {settings.folder}: choose another --output")
-    return None
 
 
 def _deciding(settings: Settings) -> dict[str, Any]:
@@ -134,7 +143,7 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
     keeps_best = settings.stage != "pretrain" and settings.save_every > 0
     arguments = TrainingArguments(
         output_dir=str(settings.folder),
-        max_steps=settings.max_steps,
+        max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accum,
@@ -150,7 +159,7 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
         eval_steps=settings.eval_every,
         eval_on_start=not resuming,
         save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or settings.max_steps,
+        save_steps=settings.save_every or settings.steps,
         save_total_limit=settings.save_total_limit,
         load_best_model_at_end=keeps_best,
         metric_for_best_model=run.judge.figure if keeps_best else None,
@@ -241,7 +250,7 @@ def _finish(
         )
         facts = {
             **{name: scrub_paths(value) for name, value in run.data.items()},
-            "steps": f"{settings.max_steps}, each {settings.batch_size * settings.grad_accum * world_size()} rows",
+            "steps": f"{settings.steps}, each {settings.batch_size * settings.grad_accum * world_size()} rows",
             "loss": settings.loss,
             "wall time": f"{result['wall_seconds']:.0f} s on {where}",
             "held out" if settings.stage != "pretrain" else "held-out figures": words,

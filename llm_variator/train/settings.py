@@ -37,7 +37,9 @@ class Baselines:
         None, "--method distill: start from this student instead of a new one", metavar="DIR"
     )
     student_layers: PositiveInt | None = flag(None, "encoder layers of a new student (default: by FLOPs)")
-    keep: Share = flag(0.25, "--method ltp: share of tokens with an FFN")
+    keep: Share = flag(
+        0.25, "--method ltp: share of tokens with an FFN; --compressor kv=select: share of keys and values"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,9 @@ class OnTask:
 class Optimisation:
     """Optimisation."""
 
-    max_steps: PositiveInt = flag(1000, "optimiser steps")
+    max_steps: Natural | None = flag(
+        None, "optimiser steps (default: 1000; with --compressor kv=select none, its scores are fitted)"
+    )
     batch_size: PositiveInt = flag(2, "rows in a micro-batch, on each device")
     grad_accum: PositiveInt = flag(1, "micro-batches in a step")
     loss: str = flag(
@@ -134,6 +138,19 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores (--compressor kv=select)."""
+
+    fit_samples: PositiveInt = flag(200, "contexts that the scores are fitted on")
+    fit_tokens: tuple[PositiveInt, ...] = flag(
+        (512, 2048, 4096), "their lengths; each of them gets as many tokens", metavar="TOKENS"
+    )
+    calibrate_tokens: tuple[PositiveInt, ...] = flag(
+        (512,), "prompt lengths at which no more than --keep is kept", metavar="TOKENS"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Logs:
     """Logs and checkpoints."""
 
@@ -143,13 +160,15 @@ class Logs:
     )
     save_total_limit: PositiveInt = flag(2, "checkpoints kept")
     drop_checkpoints: bool = flag(False, "delete the checkpoints once the run is finished")
-    save_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the finished plugin")
+    save_dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "of the finished plugin")
     logging_every: PositiveInt = flag(10, "steps between log lines")
     tensorboard: bool = flag(False, "write TensorBoard logs to OUTPUT/runs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Logs, Start, Optimisation, OnTask, PlainText, Baselines, flags.PluginConfig, flags.BaseModel):
+class Settings(
+    Logs, Scores, Start, Optimisation, OnTask, PlainText, Baselines, flags.PluginConfig, flags.BaseModel
+):
     """Train a compression plugin: the model with it learns to reproduce the model without it.
 
     Also the fine-tuned models it is adapted to, and the baselines it is compared with.
@@ -214,6 +233,19 @@ class Settings(Logs, Start, Optimisation, OnTask, PlainText, Baselines, flags.Pl
                 f"the best checkpoint can only be kept if --save-every {self.save_every} is a multiple of "
                 f"--eval-every {self.eval_every}"
             )
+        if self.max_steps == 0 and not self.fits_scores:
+            raise VariatorError("--max-steps: expected a whole number of at least 1, got 0")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return 1000 if self.max_steps is None else self.max_steps
+
+    @property
+    def fits_scores(self) -> bool:
+        """Whether a plugin is asked for whose scores are fitted in closed form."""
+        is_new = self.stage == "pretrain" and self.method == "variator" and self.plugin is None
+        return is_new and self.plugin_config().selects
 
     @property
     def folder(self) -> Path:
@@ -233,7 +265,8 @@ class Settings(Logs, Start, Optimisation, OnTask, PlainText, Baselines, flags.Pl
             else:
                 config = self.plugin_config()
                 ratios = [config.k] if isinstance(config.k, int) else config.k.values()
-                parts += [f"k{'-'.join(map(str, ratios))}", *config.sites]
+                kept = [f"keep{self.keep:g}"] if config.selects else [f"k{'-'.join(map(str, ratios))}"]
+                parts += [*kept, *config.sites]
         return "-".join(parts)
 
 

@@ -1,0 +1,264 @@
+"""`python -m llm_variator.train --compressor kv=select`: scores in closed form, then ratios for what is to be kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llm_variator.config import VariatorConfig
+from llm_variator.engine.hooks import host_of
+from llm_variator.engine.plugin import base_signature
+from llm_variator.errors import VariatorError
+from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_result
+from llm_variator.model import VariatorModel
+from llm_variator.sources.corpora import parse_sources
+from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.train.distributed import world_size
+from llm_variator.train.futures import FUTURES, Samples
+from llm_variator.train.scores import TOGETHER, Fit, Moments, Watch, targets
+from llm_variator.train.settings import Settings
+from llm_variator.train.shares import Budget, deserved
+
+MOMENTS_FILE = "moments.safetensors"
+HELD_OUT = 6  # samples
+PROMPTS = 10  # of each length, for what each head deserves
+
+
+def fit_scores(settings: Settings, argv: Sequence[str], started: float, result: str) -> None:
+    """Fit, calibrate and save a plugin into the settings' folder, and its figures into the file `result` there.
+
+    Raises:
+        VariatorError: model, data and flags do not go together, or cannot be read.
+    """
+    config = settings.plugin_config()
+    _check(settings, config)
+    file = settings.folder / MOMENTS_FILE
+    if file.exists() and not settings.resume:
+        raise VariatorError(f"{file} is of an earlier run: add --resume, or choose another --output")
+    if settings.resume and not file.exists():
+        raise VariatorError(f"nothing to resume: there is no {file}; leave --resume out")
+    base = load_model(settings.model, **settings.loading(), device=_device(settings)).eval()
+    fitting = _Fitting(settings, config, base)
+    with fitting.watch.attached():
+        moments = fitting.gather(file)
+        fits = {name: moments.solve(name) for name in moments.present()}
+        explained = fitting.explained(fits)
+        fitting.choose(fits)
+        if config.k_per_head is None:
+            fitting.calibrate()
+    model = fitting.model()
+    kept = fitting.kept()
+    figures = {
+        "explained": explained,
+        "fits": fitting.names,
+        "kept": kept,
+        "tokens": int(moments.tokens()),
+        "samples": moments.samples,
+        "peak_memory_gib": peak_memory_gib(),
+        "config": model.plugin().config.to_dict(),
+    }
+    stored = write_result(
+        settings.folder / result,
+        figures,
+        command=["llm_variator.train", *argv],
+        seed=settings.seed,
+        started=started,
+    )
+    where = stored["machine"]["gpu"] or f"{stored['machine']['cores']} cores of {stored['machine']['cpu']}"
+    shares = {length: f"{share:.3f} of a prompt of {length} tokens" for length, share in kept.items()}
+    facts = {
+        "fitted on": scrub_paths(", ".join(settings.data)),
+        "fit": f"{figures['tokens']:,} tokens of {moments.samples} contexts of {_words(settings.fit_tokens)} tokens",
+        "entries": ", ".join(shares.values()),
+        "explained variance, held out": ", ".join(f"{name} {r2:.2f}" for name, r2 in explained.items()),
+        "wall time": f"{stored['wall_seconds']:.0f} s on {where}",
+        "command": f"`{stored['command']}`",
+    }
+    model.save_pretrained(settings.folder, dtype=getattr(torch, settings.save_dtype), facts=facts)
+    if settings.drop_checkpoints:
+        file.unlink()
+    print(f"explained variance, held out: {facts['explained variance, held out']}")
+    print(f"entries kept: {facts['entries']}")
+    print(f"plugin saved to {settings.folder}")
+
+
+class _Fitting:
+    """The steps of one run."""
+
+    def __init__(self, settings: Settings, config: VariatorConfig, base: PreTrainedModel) -> None:
+        self._settings, self._base, self.watch = settings, base, Watch(base)
+        self._count = int(host_of(base).config.num_hidden_layers)
+        self._config = config.resolved(base_signature(host_of(base), self._count), decoder=True)
+        self._tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+        self._chosen = [i for i in self.watch.layers if config.layers is None or i in config.layers]
+        if not self._chosen:
+            raise VariatorError(
+                "--layers names only layers with a sliding window, which keep their keys: name others"
+            )
+        self._budget = Budget(
+            settings.keep,
+            settings.calibrate_tokens,
+            ends=self._config.ends,
+            block=self._config.block,
+            dense_layers=len(self.watch.layers) - len(self._chosen),
+        )
+        self._samples = self._read(settings.fit_samples + HELD_OUT, settings.fit_tokens, settings.seed)
+        positions = getattr(host_of(base).config, "max_position_embeddings", None)
+        if positions is not None and self._samples.longest > positions:
+            raise VariatorError(
+                f"--fit-tokens {max(settings.fit_tokens)} and what follows take {self._samples.longest} positions, "
+                f"the model has {positions} positions: make contexts shorter"
+            )
+        self.names = _names(self._config.score_fits, questions=self._samples.has_questions)
+
+    def _read(self, count: int, lengths: Sequence[int], seed: int) -> Samples:
+        return Samples(
+            parse_sources(self._settings.data),
+            self._tokenizer,
+            count=count,
+            lengths=lengths,
+            ends=self._config.ends,
+            seed=seed,
+            data_dir=self._settings.data_dir,
+        )
+
+    def gather(self, file: Path) -> Moments:
+        """The sums over all samples to fit; `file` keeps what is there so far."""
+        settings = self._settings
+        moments = Moments(len(self.watch.layers), self.watch.dim, self.watch.heads)
+        record = _record(settings, self._config)
+        if settings.resume:
+            moments.load(file, record)
+        total, every = settings.fit_samples, settings.save_every
+        with tqdm(
+            desc="fitting scores", total=total, initial=moments.samples, unit=" contexts", smoothing=0.1
+        ) as bar:
+            for index in range(moments.samples, total):
+                sample = self._samples[index]
+                features, energies = self.watch.read(sample)
+                moments.add(sample.kind, features, targets(energies))
+                bar.update()
+                if every and (index + 1 == total or (index + 1) % every == 0):
+                    moments.save(file, record)
+        return moments
+
+    def explained(self, fits: Mapping[str, Fit]) -> dict[str, float]:
+        """The share of each target's variance that its fit explains on the samples left out, mean over all heads."""
+        held = Moments(len(self.watch.layers), self.watch.dim, self.watch.heads)
+        for index in range(self._settings.fit_samples, len(self._samples)):
+            sample = self._samples[index]
+            features, energies = self.watch.read(sample)
+            held.add(sample.kind, features, targets(energies))
+        return {
+            name: float(held.explained(name, fits[name]).mean()) for name in held.present() if name in fits
+        }
+
+    def choose(self, fits: Mapping[str, Fit]) -> None:
+        """Keep the fits that the score is made of."""
+        self._weight = torch.stack(
+            [fits[name].weight for name in self.names], dim=1
+        )  # (layers, fits, heads, d)
+        self._bias = torch.stack([fits[name].bias for name in self.names], dim=1)
+
+    def calibrate(self) -> None:
+        """Give every head its ratio."""
+        shares = deserved(self._scores(), self._budget)
+        ratios = [[1] * self.watch.heads for _ in range(self._count)]
+        for layer, own in zip(self._chosen, self._budget.ratios(shares).tolist(), strict=True):
+            ratios[layer] = own
+        self._config = dataclasses.replace(self._config, k_per_head=ratios)
+
+    def _scores(self) -> Iterator[Tensor]:
+        """Scores (layers, heads, tokens) between the dense ends of some prompts of each length."""
+        head, tail = self._config.ends
+        lengths = self._settings.calibrate_tokens
+        bar = tqdm(desc="calibrating", total=PROMPTS * len(lengths), unit=" prompts")
+        for length in lengths:
+            for sample in self._read(PROMPTS, [length], self._settings.seed + 1):
+                features = self.watch.features(sample.context)
+                yield torch.stack(
+                    [self._score(layer, features[layer][head : length - tail]) for layer in self._chosen]
+                )
+                bar.update()
+        bar.close()
+
+    def _score(self, layer: int, x: Tensor) -> Tensor:
+        """(heads, tokens)."""
+        place = self.watch.layers.index(layer)
+        fits = x.double().cpu() @ self._weight[place].mT + self._bias[place, :, None]  # (fits, tokens, heads)
+        return (2 * fits).logsumexp(0).T
+
+    def model(self) -> VariatorModel:
+        """The base with the plugin."""
+        model = VariatorModel(self._base, self._config)
+        with torch.no_grad():
+            for layer, own in model.plugin().selects.items():
+                place = self.watch.layers.index(layer)
+                own.score.weight.copy_(self._weight[place])
+                own.score.bias.copy_(self._bias[place])
+        return model
+
+    def kept(self) -> dict[int, float]:
+        """The share of entries that prompts of some lengths keep."""
+        assert self._config.k_per_head is not None
+        ratios = torch.tensor([list(self._config.k_per_head[layer]) for layer in self._chosen])
+        lengths = sorted({*self._settings.calibrate_tokens, *self._settings.fit_tokens})
+        return {length: self._budget.share(ratios, length) for length in lengths}
+
+
+def _check(settings: Settings, config: VariatorConfig) -> None:
+    if config.sites != ("kv",):
+        raise VariatorError(
+            "scores are fitted for site kv by itself: give --sites kv, other sites their own run"
+        )
+    if settings.max_steps:
+        raise VariatorError("--compressor kv=select is fitted in closed form: leave --max-steps out, or at 0")
+    if settings.init != "copy":
+        raise VariatorError(f"--init {settings.init} is for what restores tokens: leave it out")
+    if world_size() > 1:
+        raise VariatorError("scores are fitted by one process: start it without a launcher")
+
+
+def _names(count: int, *, questions: bool) -> tuple[str, ...]:
+    """The targets of a score of `count` linear maps."""
+    if count == 1:
+        return (TOGETHER,)
+    there = FUTURES if questions else tuple(name for name in FUTURES if name != "questions")
+    if count != len(there):
+        raise VariatorError(
+            f"--score-fits {count}: 1 fits all futures together, {len(there)} each by itself ({', '.join(there)})"
+        )
+    return there
+
+
+def _record(settings: Settings, config: VariatorConfig) -> str:
+    """What the sums depend on."""
+    names = (
+        "model",
+        "dtype",
+        "random_init",
+        "num_layers",
+        "quantize",
+        "data",
+        "seed",
+        "fit_samples",
+        "fit_tokens",
+    )
+    return json.dumps(
+        {"ends": config.ends} | {name: getattr(settings, name) for name in names}, sort_keys=True
+    )
+
+
+def _device(settings: Settings) -> str:
+    return "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return ", ".join(f"{number:,}" for number in numbers)

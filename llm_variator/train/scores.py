@@ -1,0 +1,302 @@
+"""Scores of keys in closed form: how much later tokens will read a token's key, from what the attention reads.
+
+Not in the paper. Of token i and KV head g the energy is the mean square, over later queries j, of a_h(j, i) |W_h v_i|,
+summed over the query heads h that share g: a is the attention weight, W_h the output projection's part of head h.
+For each future (see `futures`) the logarithm of its root is fitted linearly, from one pass over the contexts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llm_variator.engine.cache.naming import cache_argument
+from llm_variator.engine.devices import input_device
+from llm_variator.engine.files import write_atomically
+from llm_variator.engine.hooks import architecture_of, host_of
+from llm_variator.engine.hooks.attention import OwnAttentionFunction
+from llm_variator.engine.plan import kv_heads
+from llm_variator.errors import VariatorError
+from llm_variator.train.futures import FUTURES, KINDS, Sample
+
+RIDGE = 1e-3
+"""Added to the mean square of every feature, as a share of the mean over features."""
+LEAST = 1e-16
+"""Energies below count as this: their logarithm says nothing."""
+
+TOGETHER = "together"
+TARGETS = (*FUTURES, TOGETHER)
+"""What is fitted: the energies of each future, and their sum."""
+_SUMS = ("counts", "grams", "cross", "squares")
+
+_FUNCTION = "variator_watch"  # the name under which transformers finds `_attend`
+
+
+class Watch:
+    """Passes over a decoder without plugins that say what its attention layers read, and what reads their keys."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        """`base` must not be wrapped by a `VariatorModel`.
+
+        Raises:
+            VariatorError: it is no decoder, or every layer attends through a sliding window.
+        """
+        self._host = host_of(base)
+        family = architecture_of(self._host)
+        if not family.decoder:
+            raise VariatorError(
+                f'compressor "select" is for decoders, {type(self._host).__name__} is none: choose weighted or mean'
+            )
+        blocks = family.blocks(self._host)
+        self.layers = [layer for layer in range(len(blocks)) if not family.slides(self._host, layer)]
+        """Those that attend to everything: the others keep their keys."""
+        if not self.layers:
+            raise VariatorError("every layer attends through a sliding window: there is no key to leave out")
+        self.heads, self.dim = kv_heads(self._host.config), int(self._host.config.hidden_size)
+        self._attention = {layer: blocks[layer].get_submodule(family.attention) for layer in self.layers}
+        with torch.no_grad():
+            self._norms = {
+                layer: _value_norms(
+                    attention.get_submodule(family.output),
+                    int(attention.head_dim),  # type: ignore[arg-type]
+                    self._host.dtype,
+                )
+                for layer, attention in self._attention.items()
+            }
+        self._reads: dict[int, Tensor] | None = None
+        self._rows: slice | None = None
+        self._energies: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def features(self, context: Tensor, cache: DynamicCache | None = None) -> dict[int, Tensor]:
+        """What the attention of each layer reads of a context (tokens,): (tokens, d) each."""
+        self._reads = {}
+        try:
+            self._run(context, cache)
+            return self._reads
+        finally:
+            self._reads = None
+
+    @torch.no_grad()
+    def read(self, sample: Sample) -> tuple[dict[int, Tensor], dict[str, dict[int, Tensor]]]:
+        """Of the fitted tokens: features (rows, d) per layer, and per future and layer energies (rows, KV heads)."""
+        cache = DynamicCache()
+        features = self.features(sample.context, cache)
+        energies = {}
+        for name, future in sample.futures.items():
+            self._rows, self._energies = sample.rows, {}
+            try:
+                self._run(future, cache)
+                energies[name] = self._energies
+            finally:
+                self._rows = None
+            cache.crop(-len(future))
+        return {layer: x[sample.rows] for layer, x in features.items()}, energies
+
+    @contextmanager
+    def attached(self) -> Iterator[Watch]:
+        """While passes run: the model's own code, watched."""
+        with ExitStack() as stack:
+            for layer, attention in self._attention.items():
+                own = OwnAttentionFunction(attention, _FUNCTION, _attend)
+                stack.callback(own.remove)
+                handle = attention.register_forward_pre_hook(self._keep(layer), with_kwargs=True)
+                stack.callback(handle.remove)
+            token = _running.set(self)
+            stack.callback(lambda: _running.reset(token))
+            yield self
+
+    def _run(self, ids: Tensor, cache: DynamicCache | None) -> None:
+        more = {cache_argument(self._host): cache} if cache is not None else {}
+        ids = ids[None].to(input_device(self._host))
+        self._host.get_decoder()(input_ids=ids, use_cache=cache is not None, **more)
+
+    def _keep(self, layer: int) -> Callable[..., None]:
+        def hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._reads is not None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                self._reads[layer] = hidden[0]
+
+        return hook
+
+    def attended(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """A layer attends: from query (1, H, q, e), the last tokens, to key and value (1, KV heads, n, e)."""
+        if self._rows is None or layer not in self._norms:
+            return
+        values = value[0, :, None, self._rows].float()  # (KV heads, 1, rows, e)
+        norms = (values @ self._norms[layer].unflatten(0, (self.heads, -1)) * values).sum(-1)
+        self._energies[layer] = energies(query[0], key[0], norms, self._rows, scaling)
+
+
+def energies(query: Tensor, key: Tensor, norms: Tensor, rows: slice, scaling: float) -> Tensor:
+    """Energies (rows, KV heads) of the keys in `rows`, which the queries of the last tokens read.
+
+    Args:
+        query: (H, q, e).
+        key: (KV heads, n, e), those of the queries last.
+        norms: (KV heads, H / KV heads, rows), |W_h v_i|².
+        rows: of the keys.
+        scaling: of the products.
+    """
+    heads, (count, n) = len(key), (query.shape[1], key.shape[1])
+    later = torch.ones(count, n, dtype=torch.bool, device=key.device).triu(n - count + 1)
+    found = []
+    for group, own, weight in zip(query.float().unflatten(0, (heads, -1)), key.float(), norms, strict=True):
+        logits = (group @ own.T * scaling).masked_fill_(later, float("-inf"))  # (H / KV heads, q, n)
+        log_share = logits[..., rows] - logits.logsumexp(-1, keepdim=True)
+        found.append(((2 * log_share).exp().mean(-2) * weight).sum(0))
+    return torch.stack(found, dim=-1)
+
+
+def _value_norms(output: nn.Module, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """W_hᵀ W_h (H, e, e) of every query head, with which |W_h v|² = vᵀ W_hᵀ W_h v; through the module itself."""
+    device = next(output.parameters()).device
+    eye = torch.eye(int(output.in_features), dtype=dtype, device=device)  # type: ignore[arg-type]
+    parts = (
+        (output(eye) - output(torch.zeros_like(eye[:1]))).float().unflatten(0, (-1, head_dim))
+    )  # (H, e, d)
+    return parts @ parts.mT
+
+
+_running: ContextVar[Watch | None] = ContextVar("watched_pass", default=None)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' attention function of the watched layers: the model's own."""
+    if (watch := _running.get()) is not None:
+        watch.attended(module.layer_idx, query, key, value, kwargs["scaling"])
+    implementation = module.config.variator_stock._attn_implementation
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return stock(module, query, key, value, attention_mask, **kwargs)
+
+
+class Moments:
+    """Sums over fitted tokens: all that least squares need of features and targets, in fp64, whatever their number.
+
+    Attributes:
+        samples: how many are in.
+        counts: (kinds, targets) of tokens.
+        grams: (kinds, layers, d + 1, d + 1) of features, the last of which is 1.
+        cross: (kinds, targets, layers, d + 1, KV heads) of features and targets.
+        squares: (kinds, targets, layers, KV heads) of targets.
+    """
+
+    def __init__(self, layers: int, dim: int, heads: int) -> None:
+        kinds, wanted = len(KINDS), len(TARGETS)
+        self.samples = 0
+        self.counts = torch.zeros(kinds, wanted, dtype=torch.float64)
+        self.grams = torch.zeros(kinds, layers, dim + 1, dim + 1, dtype=torch.float64)
+        self.cross = torch.zeros(kinds, wanted, layers, dim + 1, heads, dtype=torch.float64)
+        self.squares = torch.zeros(kinds, wanted, layers, heads, dtype=torch.float64)
+
+    def add(
+        self, kind: str, features: Mapping[int, Tensor], targets: Mapping[str, Mapping[int, Tensor]]
+    ) -> None:
+        """Tokens of one sample: features (rows, d) per layer, and `targets`."""
+        k = KINDS.index(kind)
+        self.samples += 1
+        for name in targets:
+            self.counts[k, TARGETS.index(name)] += len(next(iter(features.values())))
+        for place, (layer, x) in enumerate(features.items()):
+            x = torch.cat((x, torch.ones_like(x[:, :1])), dim=1).double()
+            self.grams[k, place] += (x.T @ x).cpu()
+            for name, target in targets.items():
+                t, y = TARGETS.index(name), target[layer].double()
+                self.cross[k, t, place] += (x.T @ y).cpu()
+                self.squares[k, t, place] += y.square().sum(0).cpu()
+
+    def save(self, file: Path, record: str) -> None:
+        """Write all sums into `file`, whole or not at all; `record` says what they are of."""
+        tensors = {name: getattr(self, name) for name in _SUMS}
+        metadata = {"samples": str(self.samples), "record": record}
+        write_atomically(file, lambda path: save_file(tensors, path, metadata=metadata))
+
+    def load(self, file: Path, record: str) -> None:
+        """Go on from sums that were saved with the same `record`.
+
+        Raises:
+            VariatorError: they are of something else, or not readable.
+        """
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                read = {name: opened.get_tensor(name) for name in _SUMS}
+                samples = int(metadata["samples"])
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise VariatorError(f"cannot resume: {file} is not readable ({error}); start anew") from None
+        if metadata.get("record") != record or any(
+            read[name].shape != getattr(self, name).shape for name in _SUMS
+        ):
+            raise VariatorError(f"cannot resume: {file} is of another run; start anew in another --output")
+        self.samples = samples
+        for name, value in read.items():
+            setattr(self, name, value)
+
+    def present(self) -> list[str]:
+        """The targets that some sample has."""
+        return [name for name, count in zip(TARGETS, self.counts.sum(0).tolist(), strict=True) if count]
+
+    def tokens(self) -> float:
+        """Tokens of all samples."""
+        return float(self.counts[:, TARGETS.index(TOGETHER)].sum())
+
+    def _of(self, target: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Count, gram, cross and squares of one target, over the samples that have it."""
+        t = TARGETS.index(target)
+        there = self.counts[:, t] > 0
+        return (
+            self.counts[there, t].sum(0),
+            self.grams[there].sum(0),
+            self.cross[there, t].sum(0),
+            self.squares[there, t].sum(0),
+        )
+
+    def solve(self, target: str, ridge: float = RIDGE) -> Fit:
+        """Ridge regression of one target, over the samples that have it."""
+        _, gram, cross, _ = self._of(target)
+        added = ridge * gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(-1)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
+        eye[-1, -1] = 0  # the mean is free
+        solution = torch.cholesky_solve(cross, torch.linalg.cholesky(gram + added[:, None, None] * eye))
+        return Fit(solution[:, :-1].mT, solution[:, -1])
+
+    def explained(self, target: str, fit: Fit) -> Tensor:
+        """The share of a target's variance in these samples that `fit` explains, (layers, KV heads)."""
+        count, gram, cross, squares = self._of(target)
+        solution = torch.cat((fit.weight, fit.bias[..., None]), dim=-1).mT
+        left = squares - 2 * (solution * cross).sum(1) + (solution * (gram @ solution)).sum(1)
+        return 1 - left / (squares - cross[:, -1].square() / count)
+
+
+class Fit(NamedTuple):
+    """A linear map per layer and KV head."""
+
+    weight: Tensor
+    """(layers, KV heads, d)."""
+    bias: Tensor
+    """(layers, KV heads)."""
+
+
+def targets(energies: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
+    """Log roots of the energies (rows, KV heads) of each future and layer, and of their sum over the futures."""
+    layers = next(iter(energies.values())).keys()
+    summed = {layer: torch.stack([own[layer] for own in energies.values()]).sum(0) for layer in layers}
+    whole = {**energies, TOGETHER: summed}
+    return {
+        name: {layer: own[layer].double().clamp_min(LEAST).log() / 2 for layer in layers}
+        for name, own in whole.items()
+    }
