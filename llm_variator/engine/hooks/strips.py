@@ -116,7 +116,7 @@ def attend_region(
             valid = F.pad(before.valid, (0, pair[0].shape[2] - before.valid.shape[1]), value=True)
         if strip.plain and valid is None:
             mask = region.causal(query.shape[2], strip.end - strip.start, pair[0].shape[2], query.dtype)
-            outputs.append(_fold(rows, *pair, mask, scale))
+            outputs.append(_fold(rows, pair[0], pair[1], mask, scale))
             continue
         if strip.plain:
             outputs.append(attend(rows, Entries(pair[0], pair[1], valid), scale))
