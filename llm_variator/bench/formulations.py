@@ -18,6 +18,7 @@ from llm_variator.bench.setting import DENSE, Setting, Settings
 from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.errors import VariatorError
 from llm_variator.measures.operations import EncoderShape, Stack
 from llm_variator.measures.timing import Case, bar, ratio, timed
 
@@ -70,6 +71,10 @@ def rows(setting: Setting[Compare]) -> list[dict[str, Any]]:
     shape: Any = Stack if setting.model.is_decoder else EncoderShape
     dim = shape.of(base.config).dim
     ffn = _ffn(setting)
+    if kept := [spec for spec in settings.measured() if spec.keep is not None]:
+        raise VariatorError(
+            f"bench compare times how groups are merged, and {kept[0]} merges none: leave it out"
+        )
     ratios = sorted({spec.k for spec in settings.measured()})
     found = []
     total = (1 + 4 * len(ratios)) * len(settings.tokens) * (settings.repetitions + 1)

@@ -15,9 +15,11 @@ from transformers import DynamicCache
 from llm_variator.bench.setting import DENSE, Batches, Setting, Settings
 from llm_variator.cli import flag
 from llm_variator.cli.values import PositiveInt
-from llm_variator.engine.cache import CompressedLayer, KVCacheReport, adopt
+from llm_variator.engine.blocks import Place, entries
+from llm_variator.engine.cache import CompressedLayer, KVCacheReport, SelectedLayer, adopt
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.engine.groups import Segment
+from llm_variator.engine.plan import Plan
 from llm_variator.engine.plugin import weights_digest
 from llm_variator.engine.session import Session, scope
 from llm_variator.errors import VariatorError
@@ -165,12 +167,15 @@ def random_cache(setting: Setting[Settings], name: str, rows: int, tokens: int) 
     segment = None
     if plugin is not None:
         made = setting.model.plugin(name)
-        adopt(cache, made.cache_layers, layers)
+        adopt(cache, made.cache_layers, layers, made.plan.selected)
         head, tail = plugin.ends
         segment = Segment(tokens, tokens, head=head, tail=tail, device=torch.device(setting.device))
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for index in range(layers):
         layer = cache.layers[index] if index < len(cache.layers) else None
+        if isinstance(layer, SelectedLayer):
+            _fill(setting, layer, made.plan, rows, tokens, index)
+            continue
         grouping, size = None, tokens
         if isinstance(layer, CompressedLayer) and plugin is not None:
             assert segment is not None
@@ -188,6 +193,24 @@ def random_cache(setting: Setting[Settings], name: str, rows: int, tokens: int) 
         else:
             cache.update(keys, values, index)
     return cache
+
+
+def _fill(
+    setting: Setting[Settings], layer: SelectedLayer, plan: Plan, rows: int, tokens: int, index: int
+) -> None:
+    """Random keys and values, as many as each head keeps of a prompt of `tokens`."""
+    config = setting.base.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer.refine(plan.selected[index])
+    for one in layer.classes:
+        place = Place(plan.head, plan.tail, 0, tokens)
+        shape = (rows, len(one.heads), entries(place, one.k, plan.config.block, tokens), width)
+        pair = [
+            torch.randn(shape, generator=setting.generator).to(setting.device, setting.base.dtype)
+            for _ in range(2)
+        ]
+        one.store.update(*pair)
+    layer.tokens = tokens
 
 
 def _weight_bytes(setting: Setting[Settings]) -> int:

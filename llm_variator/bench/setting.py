@@ -15,10 +15,12 @@ from llm_variator.cli import flag, flags
 from llm_variator.cli.values import Natural, PositiveInt, names
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
+from llm_variator.engine.plan import kv_heads
 from llm_variator.errors import VariatorError
 from llm_variator.measures.timing import CLOCKS, Case, interleaved
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
+from llm_variator.train.shares import Budget
 
 DENSE = "dense"
 _RANDOM_SCALE = 0.02
@@ -30,22 +32,45 @@ class Plugin:
 
     sites: tuple[str, ...]
     k: int
+    keep: float | None = None
+    """Share of keys and values that heads of unlike ratios keep together; None: tokens are merged."""
 
     def __str__(self) -> str:
-        return f"{'+'.join(self.sites)} k={self.k}"
+        return f"{'+'.join(self.sites)} k={self.k}" if self.keep is None else f"kv keeps {round(1000 * self.keep)} of 1000"
+
+    def config(self, model: VariatorModel, settings: Settings) -> VariatorConfig:
+        """For the model that is measured."""
+        ends = {name: getattr(settings, name) for name in ("dense_head", "dense_tail")}
+        given = {name: value for name, value in ends.items() if value is not None}
+        config = VariatorConfig(k=self.k, sites=self.sites, r=settings.r, **given)
+        if self.keep is None:
+            return config
+        model.decoder_only(str(self), "an encoder keeps no KV cache")
+        config = dataclasses.replace(config, compressor="select")
+        layers, heads = model.signature.num_layers, kv_heads(model.config)
+        ends_of = config.resolved(model.signature, decoder=True).ends
+        # as unlike as those of trained models, from every token to one in a block, in no order
+        order = torch.randperm(layers * heads, generator=torch.Generator().manual_seed(settings.seed))
+        shares = config.block ** -(order / max(1, len(order) - 1)).view(layers, heads)
+        ratios = Budget(self.keep, settings.tokens, ends=ends_of, block=config.block).ratios(shares)
+        return dataclasses.replace(config, k_per_head=ratios.tolist())
 
 
 def plugin(text: str) -> Plugin:
-    """`ffn,kv:2` -> sites ffn and kv at k=2; checked by building its configuration."""
-    sites, colon, k = text.rpartition(":")
+    """`ffn,kv:2` -> sites ffn and kv at k=2, `kept:0.25` -> a quarter of all keys and values."""
+    sites, colon, number = text.rpartition(":")
     try:
         if not colon:
             raise ValueError("no ratio")
-        made = Plugin(names(sites), int(k))
+        if sites == "kept":
+            if not 0 < float(number) <= 1:
+                raise ValueError("a share lies between 0 and 1")
+            return Plugin(("kv",), 1, float(number))
+        made = Plugin(names(sites), int(number))
         VariatorConfig(k=made.k, sites=made.sites)
     except ValueError as error:
         raise VariatorError(
-            f"--plugins: expected sites and a ratio as in ffn,kv:2, got {text!r} ({error})"
+            f"--plugins: expected sites and a ratio as in ffn,kv:2, or a share as in kept:0.25, got {text!r} ({error})"
         ) from None
     return made
 
@@ -67,7 +92,11 @@ class Settings(flags.Stored, flags.BaseModel):
         None, "transformers' attn_implementation, as in sdpa or eager (default: the model's)"
     )
     threads: PositiveInt | None = flag(None, "CPU threads (default: torch's)")
-    plugins: tuple[str, ...] = flag(("ffn:2",), "what to measure beside dense", metavar="SITES:K")
+    plugins: tuple[str, ...] = flag(
+        ("ffn:2",),
+        "what to measure beside dense: SITES:K merges, kept:SHARE keeps keys and values",
+        metavar="SITES:K",
+    )
     r: PositiveInt = flag(64, "bottleneck width")
     dense_head: Natural | None = flag(None, "first tokens kept (default: the configuration's)")
     dense_tail: Natural | None = flag(None, "last tokens kept (default: the configuration's)")
@@ -137,13 +166,7 @@ class Setting(Generic[S_co]):
         """Attach the plugins; after `model.unload()` once more, with other random weights."""
         self.model = VariatorModel(self.base)
         for spec in self.settings.measured():
-            edges = {
-                name: value
-                for name in ("dense_head", "dense_tail")
-                if (value := getattr(self.settings, name)) is not None
-            }
-            config = VariatorConfig(k=spec.k, sites=spec.sites, r=self.settings.r, **edges)
-            self.randomise(self.model.add_plugin(str(spec), config))
+            self.randomise(self.model.add_plugin(str(spec), spec.config(self.model, self.settings)))
 
     def randomise(self, made: nn.Module) -> None:
         """Small random weights in the model's dtype: a new plugin is full of zeros."""
