@@ -17,6 +17,7 @@ from llm_variator.bench.report import markdown
 from llm_variator.bench.setting import DENSE, Setting, plugin
 from llm_variator.bench.swapping import _SWAPS, Swap
 from llm_variator.bench.training import ADAM_BYTES, NF4_BITS, Memory, kept_bytes
+from llm_variator.engine.cache import KVCacheReport
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.engine.plugin import weights_digest
 from llm_variator.measures.timing import Case, Spread, interleaved, ratio, timed
@@ -232,6 +233,23 @@ def test_notes_tell_the_numbers_that_are_used():
     assert f"mean of {_SWAPS}." in Swap.note()
     assert f"({NF4_BITS:.3f} bits per weight)" in Memory.note()
     assert f"Plugin: {ADAM_BYTES} bytes per parameter" in Memory.note()
+
+
+def test_kept_keys_fill_the_share_that_is_asked_for():
+    made = setting("--plugins", "kept:0.5", "--tokens", "400")
+    (name,) = made.names
+    cache = random_cache(made, name, rows=3, tokens=400)
+    with made.using(name)():
+        real = KVCacheReport.of(made.model(made.ids(3, 400), use_cache=True).past_key_values)
+    held = KVCacheReport.of(cache)
+    assert [layer.classes for layer in held.layers] == [layer.classes for layer in real.layers]
+    assert 0.2 < held.bytes / held.dense_bytes <= 0.5  # four heads are few
+    assert len({one.ratio for layer in held.layers for one in layer.classes}) > 1
+
+
+def test_a_share_is_a_share():
+    with pytest.raises(VariatorError, match="between 0 and 1"):
+        plugin("kept:4")
 
 
 def test_plugin_specification():
