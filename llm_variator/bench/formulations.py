@@ -18,6 +18,7 @@ from llm_variator.bench.setting import DENSE, Setting, Settings
 from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
+from llm_variator.errors import VariatorError
 from llm_variator.measures.operations import EncoderShape, Stack
 from llm_variator.measures.timing import Case, bar, ratio, timed
 
@@ -70,6 +71,8 @@ def rows(setting: Setting[Compare]) -> list[dict[str, Any]]:
     shape: Any = Stack if setting.model.is_decoder else EncoderShape
     dim = shape.of(base.config).dim
     ffn = _ffn(setting)
+    if any(spec.selects for spec in settings.measured()):
+        raise VariatorError("bench compare merges and restores: leave kv=select out of --plugins")
     ratios = sorted({spec.k for spec in settings.measured()})
     found = []
     total = (1 + 4 * len(ratios)) * len(settings.tokens) * (settings.repetitions + 1)

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from llm_variator.bench.setting import DENSE, Batches, Setting, Settings
 from llm_variator.cli import flag
 from llm_variator.cli.values import PositiveInt
-from llm_variator.engine.cache import CompressedLayer, KVCacheReport, adopt
+from llm_variator.engine.blocks import Kept, Place, Region
+from llm_variator.engine.cache import CompressedLayer, KVCacheReport, SelectedLayer, adopt
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.engine.groups import Segment
 from llm_variator.engine.plugin import weights_digest
@@ -162,11 +163,12 @@ def random_cache(setting: Setting[Settings], name: str, rows: int, tokens: int) 
     config, plugin = setting.base.config, setting.config(name)
     cache = DynamicCache(config=config)
     layers = setting.model.signature.num_layers
-    segment = None
+    segment, ends = None, Place(0, 0)
     if plugin is not None:
         made = setting.model.plugin(name)
-        adopt(cache, made.cache_layers, layers)
+        adopt(cache, made.cache_layers, layers, made.plan.selected)
         head, tail = plugin.ends
+        ends = Place(head, tail, 0, tokens)
         segment = Segment(tokens, tokens, head=head, tail=tail, device=torch.device(setting.device))
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for index in range(layers):
@@ -185,6 +187,17 @@ def random_cache(setting: Setting[Settings], name: str, rows: int, tokens: int) 
         )
         if grouping is not None and isinstance(layer, CompressedLayer):
             layer.update(keys, values, grouping=grouping, width=tokens)
+        elif isinstance(layer, SelectedLayer) and plugin is not None:
+            layer.refine(setting.model.plugin(name).plan.selected[index])
+            region = Region([ends], [tokens], plugin.block, keys.device)
+            scores = torch.randn(shape[:3], generator=setting.generator).to(setting.device)
+            order = region.order(scores)
+            kept = [
+                Kept.of(region.keep(scores[:, one.places], order[:, one.places], one.k), region.counts(one.k))
+                for one in layer.classes
+            ]
+            layer.replace(0, keys, values, torch.arange(tokens, device=keys.device)[None], kept)
+            layer.tokens = tokens
         else:
             cache.update(keys, values, index)
     return cache

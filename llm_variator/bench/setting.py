@@ -22,6 +22,7 @@ from llm_variator.sources.models import load_model
 
 DENSE = "dense"
 _RANDOM_SCALE = 0.02
+_SELECT = "kv=select"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,22 +31,33 @@ class Plugin:
 
     sites: tuple[str, ...]
     k: int
+    selects: bool = False
+    """Site "kv" keeps single keys and values."""
+
+    def config(self, **more: Any) -> VariatorConfig:
+        """Its configuration, with `more` fields."""
+        kinds = {site: "select" if site == "kv" else "weighted" for site in self.sites}
+        return VariatorConfig(
+            k=self.k, sites=self.sites, compressor=kinds if self.selects else "weighted", **more
+        )
 
     def __str__(self) -> str:
-        return f"{'+'.join(self.sites)} k={self.k}"
+        sites = "+".join(self.sites)
+        return f"{sites.replace('kv', _SELECT) if self.selects else sites} k={self.k}"
 
 
 def plugin(text: str) -> Plugin:
-    """`ffn,kv:2` -> sites ffn and kv at k=2; checked by building its configuration."""
+    """`ffn,kv:2` -> sites ffn and kv at k=2; `kv=select:4` keeps keys. Checked by building its configuration."""
     sites, colon, k = text.rpartition(":")
     try:
         if not colon:
             raise ValueError("no ratio")
-        made = Plugin(names(sites), int(k))
-        VariatorConfig(k=made.k, sites=made.sites)
+        parts = names(sites)
+        made = Plugin(tuple("kv" if part == _SELECT else part for part in parts), int(k), _SELECT in parts)
+        made.config()
     except ValueError as error:
         raise VariatorError(
-            f"--plugins: expected sites and a ratio as in ffn,kv:2, got {text!r} ({error})"
+            f"--plugins: expected sites and a ratio as in ffn,kv:2 or kv=select:4, got {text!r} ({error})"
         ) from None
     return made
 
@@ -142,8 +154,7 @@ class Setting(Generic[S_co]):
                 for name in ("dense_head", "dense_tail")
                 if (value := getattr(self.settings, name)) is not None
             }
-            config = VariatorConfig(k=spec.k, sites=spec.sites, r=self.settings.r, **edges)
-            self.randomise(self.model.add_plugin(str(spec), config))
+            self.randomise(self.model.add_plugin(str(spec), spec.config(r=self.settings.r, **edges)))
 
     def randomise(self, made: nn.Module) -> None:
         """Small random weights in the model's dtype: a new plugin is full of zeros."""
