@@ -250,7 +250,7 @@ def test_plot(tmp_path):
         (["swap", "--attention", "nothing"], "--attention nothing"),
         (["prefill", "--plugins", "kv=select:3"], "power of two"),
         (["prefill", "--plugins", "kv=mean:2"], "expected sites and a ratio"),
-        *((([c, "--plugins", "kv=select:4"], "leave kv=select out") for c in ("train", "memory", "compare"))),
+        *(([c, "--plugins", "kv=select:4"], "leave kv=select out") for c in ("train", "memory", "compare")),
     ],
 )
 def test_wrong_flags_get_one_clear_error(flags, message):

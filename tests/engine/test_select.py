@@ -191,8 +191,9 @@ def test_logits_equal_the_plain_form(decoder, settings):
     assert (dense - wanted.logits).abs().max() > 1e-2  # choices are felt
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
-@pytest.mark.parametrize("name", ["dense layer", "ffn"])
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("dense layer", "eager"), ("ffn", "eager"), ("ffn", "flex_attention")]
+)
 @torch.no_grad()
 def test_attention_implementations_of_the_model_change_nothing(name, implementation):
     """Layers that choose attend by themselves; the others take their softmax in fp32."""
@@ -328,10 +329,19 @@ def test_prompt_length_may_differ_by_row(decoder, settings, side):
 # Chunks.
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 30, 100])
+@pytest.mark.parametrize("chunk", [7, 30, 100])
 @torch.no_grad()
 def test_chunked_equals_unchunked(decoder, settings, chunk):
-    model = make(decoder, settings)
+    check_chunks(make(decoder, settings), chunk)
+
+
+@pytest.mark.parametrize("decoder", FEW)
+@torch.no_grad()
+def test_a_prompt_read_token_by_token(decoder):
+    check_chunks(make(decoder), 1)
+
+
+def check_chunks(model: VariatorModel, chunk: int) -> None:
     (ids,) = prompts(61)
     out = model.generate(ids, prefill_chunk_size=chunk, **FULL, **GREEDY)
     check_steps(model, out, ids, [first(model, 61)])

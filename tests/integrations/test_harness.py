@@ -271,7 +271,7 @@ def test_a_plugin_that_keeps_keys(tmp_path):
     for (context, continuation), (total, _) in zip(PAIRS, log_likelihoods(lm), strict=True):
         assert total == pytest.approx(teacher_forced(lm, context, continuation), abs=1e-3)
     assert len(generations(lm)) == 2
-    with pytest.raises(VariatorError, match="a ratio for every head, .* leave k out"):
+    with pytest.raises(VariatorError, match="a ratio for every head"):
         decoder(plugin=str(tmp_path), k=4)
 
 

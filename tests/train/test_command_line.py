@@ -135,7 +135,7 @@ def test_scores_of_kept_keys_are_not_trained(tmp_path, capsys):
         model = VariatorModel(load_model(model_folder()), config)
         randomise(model.plugin(), std=0.1)
         model.save_pretrained(tmp_path / folder)
-    with pytest.raises(VariatorError, match="fitted, not trained: .* give --compressor kv=select"):
+    with pytest.raises(VariatorError, match="fitted, not trained"):
         train(tmp_path / "run", plugin=tmp_path / "kept", **none)
     assert not (tmp_path / "run").exists()
     before = load_file(tmp_path / "both" / "variator.safetensors")
