@@ -71,8 +71,10 @@ def rows(setting: Setting[Compare]) -> list[dict[str, Any]]:
     shape: Any = Stack if setting.model.is_decoder else EncoderShape
     dim = shape.of(base.config).dim
     ffn = _ffn(setting)
-    if any(spec.selects for spec in settings.measured()):
-        raise VariatorError("bench compare merges and restores: leave kv=select out of --plugins")
+    if kept := [spec for spec in settings.measured() if spec.keep is not None]:
+        raise VariatorError(
+            f"bench compare times how groups are merged, and {kept[0]} merges none: leave it out"
+        )
     ratios = sorted({spec.k for spec in settings.measured()})
     found = []
     total = (1 + 4 * len(ratios)) * len(settings.tokens) * (settings.repetitions + 1)

@@ -15,10 +15,11 @@ from transformers import DynamicCache
 from llm_variator.bench.setting import DENSE, Batches, Setting, Settings
 from llm_variator.cli import flag
 from llm_variator.cli.values import PositiveInt
-from llm_variator.engine.blocks import Kept, Place, Region
+from llm_variator.engine.blocks import Place, entries
 from llm_variator.engine.cache import CompressedLayer, KVCacheReport, SelectedLayer, adopt
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.engine.groups import Segment
+from llm_variator.engine.plan import Plan
 from llm_variator.engine.plugin import weights_digest
 from llm_variator.engine.session import Session, scope
 from llm_variator.errors import VariatorError
@@ -163,16 +164,18 @@ def random_cache(setting: Setting[Settings], name: str, rows: int, tokens: int) 
     config, plugin = setting.base.config, setting.config(name)
     cache = DynamicCache(config=config)
     layers = setting.model.signature.num_layers
-    segment, ends = None, Place(0, 0)
+    segment = None
     if plugin is not None:
         made = setting.model.plugin(name)
         adopt(cache, made.cache_layers, layers, made.plan.selected)
         head, tail = plugin.ends
-        ends = Place(head, tail, 0, tokens)
         segment = Segment(tokens, tokens, head=head, tail=tail, device=torch.device(setting.device))
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for index in range(layers):
         layer = cache.layers[index] if index < len(cache.layers) else None
+        if isinstance(layer, SelectedLayer):
+            _fill(setting, layer, made.plan, rows, tokens, index)
+            continue
         grouping, size = None, tokens
         if isinstance(layer, CompressedLayer) and plugin is not None:
             assert segment is not None
@@ -187,20 +190,27 @@ def random_cache(setting: Setting[Settings], name: str, rows: int, tokens: int) 
         )
         if grouping is not None and isinstance(layer, CompressedLayer):
             layer.update(keys, values, grouping=grouping, width=tokens)
-        elif isinstance(layer, SelectedLayer) and plugin is not None:
-            layer.refine(setting.model.plugin(name).plan.selected[index])
-            region = Region([ends], [tokens], plugin.block, keys.device)
-            scores = torch.randn(shape[:3], generator=setting.generator).to(setting.device)
-            order = region.order(scores)
-            kept = [
-                Kept.of(region.keep(scores[:, one.places], order[:, one.places], one.k), region.counts(one.k))
-                for one in layer.classes
-            ]
-            layer.replace(0, keys, values, torch.arange(tokens, device=keys.device)[None], kept)
-            layer.tokens = tokens
         else:
             cache.update(keys, values, index)
     return cache
+
+
+def _fill(
+    setting: Setting[Settings], layer: SelectedLayer, plan: Plan, rows: int, tokens: int, index: int
+) -> None:
+    """Random keys and values, as many as each head keeps of a prompt of `tokens`."""
+    config = setting.base.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer.refine(plan.selected[index])
+    for one in layer.classes:
+        place = Place(plan.head, plan.tail, 0, tokens)
+        shape = (rows, len(one.heads), entries(place, one.k, plan.config.block, tokens), width)
+        pair = [
+            torch.randn(shape, generator=setting.generator).to(setting.device, setting.base.dtype)
+            for _ in range(2)
+        ]
+        one.store.update(*pair)
+    layer.tokens = tokens
 
 
 def _weight_bytes(setting: Setting[Settings]) -> int:

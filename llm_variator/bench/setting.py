@@ -15,14 +15,15 @@ from llm_variator.cli import flag, flags
 from llm_variator.cli.values import Natural, PositiveInt, names
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
+from llm_variator.engine.plan import kv_heads
 from llm_variator.errors import VariatorError
 from llm_variator.measures.timing import CLOCKS, Case, interleaved
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
+from llm_variator.train.shares import Budget
 
 DENSE = "dense"
 _RANDOM_SCALE = 0.02
-_SELECT = "kv=select"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,33 +32,49 @@ class Plugin:
 
     sites: tuple[str, ...]
     k: int
-    selects: bool = False
-    """Site "kv" keeps single keys and values."""
-
-    def config(self, **more: Any) -> VariatorConfig:
-        """Its configuration, with `more` fields."""
-        kinds = {site: "select" if site == "kv" else "weighted" for site in self.sites}
-        return VariatorConfig(
-            k=self.k, sites=self.sites, compressor=kinds if self.selects else "weighted", **more
-        )
+    keep: float | None = None
+    """Share of keys and values that heads of unlike ratios keep together; None: tokens are merged."""
 
     def __str__(self) -> str:
-        sites = "+".join(self.sites)
-        return f"{sites.replace('kv', _SELECT) if self.selects else sites} k={self.k}"
+        return (
+            f"{'+'.join(self.sites)} k={self.k}"
+            if self.keep is None
+            else f"kv keeps {round(1000 * self.keep)} of 1000"
+        )
+
+    def config(self, model: VariatorModel, settings: Settings) -> VariatorConfig:
+        """For the model that is measured."""
+        ends = {name: getattr(settings, name) for name in ("dense_head", "dense_tail")}
+        given = {name: value for name, value in ends.items() if value is not None}
+        config = VariatorConfig(k=self.k, sites=self.sites, r=settings.r, **given)
+        if self.keep is None:
+            return config
+        model.decoder_only(str(self), "an encoder keeps no KV cache")
+        config = dataclasses.replace(config, compressor="select")
+        layers, heads = model.signature.num_layers, kv_heads(model.config)
+        ends_of = config.resolved(model.signature, decoder=True).ends
+        # as unlike as those of trained models, from every token to one in a block, in no order
+        order = torch.randperm(layers * heads, generator=torch.Generator().manual_seed(settings.seed))
+        shares = config.block ** -(order / max(1, len(order) - 1)).view(layers, heads)
+        ratios = Budget(self.keep, settings.tokens, ends=ends_of, block=config.block).ratios(shares)
+        return dataclasses.replace(config, k_per_head=ratios.tolist())
 
 
 def plugin(text: str) -> Plugin:
-    """`ffn,kv:2` -> sites ffn and kv at k=2; `kv=select:4` keeps keys. Checked by building its configuration."""
-    sites, colon, k = text.rpartition(":")
+    """`ffn,kv:2` -> sites ffn and kv at k=2, `kept:0.25` -> a quarter of all keys and values."""
+    sites, colon, number = text.rpartition(":")
     try:
         if not colon:
             raise ValueError("no ratio")
-        parts = names(sites)
-        made = Plugin(tuple("kv" if part == _SELECT else part for part in parts), int(k), _SELECT in parts)
-        made.config()
+        if sites == "kept":
+            if not 0 < float(number) <= 1:
+                raise ValueError("a share lies between 0 and 1")
+            return Plugin(("kv",), 1, float(number))
+        made = Plugin(names(sites), int(number))
+        VariatorConfig(k=made.k, sites=made.sites)
     except ValueError as error:
         raise VariatorError(
-            f"--plugins: expected sites and a ratio as in ffn,kv:2 or kv=select:4, got {text!r} ({error})"
+            f"--plugins: expected sites and a ratio as in ffn,kv:2, or a share as in kept:0.25, got {text!r} ({error})"
         ) from None
     return made
 
@@ -79,7 +96,11 @@ class Settings(flags.Stored, flags.BaseModel):
         None, "transformers' attn_implementation, as in sdpa or eager (default: the model's)"
     )
     threads: PositiveInt | None = flag(None, "CPU threads (default: torch's)")
-    plugins: tuple[str, ...] = flag(("ffn:2",), "what to measure beside dense", metavar="SITES:K")
+    plugins: tuple[str, ...] = flag(
+        ("ffn:2",),
+        "what to measure beside dense: SITES:K merges, kept:SHARE keeps keys and values",
+        metavar="SITES:K",
+    )
     r: PositiveInt = flag(64, "bottleneck width")
     dense_head: Natural | None = flag(None, "first tokens kept (default: the configuration's)")
     dense_tail: Natural | None = flag(None, "last tokens kept (default: the configuration's)")
@@ -149,12 +170,7 @@ class Setting(Generic[S_co]):
         """Attach the plugins; after `model.unload()` once more, with other random weights."""
         self.model = VariatorModel(self.base)
         for spec in self.settings.measured():
-            edges = {
-                name: value
-                for name in ("dense_head", "dense_tail")
-                if (value := getattr(self.settings, name)) is not None
-            }
-            self.randomise(self.model.add_plugin(str(spec), spec.config(r=self.settings.r, **edges)))
+            self.randomise(self.model.add_plugin(str(spec), spec.config(self.model, self.settings)))
 
     def randomise(self, made: nn.Module) -> None:
         """Small random weights in the model's dtype: a new plugin is full of zeros."""

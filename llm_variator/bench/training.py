@@ -236,8 +236,8 @@ def check_memory_flags(settings: Memory) -> None:
 
 
 def _refuse_select(settings: Settings) -> None:
-    if any(plugin.selects for plugin in settings.measured()):
+    if kept := [plugin for plugin in settings.measured() if plugin.keep is not None]:
         raise VariatorError(
-            f"bench {settings.command()} measures training, and scores of kept keys are fitted: leave kv=select out of "
-            "--plugins"
+            f"bench {settings.command()} measures training by steps, and {kept[0]} by scores that are fitted: leave it "
+            "out"
         )

@@ -133,9 +133,9 @@ class _Fitting:
         """The sums over all samples to fit; `file` keeps what is there so far."""
         settings = self._settings
         moments = Moments(len(self.watch.layers), self.watch.dim, self.watch.heads)
-        record = _record(settings, self._config)
+        record, complete = _record(settings, self._config.ends), _record(settings, None)
         if settings.resume:
-            moments.load(file, record)
+            moments.load(file, (record, complete))
         total, every = settings.fit_samples, settings.save_every
         with tqdm(
             desc="fitting scores", total=total, initial=moments.samples, unit=" contexts", smoothing=0.1
@@ -146,7 +146,7 @@ class _Fitting:
                 moments.add(sample.kind, features, targets(energies))
                 bar.update()
                 if every and (index + 1 == total or (index + 1) % every == 0):
-                    moments.save(file, record)
+                    moments.save(file, complete if index + 1 == total else record)
         return moments
 
     def explained(self, fits: Mapping[str, Fit]) -> dict[str, float]:
@@ -238,8 +238,8 @@ def _names(count: int, *, questions: bool) -> tuple[str, ...]:
     return there
 
 
-def _record(settings: Settings, config: VariatorConfig) -> str:
-    """What the sums depend on."""
+def _record(settings: Settings, ends: tuple[int, int] | None) -> str:
+    """What the sums depend on; without dense `ends` once they are complete, so that other ends can be tried on them."""
     names = (
         "model",
         "dtype",
@@ -251,9 +251,7 @@ def _record(settings: Settings, config: VariatorConfig) -> str:
         "fit_samples",
         "fit_tokens",
     )
-    return json.dumps(
-        {"ends": config.ends} | {name: getattr(settings, name) for name in names}, sort_keys=True
-    )
+    return json.dumps({"ends": ends} | {name: getattr(settings, name) for name in names}, sort_keys=True)
 
 
 def _device(settings: Settings) -> str:

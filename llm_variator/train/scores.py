@@ -8,7 +8,7 @@ For each future (see `futures`) the logarithm of its root is fitted linearly, fr
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -225,8 +225,8 @@ class Moments:
         metadata = {"samples": str(self.samples), "record": record}
         write_atomically(file, lambda path: save_file(tensors, path, metadata=metadata))
 
-    def load(self, file: Path, record: str) -> None:
-        """Go on from sums that were saved with the same `record`.
+    def load(self, file: Path, records: Sequence[str]) -> None:
+        """Go on from sums that were saved with one of the `records`.
 
         Raises:
             VariatorError: they are of something else, or not readable.
@@ -238,7 +238,7 @@ class Moments:
                 samples = int(metadata["samples"])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise VariatorError(f"cannot resume: {file} is not readable ({error}); start anew") from None
-        if metadata.get("record") != record or any(
+        if metadata.get("record") not in records or any(
             read[name].shape != getattr(self, name).shape for name in _SUMS
         ):
             raise VariatorError(f"cannot resume: {file} is of another run; start anew in another --output")

@@ -363,7 +363,7 @@ def test_scores_are_the_solution_of_all_samples(tmp_path):
     moments = Moments(3, 32, 2)
     file = tmp_path / "run" / fitting.MOMENTS_FILE
     with safe_open(file, framework="pt") as opened:
-        moments.load(file, opened.metadata()["record"])
+        moments.load(file, [opened.metadata()["record"]])
     fit = moments.solve(TOGETHER)
     weights = load_file(tmp_path / "run" / "variator.safetensors")
     for layer in range(3):
