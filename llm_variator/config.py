@@ -163,14 +163,18 @@ class VariatorConfig:
             _integer(field, getattr(self, field), least=1)
         if not self.selects:
             if self.k_per_head is not None:
-                raise VariatorError('k_per_head belongs to compressor "select" of site "kv"')
+                raise VariatorError('k_per_head belongs to compressor "select" of site "kv": leave it out')
             return
         if not _power_of_two(self.block):
             raise VariatorError(f"block must be a power of two, got {self.block}")
         if self.k_per_layer is not None and "kv" in self.k_per_layer:
-            raise VariatorError('with compressor "select" the ratios of site "kv" are k_per_head\'s')
+            raise VariatorError(
+                'with compressor "select" site "kv" has a ratio for every head: give k_per_head'
+            )
         if self.decode_block is not None:
-            raise VariatorError('decode_block merges generated tokens: compressor "select" has none to merge')
+            raise VariatorError(
+                'decode_block merges generated tokens, compressor "select" merges none: leave it out'
+            )
         if self.k_per_head is None:
             ratios = [self.k["kv"] if isinstance(self.k, Mapping) else self.k]
         else:

@@ -21,6 +21,8 @@ from llm_variator.cli import REQUIRED, flag
 from llm_variator.cli.values import Natural, PositiveInt
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.groups import split
+from llm_variator.engine.plugin import CompressionPlugin
+from llm_variator.errors import VariatorError
 from llm_variator.evaluate.probe import open_probe
 from llm_variator.evaluate.sensitivity import WORK, measure_layers
 from llm_variator.measures import tables
@@ -56,6 +58,11 @@ def run(settings: Settings) -> dict[str, Any]:
     model.load_plugin(settings.plugin, NAME)
     model.set_plugin(NAME)
     config = model.plugin().config
+    if not model.plugin().sites:
+        raise VariatorError(
+            f"{settings.plugin} merges nothing, it keeps single keys and values: analyze merge is for plugins that "
+            "merge"
+        )
     context, batch_size = settings.context, settings.batch_size
     length = context + (settings.continuation if model.is_decoder else 0)
     windows = settings.stretches(tokenizer, length)
@@ -74,7 +81,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if model.is_decoder:
         losses = token_losses(model, windows, context, batch_size)
         figures["tokens"] = by_category(
-            losses, windows, context, _merged(config, context), lambda ids: str(tokenizer.decode(ids))
+            losses, windows, context, _merged(model.plugin(), context), lambda ids: str(tokenizer.decode(ids))
         )
         if settings.sensitivity_windows:
             figures["sensitivity"] = sensitivity(
@@ -137,17 +144,16 @@ def sensitivity(
     probe = open_probe(model, windows, context, batch_size, work)
     found = {}
     for site in config.sites:
-        if site in ("ffn", "kv"):
+        if site in ("ffn", "kv") and site in plugin.plan.ratios:
             k = Counter(own.k for (name, _), own in plugin.sites.items() if name == site).most_common(1)[0][0]
             harms = measure_layers(probe, template, site, [k])
             found[site] = {"k": k, "divergence": [each.get(k) for each in harms]}
     return found
 
 
-def _merged(config: VariatorConfig, context: int) -> range:
+def _merged(plugin: CompressionPlugin, context: int) -> range:
     """Positions of a prompt that some layer merges."""
-    least = config.k if isinstance(config.k, int) else min(config.k.values())
-    part = split(context, least, *config.ends)
+    part = split(context, min(site.k for site in plugin.sites.values()), *plugin.config.ends)
     return range(part.head, context - part.tail)
 
 

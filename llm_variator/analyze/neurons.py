@@ -90,6 +90,10 @@ def run(settings: Settings) -> dict[str, Any]:
             model.load_plugin(folders[k], f"k{k}", dtype=torch.float32)
         else:
             model.add_plugin(f"k{k}", VariatorConfig(k=k, sites=("ffn",)))
+        if "ffn" not in model.plugins[f"k{k}"].sites:
+            raise VariatorError(
+                f"--plugin {k}={folders[k]} leaves FFNs as they are: give plugins with the site ffn"
+            )
         plugins[k] = f"k{k}"
     definition = define(model, windows[: settings.batch_size], settings.tolerance)
     figures: dict[str, Any] = {

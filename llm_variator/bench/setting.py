@@ -36,7 +36,11 @@ class Plugin:
     """Share of keys and values that heads of unlike ratios keep together; None: tokens are merged."""
 
     def __str__(self) -> str:
-        return f"{'+'.join(self.sites)} k={self.k}" if self.keep is None else f"kv keeps {round(1000 * self.keep)} of 1000"
+        return (
+            f"{'+'.join(self.sites)} k={self.k}"
+            if self.keep is None
+            else f"kv keeps {round(1000 * self.keep)} of 1000"
+        )
 
     def config(self, model: VariatorModel, settings: Settings) -> VariatorConfig:
         """For the model that is measured."""

@@ -39,6 +39,7 @@ class Train(Batches, Settings):
 def train_rows(setting: Setting[Train]) -> list[dict[str, Any]]:
     """A step of distillation by the first plugin, and its parts."""
     settings = setting.settings
+    _refuse_select(settings)
     name = setting.names[0]
     found = []
     total = 4 * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
@@ -231,3 +232,12 @@ def check_memory_flags(settings: Memory) -> None:
         raise VariatorError("bench memory counts a base in NF4 as it is: leave out --quantize")
     if load_config(settings.model).is_encoder_decoder or len(settings.plugins) != 1:
         raise VariatorError("bench memory takes a decoder and one plugin in --plugins")
+    _refuse_select(settings)
+
+
+def _refuse_select(settings: Settings) -> None:
+    if kept := [plugin for plugin in settings.measured() if plugin.keep is not None]:
+        raise VariatorError(
+            f"bench {settings.command()} measures training by steps, and {kept[0]} by scores that are fitted: leave it "
+            "out"
+        )

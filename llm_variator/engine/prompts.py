@@ -51,6 +51,11 @@ def check_generation(
             "classifier-free guidance (guidance_scale) reads a second prompt past the plugin: leave it out, or disable "
             "the plugin"
         )
+    if plugin is not None and plugin.selects and implementation == "quantized":
+        raise VariatorError(
+            'cache_implementation="quantized" packs keys and values of all heads together, and with compressor '
+            '"select" each head has its own: leave it out'
+        )
     if plugin is not None and plugin.cache_layers and implementation not in _GROWING:
         raise VariatorError(
             f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_variator.cli import REQUIRED, flag, flags
 from llm_variator.cli.values import Natural, PositiveInt
-from llm_variator.config import WEIGHTS_FILE
+from llm_variator.config import WEIGHTS_FILE, VariatorConfig
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import alternatives, questions
@@ -215,8 +215,7 @@ def gather(model: VariatorModel, settings: Settings) -> list[Condition]:
         loaded = model.load_plugin(folder, f"plugin{len(model.plugins)}")
         attach(label, hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest())
         if settings.untrained:
-            bare = dataclasses.replace(loaded.config, compressor="mean", decompressor="copy")
-            model.add_plugin(f"plugin{len(model.plugins)}", bare)
+            model.add_plugin(f"plugin{len(model.plugins)}", _bare(loaded.config))
             attach(f"{label} (untrained)")
     for text in settings.also:
         name, _, number = text.partition(":")
@@ -236,6 +235,14 @@ def gather(model: VariatorModel, settings: Settings) -> list[Condition]:
             f"two conditions are called {', '.join(twice)}: name plugins, as in --plugin a=DIR"
         )
     return conditions
+
+
+def _bare(config: VariatorConfig) -> VariatorConfig:
+    """The same without anything learned: means, copies, and the first tokens of every block."""
+    compressor: str | dict[str, str] = "mean"
+    if config.selects:
+        compressor = {site: "select" if site == "kv" else "mean" for site in config.sites}
+    return dataclasses.replace(config, compressor=compressor, decompressor="copy")
 
 
 def _text(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: str, context: int) -> Text:

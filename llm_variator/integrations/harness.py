@@ -296,6 +296,8 @@ def mean_config(k: int, **fields: Any) -> VariatorConfig:
 
 
 def _check_ratio(plugin: str, k: int | None, config: VariatorConfig) -> None:
+    if k is not None and config.k_per_head is not None:
+        raise VariatorError(f"plugin {plugin!r} has a ratio for every head, and not k={k}: leave k out")
     ratios = set(config.k.values()) if isinstance(config.k, Mapping) else {config.k}
     if k is not None and ratios != {k}:
         raise VariatorError(

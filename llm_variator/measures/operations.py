@@ -165,7 +165,8 @@ def _selecting(
     place = blocks.Place(head, tail, 0, n)
     pairs = sum(blocks.seen(n, k, head, tail, plugin.block) for k in heads)
     if reads:
-        pairs -= sum(blocks.seen(n - reads, k, head, tail, plugin.block) for k in heads)
+        before = max(0, tail - reads)  # of the tail, what others read
+        pairs -= sum(blocks.seen(n - reads, k, head, before, plugin.block) for k in heads)
     held = sum(blocks.entries(place, k, plugin.block, n) for k in heads)
     queries = reads or n
     restored = _plugin_cost(plugin, "ffn", stack.dim, *ffn, restores=True) if ffn and not reads else 0

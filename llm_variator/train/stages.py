@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from llm_variator.baselines import TokenPruning, make_student
 from llm_variator.engine.groups import split
-from llm_variator.engine.plugin import SiteLayers
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import parse_sources
@@ -269,12 +268,18 @@ def _plugin_learner(settings: Settings, base: PreTrainedModel) -> PluginLearner:
     if settings.plugin:
         model.load_plugin(settings.plugin, "default", dtype=torch.float32)
         model.set_plugin("default")
-    if not any(True for _ in model.plugin().parameters()):
+    plugin = model.plugin()
+    for chooser in plugin.selects.values():
+        chooser.requires_grad_(False)  # no gradient reaches what a choice is made by
+    if not any(parameter.requires_grad for parameter in plugin.parameters()):
         raise VariatorError(
-            "nothing to train in mean and copy: choose --compressor weighted or --decompressor adapter"
+            "the scores of kept keys and values are fitted, not trained: leave out --plugin and --stage, and give "
+            "--compressor kv=select"
+            if plugin.selects
+            else "nothing to train in mean and copy: choose --compressor weighted or --decompressor adapter"
         )
     if settings.init == "least-squares":
-        restoring_sites(model.plugin())
+        restoring_sites(plugin)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return PluginLearner(model)
@@ -291,7 +296,7 @@ def _check_prompts(model: VariatorModel, prompt_tokens: int) -> None:
     """Raise where a prompt could be too short for a group."""
     plugin = model.plugin()
     head, tail = plugin.config.ends
-    k = min(module.k for module in plugin.modules() if isinstance(module, SiteLayers))
+    k = min(site.k for site in plugin.sites.values())
     if not split(prompt_tokens, k, head, tail).groups:
         raise VariatorError(
             f"prompts of {prompt_tokens} tokens hold no group of {k} between {head} dense first and {tail} "

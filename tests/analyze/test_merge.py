@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 from conftest import VOCAB, make_decoder, make_variator, randomise
+from tiny import model_folder
 
-from llm_variator import VariatorConfig, VariatorModel
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.analyze import token_losses as module
 from llm_variator.analyze.__main__ import main
 from llm_variator.analyze.merge import observed
@@ -26,6 +27,7 @@ from llm_variator.analyze.token_losses import (
     token_losses,
 )
 from llm_variator.measures.metrics import continuation_cross_entropy
+from llm_variator.sources.models import load_model
 
 
 def ids(rows: int, tokens: int) -> torch.Tensor:
@@ -179,3 +181,35 @@ def test_command(tmp_path, capsys):
     assert sum(row["tokens"] for row in figures["tokens"]["by_origin"]) == 2 * 16
     assert len(figures["drift"]["merged"]) == 3
     assert "restored" in capsys.readouterr().out
+
+
+def kept(folder, **more) -> str:
+    """The folder of a plugin that keeps keys, on the tiny model of `tiny`."""
+    config = VariatorConfig(
+        **{"sites": ("kv",), "compressor": "select", "k": 4, "block": 8, "dense_tail": 3, **more}
+    )
+    model = VariatorModel(load_model(model_folder()), config)
+    randomise(model.plugin(), std=0.05)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_of_plugins_that_keep_keys_what_they_merge_is_analysed(tmp_path):
+    flags = ["--model", model_folder(), "--data", "pydoc-topics", "--windows", "2"]
+    sizes = ["--context", "48", "--continuation", "16", "--sensitivity-windows", "1", "--work", str(tmp_path)]
+    with pytest.raises(VariatorError, match="merges nothing, it keeps single keys"):
+        main(["merge", *flags, *sizes, "--plugin", kept(tmp_path / "kept")])
+    with pytest.raises(VariatorError, match="give plugins with the site ffn"):
+        main(["neurons", *flags, "--tokens", "16", "--ratios", "4", "--plugin", f"4={tmp_path / 'kept'}"])
+    both = kept(
+        tmp_path / "both",
+        k={"ffn": 3, "kv": 2},
+        sites=("ffn", "kv"),
+        compressor={"ffn": "weighted", "kv": "select"},
+        r=4,
+    )
+    main(["merge", *flags, *sizes, "--plugin", both, "--json", str(tmp_path / "f.json")])
+    figures = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))["figures"]
+    assert set(figures["weights"]) == set(figures["sensitivity"]) == {"ffn"}
+    assert figures["sensitivity"]["ffn"]["k"] == 3
+    assert all(len(each["mean"]) == 3 for each in figures["weights"]["ffn"].values())

@@ -147,6 +147,33 @@ def test_decode_reads_a_cache_like_the_one_a_prompt_leaves(tmp_path):
     assert ours["bound"] == pytest.approx((weights + 2 * 2 * held * 16 * 4) / (weights + 2 * 2 * 50 * 16 * 4))
 
 
+@pytest.mark.parametrize("tokens", [40, 300])
+def test_decode_reads_kept_keys_like_those_of_a_prompt(tokens):
+    made = setting("--plugins", "kept:0.4", "kept:0.7", "--tokens", "300", "--dense-tail", "70")
+    ids = made.ids(2, tokens)
+    for name in made.names:
+        ours = random_cache(made, name, 2, tokens)
+        with made.using(name)(), torch.no_grad():
+            real = made.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+            for layer, (a, b) in enumerate(zip(ours.layers, real.layers, strict=True)):
+                assert a.keys.shape == b.keys.shape
+                if layer in made.model.plugin(name).selects:
+                    assert a.counts == b.counts
+                    shapes = [[one.store.keys.shape for one in each.classes] for each in (a, b)]
+                    assert shapes[0] == shapes[1]
+            assert ours.get_seq_length() == real.get_seq_length() == tokens
+            made.model(ids[:, :1], past_key_values=ours, use_cache=True)
+
+
+def test_prefill_and_decode_of_kept_keys(tmp_path):
+    flags = ["--model", "tiny-llama", "--plugins", "kept:0.5", "--tokens", "300"]
+    dense, ours = figures(tmp_path, "prefill", *flags)["rows"]
+    assert 0.1 < ours["kv_mib"] / dense["kv_mib"] <= 0.5
+    assert ours["operations"] < dense["operations"]
+    _, step = figures(tmp_path, "decode", *flags, "--steps", "2")["rows"]
+    assert step["kv_mib"] == ours["kv_mib"]
+
+
 def test_swap_measures_the_bare_base(tmp_path, monkeypatch):
     rows = figures(tmp_path, "swap", "--model", "tiny-llama", "--tokens", "8")["rows"]
     assert [row["case"] for row in rows] == [
@@ -220,6 +247,9 @@ def test_plot(tmp_path):
         (["memory", "--quantize", "nf4"], "leave out --quantize"),
         (["memory", "--model", "tiny-t5"], "takes a decoder"),
         (["swap", "--attention", "nothing"], "--attention nothing"),
+        (["prefill", "--plugins", "kept:1.5"], "between 0 and 1"),
+        (["prefill", "--plugins", "kept:0.3", "--model", "tiny-bert"], "is for decoders"),
+        *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("train", "memory", "compare")),
     ],
 )
 def test_wrong_flags_get_one_clear_error(flags, message):

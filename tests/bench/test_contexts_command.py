@@ -60,6 +60,35 @@ def test_questions(tmp_path, plugin):
     )
 
 
+@pytest.fixture(scope="module")
+def chooser(tmp_path_factory) -> str:
+    config = VariatorConfig(
+        sites=("kv",), compressor="select", k_per_head=((2, 4),) * 3, block=4, dense_head=2, dense_tail=5
+    )
+    model = VariatorModel(load_model(model_folder()), config)
+    randomise(model.plugin())
+    folder = tmp_path_factory.mktemp("plugin") / "kept"
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_questions_after_kept_keys(tmp_path, chooser):
+    sizes = ["--context", 60, "--question", 5, "--questions", 3, "--new-tokens", 2, "--repeats", 1]
+    figures = measure(tmp_path, chooser, "questions", *sizes)
+    assert figures["batch_equals_one_by_one"]
+    assert figures["copies_of_the_context"] == 3
+    assert figures["context_bytes"] * 4 < figures["all_sessions_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [("load", "cannot be saved yet"), ("pool", "leave out pool"), ("decode", "decode_block .* leave it out")],
+)
+def test_what_kept_keys_cannot(tmp_path, chooser, command, message):
+    with pytest.raises(VariatorError, match=message):
+        measure(tmp_path, chooser, command, "--context", 40)
+
+
 def test_decode(tmp_path, plugin):
     figures = measure(tmp_path, plugin, "decode", "--context", 30, "--new-tokens", 60, "--decode-block", 6)
     assert figures["within"]

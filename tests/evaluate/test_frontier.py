@@ -116,6 +116,38 @@ def test_rows_hold_quality_and_cost_of_every_condition(model, plugin, tmp_path, 
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plugins_that_keep_keys(tmp_path):
+    """Untrained, they keep the first tokens of every block, and merge by means."""
+    config = VariatorConfig(
+        k={"ffn": 3, "kv": 2},
+        sites=("ffn", "kv"),
+        compressor={"ffn": "weighted", "kv": "select"},
+        k_per_head=((2, 4),) * 3,
+        block=4,
+        r=4,
+        dense_head=2,
+        dense_tail=5,
+    )
+    own = VariatorModel(load_model(model_folder()), config)
+    randomise(own.plugin(), std=0.1)
+    own.save_pretrained(tmp_path / "kept")
+    line = ["--plugin", f"mine={tmp_path / 'kept'}", "--untrained", "--also", "drop:3"]
+    result = frontier_of(tmp_path, *line)["figures"]
+    rows = {row["condition"]: row for row in result["texts"][0]["rows"]}
+    bare = result["configs"]["mine (untrained)"]
+    assert (bare["compressor"], bare["decompressor"]) == ({"ffn": "mean", "kv": "select"}, "copy")
+    assert rows["mine"]["kv_bytes"] == rows["mine (untrained)"]["kv_bytes"]
+    inner = CONTEXT - 2 - 5
+    counts = [2 + inner // 4 * (4 // k) + -(-(inner % 4) // k) + 5 for k in (2, 4)]
+    assert rows["mine"]["kv_bytes"] == pytest.approx(sum(counts) / 2 / CONTEXT)
+    windows = read_windows(
+        text_file(tmp_path), load_tokenizer(model_folder()), seq_length=CONTEXT + CONTINUATION
+    )
+    assert rows["mine"]["cross_entropy"] == pytest.approx(
+        continuation_cross_entropy(own, spread(windows, WINDOWS), CONTEXT), abs=1e-5
+    )
+
+
 def test_competitors_and_texts_may_be_none():
     settings = read(["frontier", "--model", "m", "--also", "--json", "x.json", "--data"])
     assert settings.also == settings.data == ()

@@ -260,6 +260,21 @@ def test_saved_and_shipped_plugins(compressed, tmp_path):
         decoder(plugin=str(tmp_path / "k3"), k=2)
 
 
+def test_a_plugin_that_keeps_keys(tmp_path):
+    config = VariatorConfig(
+        sites=("kv",), compressor="select", k_per_head=((2, 4),) * 3, block=4, dense_head=1, dense_tail=2
+    )
+    model = VariatorModel(load_model(model_folder()), config)
+    randomise(model.plugin())
+    model.save_pretrained(tmp_path)
+    lm = decoder(plugin=str(tmp_path))
+    for (context, continuation), (total, _) in zip(PAIRS, log_likelihoods(lm), strict=True):
+        assert total == pytest.approx(teacher_forced(lm, context, continuation), abs=1e-3)
+    assert len(generations(lm)) == 2
+    with pytest.raises(VariatorError, match="a ratio for every head"):
+        decoder(plugin=str(tmp_path), k=4)
+
+
 def test_untrained_plugin_by_k():
     lm = decoder(k=4, sites="kv", dense_head=0, dense_tail=8)
     config = lm.variator.plugins["default"]

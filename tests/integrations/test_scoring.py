@@ -14,6 +14,15 @@ from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.integrations.scoring import ScoringRequest, score
 
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=3)
+KEPT = VariatorConfig(
+    k={"ffn": 3, "kv": 4},
+    sites=("ffn", "kv"),
+    compressor={"ffn": "weighted", "kv": "select"},
+    r=4,
+    block=4,
+    dense_head=2,
+    dense_tail=3,
+)
 SEQ2SEQ = [name for name in ENCODERS if name != "bert"]
 
 
@@ -68,6 +77,14 @@ def test_equal_to_teacher_forcing(name, batch_size):
 @pytest.mark.parametrize("sites", [("ffn",), ("kv",), ("attention",)])
 def test_every_site(sites):
     assert_right(make_variator("llama", VariatorConfig(k=2, sites=sites, r=4)), requests(), batch_size=5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_kept_keys(name, batch_size):
+    model = make_variator(name, KEPT)
+    assert differs(model, requests()[2]) > 1e-2
+    assert_right(model, requests(), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

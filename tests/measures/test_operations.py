@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import reference
+import reference_select
 import torch
 from conftest import ENCODERS, make_decoder, make_encoder, make_variator, prompts
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +15,8 @@ from transformers import AutoModel, T5EncoderModel
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.baselines import TokenPruning, make_student
 from llm_variator.config import BaseSignature
+from llm_variator.engine import blocks
+from llm_variator.engine.groups import split
 from llm_variator.measures.operations import (
     EncoderShape,
     Stack,
@@ -134,6 +137,128 @@ def test_causal_scores_equal_counting_pairs(name):
         pairs = sum(e.positions[-1] <= last[q] for q in queries for e in entries)
         assert prefill(stack, n, config).scores == 3 * 4 * stack.attention_width * pairs
         assert prefill(stack, n).scores == 3 * 4 * stack.attention_width * n * (n + 1) // 2
+
+
+# Keys and values that are kept: against masks filled in by loops.
+
+KEPT = {
+    "short tail": dict(block=4, dense_head=2, dense_tail=3, k_per_head=((2, 4), (4, 1), (1, 1))),
+    "two fits": dict(block=8, dense_head=4, dense_tail=1, k_per_head=((8, 2), (1, 1), (4, 8)), score_fits=2),
+    "no edges": dict(block=4, dense_head=0, dense_tail=0, k=4),
+    "ffn": dict(
+        block=4,
+        dense_head=2,
+        dense_tail=3,
+        k={"ffn": 3, "kv": 4},
+        sites=("ffn", "kv"),
+        compressor={"ffn": "weighted", "kv": "select"},
+        r=5,
+        layers=(0, 2),
+    ),
+}
+
+
+def kept(name: str) -> VariatorConfig:
+    return VariatorConfig(**{"sites": ("kv",), "compressor": "select", **KEPT[name]})
+
+
+def random_scores(n: int) -> list[float]:
+    return torch.randn(n, generator=torch.Generator().manual_seed(n)).tolist()
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+@pytest.mark.parametrize("head", [0, 3])
+@pytest.mark.parametrize("tail", [0, 1, 4, 8])
+def test_pairs_of_kept_keys_equal_counting_them(head, tail, block):
+    tail = min(tail, block)
+    for n in range(1, 5 * block + head + tail + 3):
+        scores = random_scores(n)
+        for k in (1, 2, 4, 8):
+            if k <= block:
+                mask = reference_select.seen_while_reading(scores, k, n, head, tail, block)
+                assert blocks.seen(n, k, head, tail, block) == sum(map(sum, mask)), (n, k)
+
+
+@pytest.mark.parametrize("tail", [5, 9, 14])
+def test_pairs_before_a_long_tail_are_counted_on_average(tail):
+    """A token of the block where the tail begins is among the chosen with probability 1/k."""
+    block, head = 4, 2
+    for n in range(1, 40):
+        for k in (1, 2, 4):
+            average = 0.0
+            for query in range(n):
+                for key in range(query + 1):
+                    near = (key - head) // block >= (query - head) // block - 1
+                    average += 1 if key < head or key >= n - tail or near else 1 / k
+            assert 0 <= average - blocks.seen(n, k, head, tail, block) < n, (n, k)
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+@pytest.mark.parametrize("head", [0, 3])
+@pytest.mark.parametrize("tail", [0, 1, 4, 11])
+def test_entries_of_kept_keys_equal_counting_them(head, tail, block):
+    for n in range(1, 5 * block + head + tail + 3):
+        scores = random_scores(n)
+        for k in (1, 2, 4, 8):
+            if k > block:
+                continue
+            place = blocks.Place(head, tail, 0, n)
+            left = reference_select.kept_after(scores, k, n, head, tail, block)
+            assert blocks.entries(place, k, block, n) == len(left), (n, k)
+            if reference_select.stays_dense(n, head, tail, block):
+                assert blocks.entries(place, k, block, n) == n
+                continue
+            for read in range(head, n):  # whole blocks that no later token sees whole have been reduced
+                held = head
+                for start in range(head, read, block):
+                    gone = (read - head) // block >= (start - head) // block + 2 and start + block <= n - tail
+                    held += block // k if gone else min(block, read - start)
+                assert blocks.entries(place, k, block, read) == held, (n, k, read)
+
+
+@pytest.mark.parametrize("reads", [None, 1, 5])
+@pytest.mark.parametrize("name", KEPT)
+def test_operations_of_kept_keys_equal_counting_them(name, reads):
+    """Scores by loops over masks; all other products by torch, of a running model."""
+    config, layers = kept(name).resolved(BaseSignature("", "llama", 32, 3), decoder=True), 3
+    model = make_variator("llama", kept(name))
+    stack, (head, tail) = Stack.of(model.config), config.ends
+    for n in (9, 26, 61):
+        scores, pairs, entries = random_scores(n), 0.0, 0.0
+        for layer in range(layers):
+            ratios = config.head_ratios(layer, 2) or (1, 1)
+            for k in ratios:
+                mask = reference_select.seen_while_reading(scores, k, n, head, tail, config.block)
+                read = mask[-reads:] if reads and layer == layers - 1 else mask
+                if reads and "ffn" in config.sites and reads > split(n, 3, head, tail).tail:
+                    read = mask  # groups are restored together
+                pairs += sum(map(sum, read)) / len(ratios)
+                left = reference_select.kept_after(scores, k, n, head, tail, config.block)
+                entries += len(left) / len(ratios)
+        cost = prefill(stack, n, config, reads=reads)
+        assert cost.scores == 4 * stack.attention_width * pairs
+        assert cost.cache_entries == pytest.approx(entries)
+
+        model.skip_unread = reads is not None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            cache = model(prompts(n)[0], use_cache=True, logits_to_keep=reads or 1).past_key_values
+        found = counter.get_flop_counts()["Global"]
+        products = sum(count for op, count in found.items() if "attention" not in str(op))
+        wanted = cost.total - cost.scores
+        assert wanted <= products <= 1.01 * wanted  # see above
+        report = model.kv_cache_report(cache)
+        assert sum(layer.entries for layer in report.layers) == pytest.approx(entries)
+
+
+def test_the_last_rows_before_a_long_tail():
+    """Queries that are not read are taken away with the tail where it is."""
+    config = VariatorConfig(k=4, sites=("kv",), compressor="select", block=4, dense_head=0, dense_tail=12)
+    stack = dataclasses.replace(Stack.of(make_decoder("llama").config), layers=1, windows=(None,))
+    seen = 0
+    for query in (38, 39):  # the tail begins with a block
+        near = (query // 4 - 1) * 4
+        seen += sum(1 for key in range(query + 1) if key >= near or key >= 28) + 28 // 4
+    assert prefill(stack, 40, config, reads=2).scores == 4 * stack.attention_width * seen
 
 
 def test_sliding_windows_bound_the_scores():

@@ -108,9 +108,11 @@ def test_gradients_reach_the_plugin_through_a_quantised_base(folder, kind):
     assert (ours - theirs).norm() / theirs.norm() < (1e-3 if kind == "nf4" else 0.1)
 
 
+@pytest.mark.parametrize("compressor", ["weighted", {"ffn": "weighted", "kv": "select"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_step_by_step_generation_equals_teacher_forcing(folder, kind):
-    model = VariatorModel(load_model(folder, quantize=kind), VariatorConfig(k=2, sites=("ffn", "kv"), r=4))
+def test_step_by_step_generation_equals_teacher_forcing(folder, kind, compressor):
+    config = VariatorConfig(k=2, sites=("ffn", "kv"), compressor=compressor, r=4, block=4)
+    model = VariatorModel(load_model(folder, quantize=kind), config)
     randomise(model.plugin(), std=0.05)
     ids = prompts(20)[0]
     out = model.generate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import make_decoder, make_variator, pad, prompts, randomise
@@ -112,6 +114,33 @@ def test_the_adapter_repairs_what_merged_keys_lose():
         repaired = float(error(model, made))
         with model.use_plugin("kv"):
             assert repaired < 0.9 * float(error(model, made))
+
+
+def test_the_adapter_repairs_what_lost_keys_lose():
+    """Scores stay; layers are fitted on what attention over the kept keys gives them."""
+    config = VariatorConfig(
+        k={"ffn": 2, "kv": 4},
+        sites=("ffn", "kv"),
+        compressor={"ffn": "weighted", "kv": "select"},
+        r=8,
+        block=4,
+        dense_head=0,
+        dense_tail=0,
+    )
+    model = make_variator("llama", config)
+    made = batches("llama", ragged=False)
+    for own in model.plugin().sites.values():
+        torch.nn.init.zeros_(own.decompressor.up.weight)
+        torch.nn.init.zeros_(own.decompressor.up.bias)
+    before = copy.deepcopy(model.plugin().state_dict())
+    with torch.no_grad():
+        worse = float(error(model, made))
+        LeastSquares(model, made).fit()
+        assert float(error(model, made)) < worse
+    after = model.plugin().state_dict()
+    kept = [name for name in after if name.startswith("kv.")]
+    assert kept
+    assert all(torch.equal(after[name], before[name]) for name in kept)
 
 
 def test_attention_is_restored_too():

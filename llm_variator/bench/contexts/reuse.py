@@ -6,6 +6,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from llm_variator.bench.contexts.setting import (
 )
 from llm_variator.cli import flag
 from llm_variator.cli.values import PositiveInt
+from llm_variator.engine.cache import SelectedLayer
 from llm_variator.engine.cache.stores import SharedStore
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.model import VariatorModel
@@ -95,7 +97,11 @@ def questions(model: VariatorModel, settings: Questions) -> Figures:
     together = model.generate(torch.cat(asked), context=model.compress(document), **options)
     batch = time.perf_counter() - start
     stores = [layer.store for fork in forks for layer in compressed_layers(fork)]
-    firsts = [store.parts[0][0] for store in stores if isinstance(store, SharedStore)]
+    firsts: list[Any] = [store.parts[0][0] for store in stores if isinstance(store, SharedStore)]
+    # single kept keys are copied by every session that goes on
+    firsts += [
+        layer.keys for fork in forks for layer in fork.cache.layers if isinstance(layer, SelectedLayer)
+    ]
     shared = {keys.data_ptr() for keys in firsts if isinstance(keys, Tensor)}
     report = context.report()
     return {

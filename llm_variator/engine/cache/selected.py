@@ -82,9 +82,10 @@ class SelectedLayer(DynamicLayer):
         if not layer.get_seq_length():
             return new
         merged = isinstance(layer, CompressedLayer)
-        keys, values = whole(layer.store if isinstance(layer, CompressedLayer) else layer)
-        store = DynamicLayer()
-        store.update(keys, values)
+        source = layer.store if isinstance(layer, CompressedLayer) else layer
+        keys, values = whole(source)
+        # nothing is read: an offloaded layer may be on its way back
+        store = copy.copy(source) if type(source) is DynamicLayer else _store(source, keys, values)
         columns = torch.empty(1, heads, 0, dtype=torch.int32, device=keys.device)
         if isinstance(layer, CompressedLayer):
             columns = layer.columns.int()[:, None].expand(-1, heads, -1)
@@ -203,7 +204,7 @@ class SelectedLayer(DynamicLayer):
                     store, columns = DynamicLayer(), columns[:, places]
                     if one.entries:
                         keys, values = whole(one.store)
-                        store.update(keys[:, places], values[:, places])
+                        store = _store(one.store, keys[:, places], values[:, places])
                 refined.append(HeadClass(heads, store, columns, k))
         self.classes = refined
 
@@ -356,6 +357,14 @@ class SelectedLayer(DynamicLayer):
             new.classes.append(dataclasses.replace(one, store=store, columns=placed))
         new.open = Open.stack([part.open for part in parts], rows)
         return new
+
+
+def _store(like: DynamicLayer, keys: Tensor, values: Tensor) -> DynamicLayer:
+    """A store of its own for keys and values out of another, which may be offloaded."""
+    store = DynamicLayer()
+    store.update(keys, values)
+    store.device = like.device
+    return store
 
 
 def _joined(before: Tensor, after: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llm_variator.engine.cache import CompressedLayer, SelectedLayer
 from llm_variator.engine.cache.naming import cache_argument
+from llm_variator.engine.cache.selected import Entries
 from llm_variator.engine.groups import FILLER, Grouping, Slices
 from llm_variator.engine.hooks.ageing import age, remember
 from llm_variator.engine.hooks.ffn import in_eights
@@ -67,6 +68,8 @@ class _AttentionCall:
     """Whether attention ran with them."""
     read: tuple[Plan, Tensor, tuple[Tensor, ...]] | None = None
     """What is kept of the pass where decoding compresses: the plugin's plan, inputs, positions of tokens."""
+    by_class: Sequence[Entries | None] = ()
+    """Of a cache whose heads keep keys of their own choice: all of them, after `update`."""
 
     def __post_init__(self) -> None:
         self.past = self.held.tokens if self.held is not None else 0
@@ -78,6 +81,9 @@ class _AttentionCall:
         self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.updated = True
+        if isinstance(self.held, SelectedLayer):
+            self.cache.update(key, value, layer, take=self._take)
+            return key, value
         if self.grouping is None:
             out = self.cache.update(key, value, layer)
             self._remember()
@@ -86,11 +92,19 @@ class _AttentionCall:
             key, value = self.grouping.take(key, 2), self.grouping.take(value, 2)
         if self.held is None:
             return key, value
-        if isinstance(self.held, SelectedLayer):
-            return self.cache.update(key, value, layer, columns=self.grouping.columns, width=self.width)
         out = self.cache.update(key, value, layer, grouping=self.grouping, width=self.width)
         self._remember()
         return out
+
+    def _take(self, key: Tensor, value: Tensor) -> None:
+        assert isinstance(self.held, SelectedLayer)
+        if self.grouping is None:
+            self.held.update(key, value)
+        else:
+            if not self.whole:
+                key, value = self.grouping.take(key, 2), self.grouping.take(value, 2)
+            self.held.update(key, value, columns=self.grouping.columns, width=self.width)
+        self.by_class = self.held.all_held()
 
     def _remember(self) -> None:
         if self.read is not None:
@@ -148,7 +162,8 @@ class _AttentionCall:
             new = visible(reach[:, -rows:], self.grouping.columns)[:, 0]  # (b or 1, rows, new entries)
 
         def attend_one(number: int, own: Tensor) -> Tensor:
-            entries = held.held(held.classes[number])
+            entries = self.by_class[number]
+            assert entries is not None
             if new is None:
                 return attend(own, entries, scale)
             mask = F.pad(new, (entries.keys.shape[2] - new.shape[2], 0), value=True)

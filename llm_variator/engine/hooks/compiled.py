@@ -125,17 +125,16 @@ def _obstacle(session: Session | None, kwargs: Mapping[str, Any]) -> str | None:
         if kwargs.get(name):
             return f"{name} is asked for"
     cache = _cache(kwargs)
-    for layer in cache.layers if isinstance(cache, Cache) else ():
+    plugin = session.plugin if session else None
+    layers = cache.layers if isinstance(cache, Cache) else ()
+    if (plugin is not None and plugin.selects) or any(isinstance(layer, SelectedLayer) for layer in layers):
+        return 'compressor "select" keeps keys of each head'
+    for layer in layers:
         held = layer.store if isinstance(layer, CompressedLayer) else layer
         if type(held) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
             return f"the KV cache has a {type(held).__name__}"
     if cache is not None and getattr(cache, "offloading", False):
         return "the KV cache is offloaded"
-    plugin = session.plugin if session else None
-    if any(isinstance(layer, SelectedLayer) for layer in cache.layers if isinstance(cache, Cache)) or (
-        plugin is not None and plugin.selects
-    ):
-        return 'compressor "select" keeps keys of each head'
     if plugin is not None and plugin.config.decode_block is not None:
         return "decode_block merges generated tokens"
     return None

@@ -48,9 +48,12 @@ class SelectCall:
     ) -> tuple[Tensor, Tensor]:
         """Store what is kept of keys and values (b, H, n, d); returns all of them."""
         self.updated = True
-        self.held.refine(self.site.ratios)
-        take = self._take_token if self.now.rows is None else self._take_prompt
-        if self.stored:
+
+        def take(key: Tensor, value: Tensor) -> None:
+            self.held.refine(self.site.ratios)
+            (self._take_token if self.now.rows is None else self._take_prompt)(key, value)
+
+        if self.stored:  # an offloaded cache has the layer's entries at hand only while it is updated
             self.cache.update(key, value, layer, take=take)
         else:
             take(key, value)
