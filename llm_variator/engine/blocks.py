@@ -170,6 +170,13 @@ class Region:
         """Whether every token of a tail sees all of it as a part of its own block and the one before."""
         return self.places[0].tail <= self.block
 
+    @property
+    def holds_whole_prompts(self) -> bool:
+        """Whether the prompts begin and end here."""
+        return all(
+            not place.done and place.left == new for place, new in zip(self.places, self.new, strict=True)
+        )
+
     def singles(self) -> list[Region]:
         """The region of every row by itself."""
         pairs = zip(self.places, self.new, strict=True)
@@ -232,7 +239,7 @@ class Region:
         block, lead, ends = self.block, self.lead, []
         for place, new, length in zip(self.places, self.new, self.lengths, strict=True):
             closed = closed_blocks(place, block, new) - closed_blocks(place, block)
-            cut_off = place.left == new and _reduces(place, block, new)
+            cut_off = place.left == new and reduces(place, block, new)
             ends.append(length - place.tail if cut_off else lead + closed * block)
         column = torch.arange(self.tokens, device=scores.device)
         end = self._rows(ends)
@@ -269,7 +276,7 @@ class Region:
         return torch.tensor(values, device=self.device)[:, None, None]
 
 
-def _reduces(place: Place, block: int, read: int) -> bool:
+def reduces(place: Place, block: int, read: int) -> bool:
     """Whether a prompt that ends `read` tokens later is long enough to be reduced."""
     n = place.done + read
     return n - place.head >= 2 * block and n - place.tail > place.head

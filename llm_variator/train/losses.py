@@ -63,6 +63,14 @@ def hidden_mse_and_kl(student: Outputs, teacher: Outputs, kl_weight: float = 1.0
     return hidden_mse(student, teacher) + kl_weight * continuation_kl(student, teacher)
 
 
+def kl(student: Outputs, teacher: Outputs, kl_weight: float = 1.0) -> Tensor:
+    """`continuation_kl` alone, for scores of keys: nothing else is asked of a prompt that stays as it is.
+
+    `kl_weight` is not used.
+    """
+    return continuation_kl(student, teacher)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of `values` (rows, tokens) over the tokens whose `mask` is not 0."""
     return values.mean() if mask is None else (values * mask).sum() / mask.sum()
@@ -70,5 +78,6 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 LOSSES: dict[str, Loss] = {
     "mse": Loss(hidden_mse, needs_logits=False),
+    "kl": Loss(kl, needs_logits=True),
     "mse+kl": Loss(hidden_mse_and_kl, needs_logits=True),
 }

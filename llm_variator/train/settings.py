@@ -112,7 +112,8 @@ class Optimisation:
     grad_accum: PositiveInt = flag(1, "micro-batches in a step")
     loss: str = flag(
         "mse",
-        "mse: hidden states, as in the paper; mse+kl: also the predicted distributions",
+        "mse: hidden states, as in the paper; mse+kl: also the predicted distributions; kl: these alone, for "
+        "compressor select",
         choices=sorted(LOSSES),
     )
     kl_weight: NaturalFloat = flag(1.0, "with --loss mse+kl")

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from llm_variator.baselines import TokenPruning, make_student
+from llm_variator.engine.blocks import Place, reduces
 from llm_variator.engine.groups import split
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
@@ -296,6 +297,14 @@ def _check_prompts(model: VariatorModel, prompt_tokens: int) -> None:
     """Raise where a prompt could be too short for a group."""
     plugin = model.plugin()
     head, tail = plugin.config.ends
+    if not plugin.sites:
+        block = plugin.config.block
+        if not reduces(Place(head, tail), block, prompt_tokens):
+            raise VariatorError(
+                f"prompts of {prompt_tokens} tokens stay dense, no block of {block} is reduced between {head} dense "
+                f"first and {tail} dense last tokens: raise --prompt-tokens or --seq-length"
+            )
+        return
     k = min(site.k for site in plugin.sites.values())
     if not split(prompt_tokens, k, head, tail).groups:
         raise VariatorError(

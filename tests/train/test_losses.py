@@ -54,7 +54,7 @@ def test_table():
     mse, kl = hidden_mse(student, teacher), continuation_kl(student, teacher)
     assert LOSSES["mse"].function(student, teacher, 3.0) == mse
     assert torch.isclose(LOSSES["mse+kl"].function(student, teacher, 3.0), mse + 3 * kl)
-    assert [loss.needs_logits for loss in LOSSES.values()] == [False, True]
+    assert [loss.needs_logits for loss in LOSSES.values()] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -64,7 +64,7 @@ def test_zero_at_the_teacher_and_gradient_elsewhere(name):
     student.hidden[0].values.requires_grad_()
     student.logits.requires_grad_()
     LOSSES[name].function(student, teacher, 1.0).backward()
-    assert student.hidden[0].values.grad.abs().sum() > 0
+    assert (student.hidden[0].values.grad is not None) == ("mse" in name)
     assert (student.logits.grad is not None) == LOSSES[name].needs_logits
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from llm_variator.engine.blocks import Kept, Region
 from llm_variator.engine.cache import SelectedLayer
 from llm_variator.engine.cache.selected import Entries
+from llm_variator.engine.hooks.gates import Gates
 from llm_variator.engine.hooks.last_layer import at_the_end
 from llm_variator.engine.hooks.strips import attend, attend_region
 from llm_variator.engine.plugin import SelectLayers
@@ -33,8 +34,10 @@ class SelectCall:
         self.stored = held is not None
         self.held = SelectedLayer(len(site.ratios)) if held is None else held
         self.past = self.held.tokens
-        self.scores = None if now.rows is None else site.score(hidden)
+        self.scores = None if now.rows is None else site.score(hidden.detach())
         """(b, H, n), of a prompt; here H are all KV heads."""
+        self.gates: Gates | None = None
+        """While scores are trained."""
         self.updated = False
         self.attended = False
         self._attend: Callable[[Tensor, float], Tensor]
@@ -89,6 +92,8 @@ class SelectCall:
             first = torch.arange(self.past - old, self.past, device=key.device).expand(len(columns), -1)
             columns = torch.cat((first, columns), dim=1)
         order = region.order(scores)
+        if scores.requires_grad and not self.past and region.holds_whole_prompts:
+            self.gates = Gates(scores, order, region, rows, held.classes)
         before = [_without_last(own, old) for own in held.all_held()]
         kept = [
             Kept.of(region.keep(scores[:, one.places], order[:, one.places], one.k), region.counts(one.k))
@@ -104,6 +109,9 @@ class SelectCall:
             held.update(rows.rest(key), rows.rest(value), columns=rows.rest_columns, width=rows.width)
         after = held.all_held() if rows.rest_columns.shape[1] else []
         self._attend = partial(self._attend_prompt, keys, values, order, before, after)
+        if self.gates is not None:
+            keys, values = (torch.cat((x, rows.rest(y)), dim=2) for x, y in ((keys, key), (values, value)))
+            self._attend = partial(self._attend_gated, self.gates, keys, values, self._attend)
 
     def _attend_prompt(
         self,
@@ -143,6 +151,22 @@ class SelectCall:
         out = self._by_class(first, read) if first.shape[2] else first
         out = rows.joined(out, self._by_class(last, go_on) if last.shape[2] else last)
         return out[:, :, out.shape[2] - wanted :]
+
+    def _attend_gated(
+        self,
+        gates: Gates,
+        keys: Tensor,
+        values: Tensor,
+        attend: Callable[[Tensor, float], Tensor],
+        query: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """The same outputs, from which scores get a gradient; keys and values of prompt and rest."""
+        rows, out = self.now.rows, attend(query, scale)
+        assert rows is not None
+        first = gates.reading(rows.prompt(out), rows.prompt(query), keys, values, scale)
+        rest = gates.following(rows.rest(out), rows.rest(query), keys, values, scale)
+        return rows.joined(first, rest)
 
     # --- single tokens
 
