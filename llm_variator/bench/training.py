@@ -238,6 +238,5 @@ def check_memory_flags(settings: Memory) -> None:
 def _refuse_select(settings: Settings) -> None:
     if kept := [plugin for plugin in settings.measured() if plugin.keep is not None]:
         raise VariatorError(
-            f"bench {settings.command()} measures training by steps, and {kept[0]} by scores that are fitted: leave it "
-            "out"
+            f"bench {settings.command()} measures training of what merges, and {kept[0]} merges nothing: leave it out"
         )

@@ -270,14 +270,9 @@ def _plugin_learner(settings: Settings, base: PreTrainedModel) -> PluginLearner:
         model.load_plugin(settings.plugin, "default", dtype=torch.float32)
         model.set_plugin("default")
     plugin = model.plugin()
-    for chooser in plugin.selects.values():
-        chooser.requires_grad_(False)  # no gradient reaches what a choice is made by
-    if not any(parameter.requires_grad for parameter in plugin.parameters()):
+    if not any(True for _ in plugin.parameters()):
         raise VariatorError(
-            "the scores of kept keys and values are fitted, not trained: leave out --plugin and --stage, and give "
-            "--compressor kv=select"
-            if plugin.selects
-            else "nothing to train in mean and copy: choose --compressor weighted or --decompressor adapter"
+            "nothing to train in mean and copy: choose --compressor weighted or --decompressor adapter"
         )
     if settings.init == "least-squares":
         restoring_sites(plugin)
