@@ -203,9 +203,9 @@ class CompressionPlugin(nn.Module):
         config = self.config
         base = config.base_model or "its base model"
         count = sum(parameter.numel() for parameter in self.parameters())
-        settings: dict[str, Any] = {"k": config.k, "sites": ", ".join(config.sites)}
+        settings: dict[str, Any] = {"sites": ", ".join(config.sites)}
         if self.sites:
-            settings["r"] = config.r
+            settings |= {"k": config.k, "r": config.r}
         if self.selects:
             settings |= {"keys and values": f"kept, each head its own, in blocks of {config.block}"}
             settings |= {"ratios of heads": _ratios_of_heads(self.plan.selected.values())}
