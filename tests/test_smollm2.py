@@ -174,3 +174,47 @@ def test_contexts(model, smollm2, rows, tmp_path):
     n = rows[0].shape[1] + 39
     assert {layer.entries for layer in out.past_key_values.layers} < set(range(4 + 4 + 8 + (n - 16) // 2 + 2))
     model.delete_plugin("ageing")
+
+
+@pytest.fixture(scope="module")
+def keeping(smollm2):
+    """The shipped plugin that keeps keys and values, and 300 tokens of text."""
+    base, tokenizer = smollm2
+    model = VariatorModel.from_pretrained(base, "smollm2-135m/kv4")
+    yield model, spread(read_windows(EMBEDDED, tokenizer, seq_length=300), 1).long()
+    model.unload()
+
+
+def test_kept_keys_step_by_step_in_chunks_and_at_once(keeping):
+    model, ids = keeping
+    options = dict(max_new_tokens=6, output_logits=True, return_dict_in_generate=True, **GREEDY)
+    options["attention_mask"] = torch.ones_like(ids)  # the text has a token that could pad
+    out, chunked = (model.generate(ids, **options, **more) for more in ({}, {"prefill_chunk_size": 90}))
+    forced = model(out.sequences, prompt_length=300).logits[:, 299:-1]
+    for found in (out, chunked):
+        torch.testing.assert_close(torch.stack(found.logits, dim=1), forced, atol=1e-4, rtol=0)
+    report = model.kv_cache_report(out.past_key_values)
+    for layer, held in enumerate(report.layers):
+        for one in held.classes:
+            cut = (300 - 4 - 108) % 64
+            kept = 4 + 2 * 64 // one.ratio + -(-cut // one.ratio) + 108 + 5
+            assert (one.entries, one.bytes) == (kept, one.heads * kept * 2 * 64 * 4), layer
+    assert report.bytes == sum(t.nbytes for one in kept_tensors(out.past_key_values) for t in one)
+    assert report.bytes < 0.65 * report.dense_bytes
+
+
+def kept_tensors(cache):
+    for layer in cache.layers:
+        stores = [one.store for one in layer.classes] if hasattr(layer, "classes") else [layer]
+        yield from ((store.keys, store.values) for store in stores)
+
+
+@pytest.mark.parametrize("j", [5, 70, 131, 200, 250])
+@torch.no_grad()
+def test_kept_keys_let_nothing_flow_backwards(keeping, j):
+    model, ids = keeping
+    changed = ids.clone()
+    changed[0, j] = (changed[0, j] + 1000) % model.config.vocab_size
+    before, after = (model(row).logits[0] for row in (ids, changed))
+    torch.testing.assert_close(after[:j], before[:j], atol=1e-4, rtol=0)
+    assert (after[j] - before[j]).abs().max() > 1e-2
