@@ -176,13 +176,13 @@ def test_contexts(model, smollm2, rows, tmp_path):
     model.delete_plugin("ageing")
 
 
-@pytest.fixture(scope="module")
-def keeping(smollm2):
+@pytest.fixture
+def keeping(model, smollm2):
     """The shipped plugin that keeps keys and values, and 300 tokens of text."""
-    base, tokenizer = smollm2
-    model = VariatorModel.from_pretrained(base, "smollm2-135m/kv4")
-    yield model, spread(read_windows(EMBEDDED, tokenizer, seq_length=300), 1).long()
-    model.unload()
+    model.load_plugin("smollm2-135m/kv4", "kv4")
+    with model.use_plugin("kv4"):
+        yield model, spread(read_windows(EMBEDDED, smollm2[1], seq_length=300), 1).long()
+    model.delete_plugin("kv4")
 
 
 def test_kept_keys_step_by_step_in_chunks_and_at_once(keeping):
