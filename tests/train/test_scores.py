@@ -416,6 +416,9 @@ def test_another_share_needs_no_new_pass(tmp_path, monkeypatch):
     figures = run(tmp_path / "run", "--resume", keep=0.8)
     assert len(seen) == fitting.HELD_OUT
     assert 0.5 < figures["kept"]["96"] <= 0.8
+    figures = run(tmp_path / "run", "--resume", keep=0.8, dense_tail=20)
+    assert len(seen) == 2 * fitting.HELD_OUT
+    assert figures["config"]["dense_tail"] == 20
 
 
 def test_given_ratios_stay(tmp_path):
