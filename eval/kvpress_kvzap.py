@@ -41,7 +41,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, trust_remote_code=False
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     each = -(-args.pieces // len(args.text))
     pieces = [piece for file in args.text for piece in stretches(tokenizer, file, each, args.tokens)]
     fitted, r2 = fit(model, pieces)

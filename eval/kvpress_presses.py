@@ -325,7 +325,10 @@ class Zip(kvpress.KVzipPress):
         if self._repeating is None:
             with self(model):
                 suffix = self._suffix_ids
-            self._repeating = AutoTokenizer.from_pretrained(model.config.name_or_path), suffix
+            self._repeating = (
+                AutoTokenizer.from_pretrained(model.config.name_or_path, trust_remote_code=False),
+                suffix,
+            )
         tokenizer, self._suffix_ids = self._repeating
         for module in attentions(model):
             module.rotary_emb = model.model.rotary_emb
