@@ -11,18 +11,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from llm_variator.engine import blocks
 from llm_variator.errors import VariatorError
 
 _HALVINGS = 50  # of the bracket around the scale of the shares
 
 
 def entries(length: int, k: int, *, ends: tuple[int, int], block: int) -> int:
-    """Keys that a head of ratio `k` keeps of a prompt: of each block, cut off where the tail begins, 1/k rounded up."""
-    head, tail = ends
-    inner = length - head - tail
-    if k == 1 or inner <= 0 or length - head < 2 * block:
-        return length
-    return head + inner // block * (block // k) + -(-(inner % block) // k) + tail
+    """Keys that a head of ratio `k` keeps of a prompt."""
+    return blocks.entries(blocks.Place(*ends, 0, length), k, block, length)
 
 
 class Budget:
