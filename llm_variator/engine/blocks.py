@@ -12,7 +12,7 @@ then. So no choice depends on where a pass ends.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,7 +133,8 @@ class Kept:
 
     def take(self, x: Tensor) -> Tensor:
         """(b, heads, T, d) -> (b, heads, m, d)."""
-        return x.gather(2, self.index.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+        rows, heads = (torch.arange(n, device=x.device) for n in x.shape[:2])
+        return x[rows[:, None, None], heads[:, None], self.index]  # copies whole vectors, as gather does not
 
     def place(self, columns: Tensor) -> Tensor:
         """(b or 1, heads or 1, T) -> (b, heads, m): what stands at the kept columns, `FILLER` at fillers."""
@@ -161,7 +162,7 @@ class Region:
         """Tokens of the head that the region begins with."""
         self.tail = max(self.lead, self.pending + places[0].left - places[0].tail)
         """Where the tail begins; behind the region where rows differ."""
-        self._causal: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._biases: dict[tuple[object, ...], Tensor] = {}
         if len(set(zip(places, new, strict=True))) > 1:
             self.tail = self.tokens
 
@@ -200,12 +201,49 @@ class Region:
         """(groups * queries, keys) to add to scores where the queries are those of the last keys; None: nothing."""
         if queries == 1:
             return None
-        made = self._causal.get((groups, queries, dtype))
+
+        def hidden() -> Tensor:
+            return torch.ones(queries, queries, dtype=torch.bool, device=self.device).triu(1)
+
+        return self._bias((groups, queries, dtype), hidden, groups, keys, dtype)
+
+    def near_and_far(
+        self, groups: int, queries: int, keys: int, start: int, copies: int, k: int, dtype: torch.dtype
+    ) -> Tensor:
+        """(groups * queries, keys) to add to scores of queries from `start` on, of several blocks.
+
+        The last keys are the chosen tokens of `copies` blocks, and behind them all tokens from the first of these
+        blocks on: each query sees a block either chosen or whole.
+        """
+        block = self.block
+        offset, each = (start - self.lead) % block, block // k
+
+        def hidden() -> Tensor:
+            query = (
+                torch.arange(queries, device=self.device)[:, None] + offset + block
+            )  # from the band's beginning
+            token = torch.arange(offset + queries + block, device=self.device)
+            chosen = torch.arange(copies, device=self.device).repeat_interleave(each)
+            near = query // block - 1
+            return torch.cat((chosen >= near, (token // block < near) | (token > query)), dim=1)
+
+        return self._bias((groups, queries, offset, copies, k, dtype), hidden, groups, keys, dtype)
+
+    def _bias(
+        self,
+        key: tuple[object, ...],
+        hidden: Callable[[], Tensor],
+        groups: int,
+        keys: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """(groups * queries, keys): 0, and -inf where `hidden()` (queries, the last of the keys); made once."""
+        made = self._biases.get(key)
         if made is None or made.shape[1] < keys:
-            hidden = torch.ones(queries, queries, dtype=torch.bool, device=self.device).triu(1)
-            made = torch.zeros(queries, 2 * keys, dtype=dtype, device=self.device)
-            made[:, 2 * keys - queries :].masked_fill_(hidden, float("-inf"))
-            made = self._causal[groups, queries, dtype] = made.repeat(groups, 1)
+            last = hidden()
+            made = torch.zeros(len(last), 2 * keys, dtype=dtype, device=self.device)
+            made[:, 2 * keys - last.shape[1] :].masked_fill_(last, float("-inf"))
+            made = self._biases[key] = made.repeat(groups, 1)
         return made[:, made.shape[1] - keys :]
 
     def order(self, scores: Tensor) -> Tensor:

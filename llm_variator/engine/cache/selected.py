@@ -48,11 +48,12 @@ class HeadClass:
         """Entries held in every row, fillers of shorter rows included."""
         return self.store.get_seq_length()
 
-    @property
-    def places(self) -> slice | list[int]:
-        """An index of the heads: a slice where they are neighbours, so that nothing is copied."""
+    def of(self, x: Tensor) -> Tensor:
+        """(b, all heads, ...) -> (b, these heads, ...), a view where they are neighbours."""
         first, last = self.heads[0], self.heads[-1]
-        return slice(first, last + 1) if last - first == len(self.heads) - 1 else list(self.heads)
+        if last - first == len(self.heads) - 1:
+            return x[:, first : last + 1]
+        return torch.cat([x[:, head : head + 1] for head in self.heads], dim=1)  # faster than an index
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> HeadClass:
         """With rows picked or repeated in the columns; the store changes by itself."""
@@ -239,7 +240,7 @@ class SelectedLayer(DynamicLayer):
             if placed is not None:
                 own = placed[:, None].expand(-1, len(one.heads), -1)
                 one = dataclasses.replace(one, columns=_joined(self.columns(one), own))
-            one.store.update(key_states[:, one.places], value_states[:, one.places])
+            one.store.update(one.of(key_states), one.of(value_states))
             changed.append(one)
         self.classes = changed
         self.tokens += key_states.shape[2] if width is None else width
@@ -270,7 +271,7 @@ class SelectedLayer(DynamicLayer):
                 store = DynamicLayer()
                 if first:
                     store.update(*(held[:, :, :first] for held in whole(one.store)))
-            store.update(own.take(keys[:, one.places]), own.take(values[:, one.places]))
+            store.update(own.take(one.of(keys)), own.take(one.of(values)))
             placed = _joined(before, own.place(columns[:, None]))
             changed.append(dataclasses.replace(one, store=store, columns=placed))
             self.has_fillers |= own.valid is not None
@@ -293,9 +294,9 @@ class SelectedLayer(DynamicLayer):
         for one in self.classes:
             entry = torch.arange(one.entries, device=region.device) - (one.entries - lengths)[:, None, None]
             inside = entry.clamp(min=0).expand(-1, len(one.heads), -1)
-            own = order[:, one.places]
+            own = one.of(order)
             seen.append(region.seen_by_last(own, one.k).gather(-1, inside) | (entry < 0))
-            keep = region.keep(scores[:, one.places], own, one.k).gather(-1, inside) | (entry < 0)
+            keep = region.keep(one.of(scores), own, one.k).gather(-1, inside) | (entry < 0)
             counts = [
                 count + one.entries - n for count, n in zip(region.counts(one.k), region.lengths, strict=True)
             ]

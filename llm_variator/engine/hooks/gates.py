@@ -54,9 +54,9 @@ class Gates:
         flat = scores.detach()
         while_reading, after = (torch.empty_like(flat, dtype=torch.bool) for _ in range(2))
         for one in classes:
-            own = order[:, one.places]
-            while_reading[:, one.places] = region.flags(own, one.k)
-            after[:, one.places] = region.keep(flat[:, one.places], own, one.k)
+            own = one.of(order)
+            while_reading[:, one.heads] = region.flags(own, one.k)
+            after[:, one.heads] = region.keep(one.of(flat), own, one.k)
         self._lengths = self._rowwise(region.lengths)
         ends = [
             n - place.tail if reduces(place, region.block, n) else min(n, place.head)

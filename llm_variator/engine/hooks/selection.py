@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llm_variator.engine.blocks import Kept, Region
 from llm_variator.engine.cache import SelectedLayer
 from llm_variator.engine.cache.selected import Entries
 from llm_variator.engine.hooks.gates import Gates
 from llm_variator.engine.hooks.last_layer import at_the_end
-from llm_variator.engine.hooks.strips import attend, attend_region
+from llm_variator.engine.hooks.strips import View, attend, attend_region
 from llm_variator.engine.plugin import SelectLayers
 from llm_variator.engine.session import Pass, broken
 
@@ -96,7 +97,7 @@ class SelectCall:
             self.gates = Gates(scores, order, region, rows, held.classes)
         before = [_without_last(own, old) for own in held.all_held()]
         kept = [
-            Kept.of(region.keep(scores[:, one.places], order[:, one.places], one.k), region.counts(one.k))
+            Kept.of(region.keep(one.of(scores), one.of(order), one.k), region.counts(one.k))
             for one in held.classes
         ]
         held.replace(old, keys, values, columns, kept)
@@ -132,25 +133,37 @@ class SelectCall:
             whole = at_the_end(query.transpose(1, 2), rows.width).transpose(1, 2)
             first, last = rows.prompt(whole), rows.rest(whole)
 
-        def read(number: int, own: Tensor) -> Tensor:
-            one = self.held.classes[number]
-            parts = own, keys[:, one.places], values[:, one.places], before[number], order[:, one.places]
-            if rows.uniform or region.tails_are_near:
-                return attend_region(*parts, region, one.k, scale)
-            singles = [
-                attend_region(*_row(row, single, *parts), single, one.k, scale)
-                for row, single in enumerate(region.singles())
-            ]
-            return torch.stack([_padded(out[0], own.shape[3]) for out in singles])
-
         def go_on(number: int, own: Tensor) -> Tensor:
             held = after[number]
             assert held is not None
             return attend(own, held, scale)
 
-        out = self._by_class(first, read) if first.shape[2] else first
+        if first.shape[2]:
+            views = [
+                View(one, one.of(order), held) for one, held in zip(self.held.classes, before, strict=True)
+            ]
+            grouped = first.unflatten(1, (keys.shape[1], -1))
+            out = self._read(grouped, keys, values, views, region, scale).flatten(1, 2)
+        else:
+            out = first
         out = rows.joined(out, self._by_class(last, go_on) if last.shape[2] else last)
         return out[:, :, out.shape[2] - wanted :]
+
+    def _read(
+        self, query: Tensor, keys: Tensor, values: Tensor, views: list[View], region: Region, scale: float
+    ) -> Tensor:
+        """(b, KV heads, g, Q, d): of the prompt's queries."""
+        rows, width = self.now.rows, query.shape[3]
+        assert rows is not None
+        if rows.uniform or region.tails_are_near:
+            return attend_region(query, keys, values, views, region, scale)
+        outputs = []
+        for row, (single, n) in enumerate(zip(region.singles(), region.lengths, strict=True)):
+            own, blocks = slice(row, row + 1), max(0, n - region.lead) // region.block
+            parts = query[own, :, :, :n], keys[own, :, :n], values[own, :, :n]
+            out = attend_region(*parts, [view.row(row, blocks) for view in views], single, scale)
+            outputs.append(F.pad(out, (0, 0, 0, width - n)))
+        return torch.cat(outputs)
 
     def _attend_gated(
         self,
@@ -193,7 +206,7 @@ class SelectCall:
 def by_class(query: Tensor, held: SelectedLayer, attend_one: Callable[[int, Tensor], Tensor]) -> Tensor:
     """(b, query heads, n, d) attend class by class: number of the class, (b, heads, g, n, d) -> the same."""
     grouped = query.unflatten(1, (len(held.counts), -1))
-    outputs = [attend_one(number, grouped[:, one.places]) for number, one in enumerate(held.classes)]
+    outputs = [attend_one(number, one.of(grouped)) for number, one in enumerate(held.classes)]
     if len(outputs) == 1:
         return outputs[0].flatten(1, 2)
     order = [head for one in held.classes for head in one.heads]
@@ -209,26 +222,3 @@ def _without_last(held: Entries | None, count: int) -> Entries | None:
     end = held.keys.shape[2] - count
     valid = None if held.valid is None else held.valid[:, :end]
     return Entries(held.keys[:, :, :end], held.values[:, :, :end], valid) if end else None
-
-
-def _row(
-    row: int,
-    region: Region,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    before: Entries | None,
-    order: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Entries | None, Tensor]:
-    """What `attend_region` takes, of one row."""
-    own, n = slice(row, row + 1), region.tokens
-    if before is not None:
-        valid = before.valid if before.valid is None or len(before.valid) == 1 else before.valid[own]
-        before = Entries(before.keys[own], before.values[own], valid)
-    blocks = (n - region.lead) // region.block if n > region.lead else 0
-    return query[own, :, :, :n], keys[own, :, :n], values[own, :, :n], before, order[own, :, :blocks]
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    """(heads, g, n, d) -> (heads, g, width, d)."""
-    return torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[2]))

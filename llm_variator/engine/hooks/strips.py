@@ -1,9 +1,11 @@
 """Attention over kept keys with stock kernels: far entries and a dense band, in strips of queries. Knows tensors only.
 
-All heads of a class see equally many entries, so a strip is one call: its keys are the entries of all far blocks, one
-behind the other, and behind them the band of tokens that are seen whole. The query heads of a KV head are rows of one
-matrix. Symbols: b rows, H KV heads of the class, g query heads of each, d head width, T tokens of the region, and Q
-queries.
+All heads of a class see equally many entries, so a strip is one call: its keys are the entries of far blocks, one behind
+the other, and behind them the band of tokens that are seen whole. A strip of several blocks holds some blocks twice,
+chosen and whole, and a mask that is the same for all heads gives each query one of the two: a mask of each head's own is
+needed only where a tail is longer than a block. The query heads of a KV head are rows of one matrix.
+
+Symbols: b rows, H KV heads of the class, g query heads of each, d head width, T tokens of the region, and Q queries.
 """
 
 from __future__ import annotations
@@ -16,22 +18,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_variator.engine.blocks import Region
-from llm_variator.engine.cache.selected import Entries
+from llm_variator.engine.cache.selected import Entries, HeadClass
 
-STRIP = {"cpu": 1}
-"""Blocks of queries in one call, by device; where it is 1 no head needs a mask of its own."""
-_OTHER_STRIP = 8
+_ROWS = {"cpu": 128}
+"""Rows of a strip (its queries times the query heads of a KV head) by device: more of them see more of a band that
+is not theirs, fewer of them use the processor worse."""
+_OTHER_ROWS = 512
+
+
+class View(NamedTuple):
+    """What a class of heads sees of a region, and before it."""
+
+    heads: HeadClass
+    order: Tensor
+    """(b, H, blocks, B) of the region's whole blocks."""
+    before: Entries | None
+    """What it holds of all before the region."""
+
+    def row(self, row: int, blocks: int) -> View:
+        """Of one row, whose region has so many whole blocks."""
+        own, before = slice(row, row + 1), self.before
+        if before is not None:
+            valid = before.valid if before.valid is None or len(before.valid) == 1 else before.valid[own]
+            before = Entries(before.keys[own], before.values[own], valid)
+        return self._replace(order=self.order[own, :, :blocks], before=before)
 
 
 class _Strip(NamedTuple):
-    """Queries `start` to `end` of a region see `far` far blocks, and tokens from `band` on."""
+    """Queries `start` to `end` of a region see the chosen tokens of `far` blocks, and tokens from `band` on."""
 
     start: int
     end: int
     far: int
     band: int
-    plain: bool
-    """The whole band is seen, as far as causality lets."""
+    copies: int = 0
+    """The last far blocks that lie in the band as well: whole for the first queries, far for the last."""
+    by_head: bool = False
+    """The band holds far tokens, of which each head sees its own choice."""
 
 
 def attend(query: Tensor, entries: Entries, scale: float, seen: Tensor | None = None) -> Tensor:
@@ -66,66 +89,30 @@ def _fold(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scal
 
 
 def attend_region(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    before: Entries | None,
-    order: Tensor,
-    region: Region,
-    k: int,
-    scale: float,
+    query: Tensor, keys: Tensor, values: Tensor, views: list[View], region: Region, scale: float
 ) -> Tensor:
-    """(b, H, g, Q, d): of the last Q tokens of a region, one class of heads of ratio `k`.
+    """(b, KV heads, g, Q, d): of the last Q tokens of a region; here H are all KV heads.
 
     Args:
         query: (b, H, g, Q, d).
         keys: (b, H, T, d), like `values`.
         values: of the region.
-        before: what the class holds of all before the region.
-        order: (b, H, blocks, B) of the region's whole blocks.
+        views: of all classes.
         region: of rows that are the same, or one whose tails are near.
-        k: the ratio.
         scale: of the scores.
     """
-    chosen = region.far(order, k).unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
-    lead = region.lead
-    first = [(keys[:, :, :lead], values[:, :, :lead])]
-    if before is not None:
-        first.insert(
-            0, (before.keys.expand(len(keys), -1, -1, -1), before.values.expand(len(keys), -1, -1, -1))
-        )
-    strips = list(_strips(region, query.shape[3], STRIP.get(keys.device.type, _OTHER_STRIP)))
-    width = max(strip.end - strip.band for strip in strips)
-    growing = [
-        _Growing(torch.cat(parts, dim=2), side.gather(2, chosen), width)
-        for parts, side in zip(zip(*first, strict=True), (keys, values), strict=True)
-    ]
-    base, each = growing[0].base, region.block // k
-    flags = None if all(strip.plain for strip in strips) else region.flags(order, k)
-    begin = region.tokens - query.shape[3]
+    queries, groups = query.shape[3], query.shape[2]
+    blocks = max(1, _ROWS.get(keys.device.type, _OTHER_ROWS) // (groups * region.block))
+    strips, begin = list(_strips(region, queries, blocks)), region.tokens - queries
+    readers = [_Reader(query, keys, values, view, region, strips, scale) for view in views]
+    back = torch.tensor([head for view in views for head in view.heads.heads], device=keys.device).argsort()
     outputs = []
     for strip in strips:
-        far = strip.far * each
-        pair = [
-            one.with_band(far, side[:, :, strip.band : strip.end])
-            for one, side in zip(growing, (keys, values), strict=True)
-        ]
-        rows = query[:, :, :, strip.start - begin : strip.end - begin]
-        valid = None
-        if before is not None and before.valid is not None:
-            valid = F.pad(before.valid, (0, pair[0].shape[2] - before.valid.shape[1]), value=True)
-        if strip.plain and valid is None:
-            mask = region.causal(query.shape[2], strip.end - strip.start, pair[0].shape[2], query.dtype)
-            outputs.append(_fold(rows, pair[0], pair[1], mask, scale))
-            continue
-        if strip.plain:
-            outputs.append(attend(rows, Entries(pair[0], pair[1], valid), scale))
-            continue
-        assert flags is not None
-        mask = F.pad(_band(region, strip, flags), (base + far, 0), value=True)
-        mask = mask if valid is None else mask & valid[:, None, None]
-        outputs.append(attend_masked(rows, Entries(pair[0], pair[1], None), mask, scale))
-    return torch.cat(outputs, dim=3)
+        rows = slice(strip.start - begin, strip.end - begin)
+        parts = [reader.attend(strip, rows) for reader in readers]
+        out = torch.cat(parts, dim=1).index_select(1, back) if len(parts) > 1 else parts[0]
+        outputs.append(out.permute(0, 3, 1, 2, 4))  # as the model's code lays them out behind its attention
+    return torch.cat(outputs, dim=1).permute(0, 2, 3, 1, 4)
 
 
 def _strips(region: Region, queries: int, blocks: int) -> Iterator[_Strip]:
@@ -134,16 +121,17 @@ def _strips(region: Region, queries: int, blocks: int) -> Iterator[_Strip]:
     start, tokens = region.tokens - queries, region.tokens
     if start < min(tokens, lead + 2 * block):  # the first two blocks are dense
         end = min(tokens, lead + 2 * block)
-        yield _Strip(start, end, 0, lead, plain=True)
+        yield _Strip(start, end, 0, lead)
         start = end
     while start < tokens:
         own = (start - lead) // block
         end = min(tokens, lead + (own + blocks) * block)
-        far = own - 1
-        if end > region.tail:  # queries of the tail see all of it
-            far = min(far, (region.tail - lead) // block)
-        last = (end - 1 - lead) // block
-        yield _Strip(start, end, far, lead + far * block, plain=far == last - 1)
+        last, tail = (end - 1 - lead) // block, (region.tail - lead) // block
+        if end > region.tail and tail < last - 1:  # queries of the tail see all of it
+            far = min(own - 1, tail)
+            yield _Strip(start, end, far, lead + far * block, by_head=True)
+        else:
+            yield _Strip(start, end, last - 1, lead + (own - 1) * block, copies=last - own)
         start = end
 
 
@@ -156,29 +144,105 @@ def _band(region: Region, strip: _Strip, flags: Tensor) -> Tensor:
     return (whole | flags[:, :, None, strip.band : strip.end]) & (token <= query)
 
 
+class _Reader:
+    """The attention of one class, strip after strip."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        view: View,
+        region: Region,
+        strips: list[_Strip],
+        scale: float,
+    ) -> None:
+        """`query`, `keys` and `values` of all heads."""
+        self.query, self.heads, self.before, self.k = query, view.heads, view.before, view.heads.k
+        self.region, self.scale, self._whole = region, scale, None
+        if (
+            self.k == 1 and view.before is None and query.shape[3] == region.tokens
+        ):  # sees all that came before
+            own, pair, grouped = (
+                self.heads.of(query).flatten(1, 2),
+                map(self.heads.of, (keys, values)),
+                query.shape[2] > 1,
+            )
+            out = F.scaled_dot_product_attention(own, *pair, is_causal=True, scale=scale, enable_gqa=grouped)
+            self._whole = out.unflatten(1, (-1, query.shape[2]))
+            return
+        chosen = region.far(view.order, self.k)
+        width = max(strip.end - strip.band for strip in strips)
+        held = None if view.before is None else view.before[:2]
+        self._keys, self._values = (
+            _Growing(None if held is None else held[side], x, view.heads, region.lead, chosen, width)
+            for side, x in enumerate((keys, values))
+        )
+        self.flags = region.flags(view.order, self.k) if any(strip.by_head for strip in strips) else None
+
+    def attend(self, strip: _Strip, rows: slice) -> Tensor:
+        """(b, H, g, queries, d): of the queries in `rows`, which are the strip's."""
+        if self._whole is not None:
+            return self._whole[:, :, :, rows]
+        query, each = self.heads.of(self.query[:, :, :, rows]), self.region.block // self.k
+        keys, values = (
+            x.with_band(strip.far * each, strip.band, strip.end) for x in (self._keys, self._values)
+        )
+        held, valid = keys.shape[2], None
+        if self.before is not None and self.before.valid is not None:
+            valid = F.pad(self.before.valid, (0, held - self.before.valid.shape[1]), value=True)[
+                :, None, None
+            ]
+        if strip.by_head:
+            assert self.flags is not None
+            band = _band(self.region, strip, self.flags)
+            mask = F.pad(band, (held - band.shape[-1], 0), value=True)
+            mask = mask if valid is None else mask & valid
+            return attend_masked(query, Entries(keys, values, None), mask, self.scale)
+        shape, dtype = (query.shape[2], strip.end - strip.start), query.dtype
+        if strip.copies:
+            bias: Tensor | None = self.region.near_and_far(
+                *shape, held, strip.start, strip.copies, self.k, dtype
+            )
+        else:
+            bias = self.region.causal(*shape, held, dtype)
+        if valid is not None:
+            bias = valid.new_zeros(1, dtype=dtype) if bias is None else bias
+            bias = bias.masked_fill(~valid, float("-inf"))
+        return _fold(query, keys, values, bias, self.scale)
+
+
 class _Growing:
     """Keys or values of the strips of a region, one after the other: far entries, and behind them a band.
 
     Without gradients all strips use one buffer, where a band is overwritten by the far entries of the next.
     """
 
-    def __init__(self, base: Tensor, far: Tensor, width: int) -> None:
-        self.base = base.shape[2]
-        self._parts = base, far
+    def __init__(
+        self, before: Tensor | None, x: Tensor, heads: HeadClass, lead: int, chosen: Tensor, width: int
+    ) -> None:
+        """Of all heads' `x` (b, H, T, d) those of a class, whose far entries are at `chosen` (b, heads, m)."""
+        self._x, self._heads = x, heads
+        first = heads.of(x[:, :, :lead])
+        self._base = first if before is None else torch.cat((before.expand(len(x), -1, -1, -1), first), dim=2)
+        row = torch.arange(len(x), device=x.device)[:, None, None]
+        head = torch.tensor(heads.heads, device=x.device)[:, None]
+        self._all_far = x[row, head, chosen]
         self._filled = 0
         self._buffer: Tensor | None = None
-        if not (torch.is_grad_enabled() and (base.requires_grad or far.requires_grad)):
-            size = self.base + far.shape[2] + width
-            self._buffer = base.new_empty(*base.shape[:2], size, base.shape[3])
-            self._buffer[:, :, : self.base] = base
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            base = self._base.shape[2]
+            size = base + chosen.shape[2] + width
+            self._buffer = x.new_empty(*self._base.shape[:2], size, x.shape[3])
+            self._buffer[:, :, :base] = self._base
 
-    def with_band(self, far: int, band: Tensor) -> Tensor:
-        """(b, H, base + far + band, d); `far` never falls."""
-        base, all_far = self._parts
+    def with_band(self, far: int, start: int, end: int) -> Tensor:
+        """(b, heads, base + far + band, d): `far`, which never falls, and tokens from `start` to `end`."""
+        band = self._heads.of(self._x[:, :, start:end])
         if self._buffer is None:
-            return torch.cat((base, all_far[:, :, :far], band), dim=2)
-        end = self.base + far
-        self._buffer[:, :, self.base + self._filled : end] = all_far[:, :, self._filled : far]
-        self._buffer[:, :, end : end + band.shape[2]] = band
+            return torch.cat((self._base, self._all_far[:, :, :far], band), dim=2)
+        base = self._base.shape[2]
+        self._buffer[:, :, base + self._filled : base + far] = self._all_far[:, :, self._filled : far]
+        self._buffer[:, :, base + far : base + far + band.shape[2]] = band
         self._filled = far
-        return self._buffer[:, :, : end + band.shape[2]]
+        return self._buffer[:, :, : base + far + band.shape[2]]
