@@ -324,8 +324,6 @@ class VariatorModel(TrainableHolder):
         """
         self.decoder_only("compress", "an encoder keeps no KV cache")
         plugin = self._active()
-        if pool is not None and plugin is not None and plugin.selects:
-            raise VariatorError('a pool holds merged contexts: with compressor "select" leave out pool')
         self._refuse_headless("compress")
         options = template_options(chat_template_kwargs)
         prompt = encode(context, tokenizer, attention_mask, embeds=inputs_embeds, options=options)
