@@ -232,7 +232,9 @@ class PagedStore(KVStore):
         self._check()
         for table in self.tables:
             self.pool.share(table)
-        return PagedStore(self.pool, [list(table) for table in self.tables], self.entries, self.heads, self.of)
+        return PagedStore(
+            self.pool, [list(table) for table in self.tables], self.entries, self.heads, self.of
+        )
 
     def like(self, keys: Tensor, values: Tensor) -> PagedStore:
         """A store in the same pool that holds these entries."""

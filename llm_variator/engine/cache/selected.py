@@ -103,18 +103,14 @@ class SelectedLayer(DynamicLayer):
         """A layer of `classes` that hold the entries of `tokens` columns.
 
         Raises:
-            ValueError: they are not what a layer can hold.
+            ValueError: their heads are not those of a layer, or their columns not those of their entries.
         """
         new = cls(sum(len(one.heads) for one in classes))
         if sorted(head for one in classes for head in one.heads) != list(range(len(new.counts))):
             raise ValueError("heads of classes")
         for one in classes:
-            keys, values = whole(one.store)
-            rows, shape = len(one.columns), (len(one.heads), one.entries)
-            if not keys.shape[1:3] == values.shape[1:3] == one.columns.shape[1:] == shape:
-                raise ValueError("shapes of classes")
-            if len(keys) != len(values) or rows not in (1, len(keys)) or one.k < 1 or one.entries > tokens:
-                raise ValueError("rows or entries of classes")
+            if one.columns.shape[1:] != (len(one.heads), one.entries) or not one.entries <= tokens:
+                raise ValueError("columns of classes")
         new.classes, new.tokens, new.has_fillers = list(classes), tokens, has_fillers
         return new
 

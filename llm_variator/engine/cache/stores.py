@@ -164,7 +164,9 @@ class SharedStore(KVStore):
             def take(t: Tensor, places: Sequence[int] = places) -> Tensor:
                 return of_heads(t, places)
 
-            new = SharedStore(tuple((change(keys, take), change(values, take)) for keys, values in self.parts))
+            new = SharedStore(
+                tuple((change(keys, take), change(values, take)) for keys, values in self.parts)
+            )
             if self.keys.numel():
                 new.append(take(self.keys), take(self.values))
             stores.append(new)
@@ -262,7 +264,9 @@ def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
     if isinstance(store, QuantizedLayer):
         stored: Any = store
         packed = [stored._dequantize(each) for each in (stored._quantized_keys, stored._quantized_values)]
-        if getattr(stored, "_pending_beam_idx", None) is not None:  # beams reorder what is packed at an update only
+        if (
+            getattr(stored, "_pending_beam_idx", None) is not None
+        ):  # beams reorder what is packed at an update only
             packed = stored._apply_pending_reorder(*packed)
         pairs = zip(packed, (stored.keys, stored.values), strict=True)
         keys, values = (torch.cat([old, new], dim=-2) if new.numel() else old for old, new in pairs)
