@@ -1001,9 +1001,7 @@ def test_an_offloaded_cache(offloading):
     ("options", "message"),
     [
         (dict(cache_implementation="static"), "leave it out"),
-        (dict(cache_implementation="quantized"), "each head has its own: leave it out"),
         (dict(cache_implementation="paged"), "leave it out"),
-        (dict(prompt_lookup_num_tokens=3), "leave it out"),
         (dict(guidance_scale=2.0), "leave it out"),
         (dict(output_attentions=True, return_dict_in_generate=True), "leave out output_attentions"),
     ],
@@ -1011,18 +1009,6 @@ def test_an_offloaded_cache(offloading):
 def test_what_generate_refuses(options, message):
     with pytest.raises(VariatorError, match=message):
         make("llama").generate(prompts(40)[0], **options, **GREEDY)
-
-
-def test_assisted_decoding_is_refused():
-    with pytest.raises(VariatorError, match="assisted decoding"):
-        make("llama").generate(prompts(40)[0], assistant_model=make_decoder("llama"), **GREEDY)
-
-
-def test_a_cache_is_not_cropped():
-    model = make("llama")
-    cache = model(prompts(40)[0], use_cache=True).past_key_values
-    with pytest.raises(VariatorError, match="cannot be cropped"):
-        cache.crop(-3)
 
 
 def test_a_plugin_is_loaded_with_no_decode_block(tmp_path):

@@ -165,7 +165,7 @@ def test_damaged_files_are_refused(tmp_path):
     ):
         write(*damage(what))
         for pool in (None, KVPool(1000, 4)):
-            with pytest.raises(VariatorError, match="broken is damaged|lacks tensors") as told:
+            with pytest.raises(VariatorError, match=r"broken is damaged|lacks tensors") as told:
                 CompressedContext.load(broken, model, pool=pool)
             assert "\n" not in str(told.value)
     facts = json.loads(json.dumps(header)) | {"format_version": 3}

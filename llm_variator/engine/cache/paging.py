@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, QuantizedLayer
 
 from llm_variator.engine.cache.layer import CompressedLayer
 from llm_variator.engine.cache.lifecycle import stores_of
@@ -83,6 +83,9 @@ class KVCacheReport:
                 held, shared, column = sizes(layer.store)
                 held += layer.recent.nbytes if layer.recent is not None else 0
                 layers.append(LayerReport(layer.entries, held, layer.tokens, layer.tokens * column, shared))
+            elif isinstance(layer, QuantizedLayer):
+                tokens, (size, _, column) = layer.get_seq_length(), sizes(layer)
+                layers.append(LayerReport(tokens, size, tokens, tokens * column))
             else:
                 assert layer.keys is not None
                 assert layer.values is not None
