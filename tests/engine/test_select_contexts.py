@@ -174,6 +174,46 @@ def test_damaged_files_are_refused(tmp_path):
         CompressedContext.load(broken, model)
 
 
+@torch.no_grad()
+def test_rows_that_ended_early(tmp_path):
+    """What stands behind the end of a row is hidden, in a pool and in a file too."""
+    model, pool = make("llama"), KVPool(1000, 4)
+    documents, again = prompts(41, 30), prompts(25, 25, seed=6)
+    rows, more = [row[0].tolist() for row in documents], torch.cat(again)
+    end = None
+    for seed in range(20):  # until the first row says something that the second does not
+        asked = torch.cat(prompts(19, 19, seed=seed))
+        early, late = model.generate(asked, context=model.compress(rows), **GREEDY)[:, 19:].tolist()
+        end = next((token for token in early[:3] if token not in late), end)
+        if end is not None:
+            break
+    answer = early.index(end) + 1
+    options = dict(GREEDY, eos_token_id=end, pad_token_id=0)
+    found = []
+    for where in (None, pool):
+        out, after = model.generate(
+            asked, context=model.compress(rows, pool=where), return_context=True, **options
+        )
+        assert after.attention_mask[0].sum() == 41 + 19 + answer
+        assert any(layer.has_fillers for layer in selected(after))
+        after.save(tmp_path / "after")
+        loaded = CompressedContext.load(tmp_path / "after", model, pool=where)
+        same_cache(loaded, after)
+        found += [model.generate(more, context=each, **FULL, **GREEDY) for each in (after, loaded)]
+    for each in found[1:]:
+        assert torch.equal(each.sequences, found[0].sequences)
+        assert torch.equal(torch.stack(each.logits), torch.stack(found[0].logits))
+    # its end is read, so the first token of the next question stays dense in its place
+    parts = [
+        Segment(41, rule(model), 2),
+        Segment(19, rule(model)),
+        Segment(answer),
+        Segment(25, rule(model), 1),
+    ]
+    ids = torch.cat((documents[0], out[:1, : 19 + answer], again[0]), dim=1)
+    check_steps(model, found[0], ids, parts)
+
+
 # 4 and 8 bits.
 
 
@@ -254,7 +294,7 @@ def test_what_goes_on_from_a_context_shares_its_entries(decoder):
 
 @pytest.mark.parametrize("decoder", FEW)
 @torch.no_grad()
-def test_a_plugin_with_other_classes_goes_on_from_a_shared_context(decoder):
+def test_a_plugin_with_other_classes_goes_on_from_a_shared_context(tmp_path, decoder):
     model = make(decoder)
     add(model, "swapped", SWAPPED)
     model.add_plugin("merged", VariatorConfig(k=2, sites=("kv",), dense_head=2, dense_tail=2)).double()
@@ -268,6 +308,9 @@ def test_a_plugin_with_other_classes_goes_on_from_a_shared_context(decoder):
             check_steps(model, out, torch.cat((document, question), 1), parts)
             some = model.generate(pad(prompts(27, 5, 18), "left")["input_ids"][:1], context=begun, **GREEDY)
             assert some.shape[0] == 1
+            _, after = model.generate(question, context=begun, return_context=True, **GREEDY)
+        after.save(tmp_path / "after")
+        same_cache(CompressedContext.load(tmp_path / "after", model, pool=pool), after)
         same_cache(begun, kept)
         with model.use_plugin("merged"):
             merged = model.compress(document, pool=pool)
