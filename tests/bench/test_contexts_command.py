@@ -81,7 +81,7 @@ def test_questions_after_kept_keys(tmp_path, chooser):
 
 
 def test_kept_keys_do_not_age(tmp_path, chooser):
-    with pytest.raises(VariatorError, match="decode_block .* leave it out"):
+    with pytest.raises(VariatorError, match=r"decode_block .* leave it out"):
         measure(tmp_path, chooser, "decode", "--context", 40)
 
 

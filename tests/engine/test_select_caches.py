@@ -159,6 +159,17 @@ def test_generated_tokens_can_be_taken_back(decoder):
 
 
 @torch.no_grad()
+def test_a_crop_that_failed_halfway_is_noticed():
+    model = make("llama", dict(CONFIGS["some layers"], layers=(1, 2)))
+    (ids,) = prompts(45)
+    cache = model(ids[:, :41], use_cache=True).past_key_values
+    with pytest.raises(VariatorError, match="cannot be cropped into its prompt"):
+        cache.crop(-2)  # after the first layer, which is dense
+    with pytest.raises(VariatorError, match="hold different numbers of tokens"):
+        model(ids[:, 41:42], past_key_values=cache)
+
+
+@torch.no_grad()
 def test_forks_and_pools_are_cropped_by_themselves():
     model, pool = make("llama"), KVPool(500, 4)
     document, question = prompts(41, 19)

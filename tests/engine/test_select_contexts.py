@@ -467,7 +467,8 @@ def test_interleaved_sessions_over_shared_documents():
         action = rng.choice(["extend", "fork", "free", "ask", "bits"])
         if action == "extend" and len(history) < 4:
             more = prompts(rng.randint(1, 25), seed=step)[0]
-            sessions.append((context.extend(more), [*history, more]))
+            longer = context.extend(more, prefill_chunk_size=rng.choice([None, 7]))
+            sessions.append((longer, [*history, more]))
         elif action == "fork":
             sessions.append((context.fork(), history))
         elif action == "free" and len(sessions) > 4:

@@ -53,6 +53,11 @@ def adopt(
             cache.layers[index] = SelectedLayer.of(layer, len(selected[index]))
         elif not isinstance(layer, CompressedLayer):
             cache.layers[index] = CompressedLayer(layer)
+    if selected and len({layer.get_seq_length() for layer in cache.layers}) > 1:
+        raise VariatorError(
+            "the layers of this cache hold different numbers of tokens, as after a pass or a crop that failed: read "
+            "the prompt again"
+        )
 
 
 def fork(cache: Cache) -> DynamicCache:
