@@ -53,7 +53,8 @@ def adopt(
             cache.layers[index] = SelectedLayer.of(layer, len(selected[index]))
         elif not isinstance(layer, CompressedLayer):
             cache.layers[index] = CompressedLayer(layer)
-    if selected and len({layer.get_seq_length() for layer in cache.layers}) > 1:
+    held: list[Any] = cache.layers
+    if selected and len({layer.get_seq_length() for layer in held}) > 1:
         raise VariatorError(
             "the layers of this cache hold different numbers of tokens, as after a pass or a crop that failed: read "
             "the prompt again"
