@@ -46,6 +46,8 @@ class Session:
     """Where the next pass begins in its prompt then."""
     generating: bool = False
     """Inside `generate`: after the first pass all tokens are continuation."""
+    drafts: bool = False
+    """Passes of `generate` may read several tokens of a continuation, the first of them behind `prompts`."""
     skip_unread: bool = True
     """Leave out what nobody reads of the last layer."""
     passes: int = 0

@@ -235,9 +235,11 @@ def _segment(session: Session, tokens: Tensor, mask: Any, past: int, cache: Any)
     if session.plugin is None:
         return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
 
-    if session.generating and session.passes == 0:
+    if session.generating and session.passes == 0 and not session.drafts:
         session.prompts = width if valid is None else valid.sum(1).tolist()
-    elif session.generating and past:
+    elif session.drafts and session.passes:
+        session.prompts = 0
+    elif session.generating and past and not session.drafts:
         raise VariatorError(
             "this decoding strategy reads several tokens at once; with a plugin use plain decoding"
         )

@@ -95,7 +95,7 @@ class SelectCall:
         order = region.order(scores)
         if scores.requires_grad and not self.past and region.holds_whole_prompts:
             self.gates = Gates(scores, order, region, rows, held.classes)
-        before = [_without_last(own, old) for own in held.all_held()]
+        before = [_without_last(own, old) for own in held.all_held(len(key))]
         kept = [
             Kept.of(region.keep(one.of(scores), one.of(order), one.k), region.counts(one.k))
             for one in held.classes
