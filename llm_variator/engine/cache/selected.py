@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from llm_variator.engine.blocks import Kept, Open, Region
+from llm_variator.engine.blocks import Kept, Open, Region, reduces
 from llm_variator.engine.cache.layer import CompressedLayer
 from llm_variator.engine.cache.stores import whole
 from llm_variator.engine.groups import FILLER
+from llm_variator.engine.window import Rule, Window
 from llm_variator.errors import VariatorError
 
 
@@ -74,6 +75,10 @@ class SelectedLayer(DynamicLayer):
         ]
         self.open: Open | None = None
         """Of prompts that are being read."""
+        self.window: Window | None = None
+        """The newest tokens, where they are reduced once they are old."""
+        self.aged = (0,) * heads
+        """Entries of every head that this has taken away."""
         self.has_fillers = False
 
     @classmethod
@@ -150,6 +155,9 @@ class SelectedLayer(DynamicLayer):
         if self.open is not None:
             rows = range(len(self.open.places))
             self.open = self.open.rows([row for row in rows for _ in range(repeats)])
+        if self.window is not None:
+            rows = range(len(self.window.lengths))
+            self.window = self.window.rows([row for row in rows for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
@@ -158,6 +166,8 @@ class SelectedLayer(DynamicLayer):
         self.classes = [one.rows(lambda t: t[indices.to(t.device)]) for one in self.classes]
         if self.open is not None:
             self.open = self.open.rows(indices.tolist())
+        if self.window is not None:
+            self.window = self.window.picked(indices)
 
     # --- what it holds
 
@@ -277,8 +287,44 @@ class SelectedLayer(DynamicLayer):
             self.has_fillers |= own.valid is not None
         self.classes = changed
 
-    def end_prompts(self) -> list[Tensor]:
-        """Reduce prompts whose last token was the newest; per class (b, heads, entries) bool: what it saw of them."""
+    def remember(self, rule: Rule | None, scores: Tensor | None) -> None:
+        """Go on with the window if it ages by this `rule`, else with a new one, or none; its `scores` are like these."""
+        if rule is None or scores is None:
+            self.window = None
+        elif self.window is None or self.window.rule != rule:
+            self.window = Window.opened(rule, scores, self.tokens)
+
+    def age(self, old: Sequence[int]) -> None:
+        """Reduce the oldest tokens of the window, so many in every row."""
+        if self.window is None or not any(old):
+            return
+        window, order, changed, fillers = self.window, self.window.order(old), [], False
+        taken = list(self.aged)
+        for one in self.classes:
+            valid, counts = self.held(one).valid, [one.entries]
+            keep = window.keep(one.of(order), old, one.k, valid, one.entries)
+            if valid is not None:
+                counts = valid.sum(-1).tolist()
+            counts = counts * (len(old) // len(counts))
+            removed = window.removed(old, one.k)
+            changed.append(self._with(one, keep, [n - m for n, m in zip(counts, removed, strict=True)]))
+            fillers |= len({n - m for n, m in zip(counts, removed, strict=True)}) > 1
+            for head in one.heads:
+                taken[head] += one.entries - changed[-1].entries
+        self.classes, self.has_fillers, self.aged = changed, fillers, tuple(taken)
+        self.window = window.without_oldest(old)
+
+    def _with(self, one: HeadClass, keep: Tensor, counts: list[int]) -> HeadClass:
+        """A class with some of its entries: `keep` (b, heads, entries) bool, so many in every row."""
+        kept, store = Kept.of(keep, counts), DynamicLayer()
+        store.update(*map(kept.take, whole(one.store)))
+        return dataclasses.replace(one, store=store, columns=kept.place(self.columns(one)).int())
+
+    def end_prompts(self, newest: Tensor | None = None) -> list[Tensor]:
+        """Reduce prompts whose last token was the newest; per class (b, heads, entries) bool: what it saw of them.
+
+        `newest` (b, KV heads, 1): that token's scores, for the window that opens.
+        """
         assert self.open is not None
         region = Region(
             self.open.places, [1] * len(self.open.places), self.open.block, self.open.scores.device
@@ -289,6 +335,8 @@ class SelectedLayer(DynamicLayer):
             :, None
         ]  # rows end together in the cache
         scores = F.pad(self.open.scores, (size - 1 - self.open.scores.shape[-1], 1))
+        if newest is not None:
+            scores[..., -1:] = newest
         scores = scores.gather(-1, aligned.expand(-1, scores.shape[1], -1))
         order, changed, seen = region.order(scores), [], []
         for one in self.classes:
@@ -303,15 +351,19 @@ class SelectedLayer(DynamicLayer):
             if (valid := self.held(one).valid) is not None:
                 keep = keep & valid[:, None]
                 counts = keep[:, 0].sum(-1).tolist()
-            kept, store = Kept.of(keep, counts), DynamicLayer()
-            store.update(*map(kept.take, whole(one.store)))
-            changed.append(dataclasses.replace(one, store=store, columns=kept.place(self.columns(one)).int()))
-            self.has_fillers |= kept.valid is not None
+            changed.append(self._with(one, keep, counts))
+            self.has_fillers |= min(counts) < max(counts)
+        if self.window is not None:
+            ended = [reduces(place, self.open.block, 1) for place in self.open.places]
+            self.window = self.window.reopened(ended, scores, region.lengths, self.open.places[0].tail)
         self.classes, self.open = changed, None
         return seen
 
     def hide(self, mask: Tensor) -> None:
         """Make entries invisible whose token (rows, tokens) is not in `mask`; for tokens behind the end of a row."""
+        if self.window is not None:
+            behind = mask[:, : self.tokens].bool().flip(-1).cumsum(-1) == 0
+            self.window = self.window.without_newest(behind.sum(-1).tolist())
         changed = []
         for one in self.classes:
             columns = self.columns(one).expand(len(mask), -1, -1)
@@ -357,6 +409,7 @@ class SelectedLayer(DynamicLayer):
             new.has_fillers |= bool((placed == FILLER).any())
             new.classes.append(dataclasses.replace(one, store=store, columns=placed))
         new.open = Open.stack([part.open for part in parts], rows)
+        new.window = Window.stack([part.window for part in parts], rows, [part.tokens for part in parts])
         return new
 
 
