@@ -44,6 +44,7 @@ def head_mask(
     mask = torch.zeros(n, n, dtype=torch.bool)
     weight, bias, ratio = select.weights[index], select.biases[index], select.ratios[index][g]
     scores = [plain.score(row, weight[:, g], bias[:, g]) for row in h.detach()]
+    rounded = [float(torch.tensor(score).half()) for score in scores]
     near = max(select.tail, select.block)
     memory: list[int] = []
     window: list[int] = []
@@ -51,7 +52,7 @@ def head_mask(
     for segment in segments:
         end, rule = start + segment.tokens, (segment.tokens, segment.head, select.tail, select.block)
         if segment.select is not None and not plain.stays_dense(*rule):
-            memory += reduced(scores, window, ratio, select.block)
+            memory += reduced(rounded, window, ratio, select.block)
             seen = plain.seen_while_reading(scores[start:end], ratio, *rule)
             for query in range(start, end):
                 mask[query, memory] = True
@@ -63,7 +64,7 @@ def head_mask(
         else:
             for query in range(start, end):
                 if len(window) - near >= step:
-                    memory += reduced(scores, window[:step], ratio, select.block)
+                    memory += reduced(rounded, window[:step], ratio, select.block)
                     window = window[step:]
                 (memory if query < head else window).append(query)
                 mask[query, memory] = True

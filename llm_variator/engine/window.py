@@ -6,6 +6,9 @@ to B/k in a head of ratio k, by the scores that they had when they were read. A 
 window before its first token: all of it is reduced, the last block to ceil(length / k). A prompt that stays dense is
 read as if it were generated. So every row goes by its own tokens, and nothing depends on where a pass ends.
 
+Scores are remembered in half precision. A token that comes again has the same score in the first layer, but from a pass
+of another width it may differ in its last bit: rounded they are equal, and of equal scores the earlier token wins.
+
 Knows scores and numbers, no model.
 """
 
@@ -60,7 +63,7 @@ class Window:
     @classmethod
     def opened(cls, rule: Rule, scores: Tensor, tokens: int) -> Window:
         """An empty one behind `tokens` that stay as they are, for `scores` like these (b, KV heads, any)."""
-        return cls(rule, (0 if tokens else -rule.head,) * len(scores), scores[..., :0].detach())
+        return cls(rule, (0 if tokens else -rule.head,) * len(scores), scores[..., :0].detach().half())
 
     # --- what is old
 
@@ -132,7 +135,7 @@ class Window:
 
     def appended(self, scores: Tensor, reads: Sequence[int]) -> Window:
         """With so many more tokens in every row, of left-aligned `scores` (b, KV heads, n)."""
-        both, size = torch.cat((self.scores, scores.detach()), dim=-1), scores.shape[-1]
+        both, size = torch.cat((self.scores, scores.detach().half()), dim=-1), scores.shape[-1]
         if min(reads) < size:
             place = torch.arange(both.shape[-1], device=both.device)
             columns = (place - self._rows([size - read for read in reads])).clamp(min=0)
@@ -151,7 +154,7 @@ class Window:
         place = torch.arange(width, device=scores.device) - width
         ends = torch.tensor(list(lengths), device=scores.device)[:, None, None]
         columns = (ends + place).clamp(0, max(0, scores.shape[-1] - 1)).expand(*self.scores.shape[:2], -1)
-        tails = scores.detach().gather(-1, columns)
+        tails = scores.detach().half().gather(-1, columns)
         own = torch.tensor(list(rows), device=scores.device)[:, None, None]
         both = torch.where(own, tails, F.pad(self.scores, (width - self.scores.shape[-1], 0)))
         new = [tail if ended else n for n, ended in zip(self.lengths, rows, strict=True)]

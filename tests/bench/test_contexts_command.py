@@ -82,11 +82,24 @@ def test_questions_after_kept_keys(tmp_path, chooser):
 
 @pytest.mark.parametrize(
     ("command", "message"),
-    [("load", "cannot be saved yet"), ("pool", "leave out pool"), ("decode", "decode_block .* leave it out")],
+    [("load", "cannot be saved yet"), ("pool", "leave out pool"), ("decode", "multiple of block")],
 )
 def test_what_kept_keys_cannot(tmp_path, chooser, command, message):
     with pytest.raises(VariatorError, match=message):
-        measure(tmp_path, chooser, command, "--context", 40)
+        more = ["--decode-block", 6] if command == "decode" else []
+        measure(tmp_path, chooser, command, "--context", 40, *more)
+
+
+def test_decode_with_kept_keys(tmp_path, chooser):
+    figures = measure(tmp_path, chooser, "decode", "--context", 30, "--new-tokens", 60, "--decode-block", 4)
+    assert figures["within"]
+    assert figures["window"] == 5 + 4
+    assert figures["dense"]["entries"] == [90]
+    # 30 - 2 - 5 tokens of the prompt, and all but 9 of the 65 in the window, of one head a half and of the other a quarter
+    prompt = (12 + 6) / 2
+    assert figures["decoding_intact"]["entries"] == [2 + prompt + 65]
+    assert figures["ageing"]["entries"] == [2 + prompt + 56 * 3 / 8 + 9]
+    assert figures["ageing"]["index_bytes"] > 0
 
 
 def test_decode(tmp_path, plugin):

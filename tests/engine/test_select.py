@@ -1036,14 +1036,6 @@ def test_a_cache_is_not_cropped():
         cache.crop(-3)
 
 
-def test_a_plugin_is_loaded_with_no_decode_block(tmp_path):
-    model = make("llama")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(VariatorError, match="leave it out"):
-        model.load_plugin(tmp_path, "again", decode_block=4)
-    assert list(model.plugins) == ["default"]
-
-
 @torch.no_grad()
 def test_contexts_of_other_kinds():
     """Pools and few bits are refused; what a merging plugin has left in 8 bits can be gone on from."""

@@ -173,7 +173,9 @@ class SelectCall:
             if rows.uniform:
                 held.update(keys[:, :, own], values[:, :, own])
             else:
-                width = rows.width if end == count else 0  # columns are counted from the beginning of the pass
+                width = (
+                    rows.width if end == count else 0
+                )  # columns are counted from the beginning of the pass
                 columns = rows.rest_columns[:, own]
                 held.update(keys[:, :, own], values[:, :, own], columns=columns, width=width)
             if held.window is not None:
@@ -235,7 +237,9 @@ class SelectCall:
         for row, (single, n) in enumerate(zip(region.singles(), region.lengths, strict=True)):
             own, blocks = slice(row, row + 1), max(0, n - region.lead) // region.block
             parts = query[own, :, :, :n], keys[own, :, :n], values[own, :, :n]
-            out = attend_region(*parts, [view.row(row, blocks) for view in views], single, scale)
+            out = parts[0]
+            if n:
+                out = attend_region(*parts, [view.row(row, blocks) for view in views], single, scale)
             outputs.append(F.pad(out, (0, 0, 0, width - n)))
         return torch.cat(outputs)
 
