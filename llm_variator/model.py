@@ -117,7 +117,7 @@ class VariatorModel(TrainableHolder):
             revision: of a repository on the hub: a branch, a tag or a commit.
             subfolder: the folder in it that holds the plugin.
             dtype: of its weights; default: the base's.
-            decode_block: replaces the plugin's own: merging generated tokens needs no other weights.
+            decode_block: replaces the plugin's own: compressing generated tokens needs no other weights.
         """
         folder = plugin_folder(plugin, revision=revision, subfolder=subfolder)
         config = VariatorConfig.from_json(folder / CONFIG_FILE)

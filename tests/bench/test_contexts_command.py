@@ -80,9 +80,21 @@ def test_questions_after_kept_keys(tmp_path, chooser):
     assert figures["context_bytes"] < figures["all_sessions_bytes"] < figures["context_bytes"] * 2
 
 
-def test_kept_keys_do_not_age(tmp_path, chooser):
-    with pytest.raises(VariatorError, match=r"decode_block .* leave it out"):
-        measure(tmp_path, chooser, "decode", "--context", 40)
+def test_kept_keys_age_in_whole_blocks(tmp_path, chooser):
+    with pytest.raises(VariatorError, match="multiple of block"):
+        measure(tmp_path, chooser, "decode", "--context", 40, "--decode-block", 6)
+
+
+def test_decode_with_kept_keys(tmp_path, chooser):
+    figures = measure(tmp_path, chooser, "decode", "--context", 30, "--new-tokens", 60, "--decode-block", 4)
+    assert figures["within"]
+    assert figures["window"] == 5 + 4
+    assert figures["dense"]["entries"] == [90]
+    # 30 - 2 - 5 tokens of the prompt, and all but 9 of the 65 in the window, of one head a half and of the other a quarter
+    prompt = (12 + 6) / 2
+    assert figures["decoding_intact"]["entries"] == [2 + prompt + 65]
+    assert figures["ageing"]["entries"] == [2 + prompt + 56 * 3 / 8 + 9]
+    assert figures["ageing"]["index_bytes"] > 0
 
 
 def test_decode(tmp_path, plugin):

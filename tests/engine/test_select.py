@@ -1011,14 +1011,6 @@ def test_what_generate_refuses(options, message):
         make("llama").generate(prompts(40)[0], **options, **GREEDY)
 
 
-def test_a_plugin_is_loaded_with_no_decode_block(tmp_path):
-    model = make("llama")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(VariatorError, match="leave it out"):
-        model.load_plugin(tmp_path, "again", decode_block=4)
-    assert list(model.plugins) == ["default"]
-
-
 @pytest.mark.parametrize("decoder", FEW)
 @torch.no_grad()
 def test_forks_are_freed_by_themselves(decoder):

@@ -42,7 +42,7 @@ class LayerReport:
     classes: tuple[ClassReport, ...] = ()
     """Where heads keep tokens of their own choice."""
     index_bytes: int = 0
-    """Beside `bytes`: which tokens those are."""
+    """Beside `bytes`: which tokens those are, and the scores of those that are to age."""
 
     @classmethod
     def of_selected(cls, layer: SelectedLayer) -> LayerReport:
@@ -54,6 +54,7 @@ class LayerReport:
             shared += own_shared
             index += one.columns.nbytes
             classes.append(ClassReport(one.k, len(one.heads), one.entries, held))
+        index += layer.window.scores.nbytes if layer.window is not None else 0
         total = sum(one.bytes for one in classes)
         return cls(layer.entries, total, layer.tokens, dense, shared, tuple(classes), index)
 

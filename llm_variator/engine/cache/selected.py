@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
-from llm_variator.engine.blocks import Kept, Open, Region, entries
+from llm_variator.engine.blocks import Kept, Open, Region, entries, reduces
 from llm_variator.engine.cache.layer import CompressedLayer
 from llm_variator.engine.cache.stores import (
     KVStore,
@@ -28,6 +28,7 @@ from llm_variator.engine.cache.stores import (
     whole,
 )
 from llm_variator.engine.groups import FILLER
+from llm_variator.engine.window import Rule, Window
 from llm_variator.errors import VariatorError
 
 
@@ -80,6 +81,10 @@ class SelectedLayer(DynamicLayer):
         ]
         self.open: Open | None = None
         """Of prompts that are being read."""
+        self.window: Window | None = None
+        """The newest tokens, where they are reduced once they are old."""
+        self.aged = (0,) * heads
+        """Entries of every head that this has taken away."""
         self.has_fillers = False
 
     @classmethod
@@ -157,6 +162,8 @@ class SelectedLayer(DynamicLayer):
         for one in self.classes:
             truncate(one.store, one.entries - remove, "cropping")
         self.tokens -= remove
+        if self.window is not None:
+            self.window = self.window.without_newest([remove] * len(self.window.lengths))
 
     def offload(self) -> None:
         """Move the entries to the CPU."""
@@ -192,6 +199,9 @@ class SelectedLayer(DynamicLayer):
         if self.open is not None:
             rows = range(len(self.open.places))
             self.open = self.open.rows([row for row in rows for _ in range(repeats)])
+        if self.window is not None:
+            rows = range(len(self.window.lengths))
+            self.window = self.window.rows([row for row in rows for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
@@ -211,6 +221,8 @@ class SelectedLayer(DynamicLayer):
         self.classes = [one.rows(lambda t: t[indices.to(t.device)]) for one in self.classes]
         if self.open is not None:
             self.open = self.open.rows(indices.tolist())
+        if self.window is not None:
+            self.window = self.window.picked(indices)
 
     # --- what it holds
 
@@ -326,8 +338,52 @@ class SelectedLayer(DynamicLayer):
             self.has_fillers |= own.valid is not None
         self.classes = changed
 
-    def end_prompts(self) -> list[Tensor]:
-        """Reduce prompts whose last token was the newest; per class (b, heads, entries) bool: what it saw of them."""
+    def remember(self, rule: Rule | None, scores: Tensor | None) -> None:
+        """Go on with the window if it ages by this `rule`, else with a new one, or none; its `scores` are like these."""
+        if rule is None or scores is None:
+            self.window = None
+        elif self.window is None or self.window.rule != rule:
+            self.window = Window.opened(rule, scores, self.tokens)
+
+    def age(self, old: Sequence[int]) -> None:
+        """Reduce the oldest tokens of the window, so many in every row."""
+        if self.window is None or not any(old):
+            return
+        window, order, changed, fillers = self.window, self.window.order(old), [], False
+        taken = list(self.aged)
+        for one in self.classes:
+            # entries from before the window stay where they are, for others may share them
+            valid, size = self.held(one).valid, one.entries
+            first = size - max(0, *window.lengths)
+            if valid is not None:
+                newer = valid.flip(-1).cumsum(-1).flip(-1)
+                outside = newer > torch.tensor(window.lengths, device=newer.device)[:, None]
+                first = int(outside.sum(-1).min())
+            keep = window.keep(one.of(order), old, one.k, valid, size)[..., first:]
+            counts = [size - first] if valid is None else valid[:, first:].sum(-1).tolist()
+            counts = counts * (len(old) // len(counts))
+            counts = [n - m for n, m in zip(counts, window.removed(old, one.k), strict=True)]
+            changed.append(self._with(one, keep, counts, first, "decode_block"))
+            fillers |= len(set(counts)) > 1 or bool((changed[-1].columns[:, :, :first] == FILLER).any())
+            for head in one.heads:
+                taken[head] += size - changed[-1].entries
+        self.classes, self.has_fillers, self.aged = changed, fillers, tuple(taken)
+        self.window = window.without_oldest(old)
+
+    def _with(self, one: HeadClass, keep: Tensor, counts: list[int], first: int, what: str) -> HeadClass:
+        """A class that holds of its entries from `first` on some: `keep` (b, heads, m) bool, so many in every row."""
+        kept, columns = Kept.of(keep, counts), self.columns(one)
+        pair = [kept.take(t[:, :, first:]) for t in whole(one.store)]
+        truncate(one.store, first, what)
+        append(one.store, *pair)
+        placed = _joined(columns[..., :first], kept.place(columns[..., first:]))
+        return dataclasses.replace(one, columns=placed)
+
+    def end_prompts(self, newest: Tensor | None = None) -> list[Tensor]:
+        """Reduce prompts whose last token was the newest; per class (b, heads, entries) bool: what it saw of them.
+
+        `newest` (b, KV heads, 1): that token's scores, for the window that opens.
+        """
         assert self.open is not None
         region = Region(
             self.open.places, [1] * len(self.open.places), self.open.block, self.open.scores.device
@@ -338,6 +394,8 @@ class SelectedLayer(DynamicLayer):
             :, None
         ]  # rows end together in the cache
         scores = F.pad(self.open.scores, (size - 1 - self.open.scores.shape[-1], 1))
+        if newest is not None:
+            scores[..., -1:] = newest
         scores = scores.gather(-1, aligned.expand(-1, scores.shape[1], -1))
         order, changed, seen = region.order(scores), [], []
         for one in self.classes:
@@ -352,22 +410,24 @@ class SelectedLayer(DynamicLayer):
             counts = [
                 count + own_entries - n for count, n in zip(region.counts(one.k), region.lengths, strict=True)
             ]
-            held, columns = self.held(one), self.columns(one)
-            if held.valid is not None:
-                keep = keep & held.valid[:, None, first:]
+            if (valid := self.held(one).valid) is not None:
+                keep = keep & valid[:, None, first:]
                 counts = keep[:, 0].sum(-1).tolist()
-            kept = Kept.of(keep, counts)
-            pair = [kept.take(t[:, :, first:]) for t in (held.keys, held.values)]
-            truncate(one.store, first, 'prefill_chunk_size with compressor "select"')
-            append(one.store, *pair)
-            placed = _joined(columns[..., :first], kept.place(columns[..., first:]))
-            changed.append(dataclasses.replace(one, columns=placed))
-            self.has_fillers |= kept.valid is not None
+            changed.append(
+                self._with(one, keep, counts, first, 'prefill_chunk_size with compressor "select"')
+            )
+            self.has_fillers |= min(counts) < max(counts)
+        if self.window is not None:
+            ended = [reduces(place, self.open.block, 1) for place in self.open.places]
+            self.window = self.window.reopened(ended, scores, region.lengths, self.open.places[0].tail)
         self.classes, self.open = changed, None
         return seen
 
     def hide(self, mask: Tensor) -> None:
         """Make entries invisible whose token (rows, tokens) is not in `mask`; for tokens behind the end of a row."""
+        if self.window is not None:
+            behind = mask[:, : self.tokens].bool().flip(-1).cumsum(-1) == 0
+            self.window = self.window.without_newest(behind.sum(-1).tolist())
         changed = []
         for one in self.classes:
             columns = self.columns(one).expand(len(mask), -1, -1)
@@ -416,6 +476,7 @@ class SelectedLayer(DynamicLayer):
             new.has_fillers |= bool((placed == FILLER).any())
             new.classes.append(dataclasses.replace(one, store=store, columns=placed))
         new.open = Open.stack([part.open for part in parts], rows)
+        new.window = Window.stack([part.window for part in parts], rows, [part.tokens for part in parts])
         return new
 
 

@@ -76,6 +76,11 @@ def save(context: Kept, path: Path) -> None:
         facts: dict[str, Any] = {"tokens": layer.get_seq_length()}
         if isinstance(layer, SelectedLayer):
             assert layer.open is None, "a prompt is read to its end before a context has its cache"
+            if layer.window is not None:
+                raise VariatorError(
+                    "a context whose newest tokens are to be reduced (decode_block) cannot be saved: compress it with "
+                    "the plugin loaded without decode_block"
+                )
             facts |= {"has_fillers": layer.has_fillers, "classes": []}
             for number, one in enumerate(layer.classes):
                 own = {"heads": one.heads, "k": one.k}
