@@ -224,8 +224,8 @@ def test_turns_over_a_cache_and_over_contexts(decoder):
         read = plain.read(model, whole[:, :-1], [*segments, *([Segment(answer - 1)] if answer > 1 else [])])
         assert positions(cache) == chosen(model, read)
         if context is None:
-            context, start = model.compress(question), 0
-            found, context = model.generate(
+            context = model.compress(question)
+            _, context = model.generate(
                 prompts(3, seed=5)[0], context=context, return_context=True, do_sample=False, max_new_tokens=9
             )
             continue
@@ -368,7 +368,7 @@ def test_rows_that_end_early_in_a_turn():
     context = model.compress([row[0].tolist() for row in rows])
     free = model.generate([[5, 6, 7], [8, 9, 10]], context=context, do_sample=False, max_new_tokens=5)
     end = int(free[1, -3])
-    out, after = model.generate(
+    _, after = model.generate(
         [[5, 6, 7], [8, 9, 10]],
         context=context,
         return_context=True,
@@ -389,9 +389,13 @@ def test_the_proof_notices_tokens_that_do_not_age(monkeypatch):
     (ids,) = prompts(34)
     cache = model(ids, use_cache=True).past_key_values
     monkeypatch.setattr(SelectedLayer, "age", lambda self, old: None)
-    with pytest.raises(VariatorError, match="tokens that are to age|aged away"):
+
+    def read_on() -> None:
         for token in range(12):
             model(ids[:, token : token + 1], past_key_values=cache)
+
+    with pytest.raises(VariatorError, match=r"tokens that are to age|aged away"):
+        read_on()
     monkeypatch.setattr(SelectedLayer, "remember", lambda self, rule, scores: None)
     with pytest.raises(VariatorError, match="forgot which of its tokens"):
         model(ids, use_cache=True)

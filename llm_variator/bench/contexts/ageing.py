@@ -28,7 +28,7 @@ class Decode(Answers):
 
 
 def decode(model: VariatorModel, settings: Decode) -> Figures:
-    """The same text after the same prompt, token by token: with old blocks compressed, kept whole, and dense throughout."""
+    """The same text after the same prompt, token by token: old blocks compressed, kept whole, and dense throughout."""
     (text,) = stretches(settings, settings.context + settings.new_tokens + 1)
     config = model.plugins["plugin"]
     intact = model.add_plugin("intact", replace(config, decode_block=None)).to(model.dtype)
@@ -55,7 +55,7 @@ def decode(model: VariatorModel, settings: Decode) -> Figures:
     figures["within"] = all(
         layer.entries <= bound for layer, bound in zip(reports["ageing"].layers, limits, strict=True)
     )
-    head, tail = config.ends
+    _, tail = config.ends
     window = (max(tail, config.block) if config.selects else tail) + settings.decode_block
     if not config.selects:
         figures["k"] = (
@@ -65,7 +65,7 @@ def decode(model: VariatorModel, settings: Decode) -> Figures:
 
 
 def bounds(model: VariatorModel, config: VariatorConfig, tokens: int) -> list[float]:
-    """Entries of each layer, of a head in the mean, that `tokens` in one turn may hold: head, window, share of the rest."""
+    """Entries of each layer, in the mean of heads, that `tokens` in one turn may hold: head, window, share of the rest."""
     head, tail = config.ends
     assert config.decode_block is not None
     window = (max(tail, config.block) if config.selects else tail) + config.decode_block
