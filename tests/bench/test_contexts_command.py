@@ -85,8 +85,8 @@ def test_questions_after_kept_keys(tmp_path, chooser):
     [("load", "cannot be saved yet"), ("pool", "leave out pool"), ("decode", "multiple of block")],
 )
 def test_what_kept_keys_cannot(tmp_path, chooser, command, message):
+    more = ["--decode-block", 6] if command == "decode" else []
     with pytest.raises(VariatorError, match=message):
-        more = ["--decode-block", 6] if command == "decode" else []
         measure(tmp_path, chooser, command, "--context", 40, *more)
 
 
@@ -95,7 +95,7 @@ def test_decode_with_kept_keys(tmp_path, chooser):
     assert figures["within"]
     assert figures["window"] == 5 + 4
     assert figures["dense"]["entries"] == [90]
-    # 30 - 2 - 5 tokens of the prompt, and all but 9 of the 65 in the window, of one head a half and of the other a quarter
+    # of 30 - 2 - 5 tokens of the prompt, and of 56 of its window's 65, one head keeps a half, the other a quarter
     prompt = (12 + 6) / 2
     assert figures["decoding_intact"]["entries"] == [2 + prompt + 65]
     assert figures["ageing"]["entries"] == [2 + prompt + 56 * 3 / 8 + 9]
