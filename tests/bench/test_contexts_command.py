@@ -90,7 +90,7 @@ def test_decode_with_kept_keys(tmp_path, chooser):
     assert figures["within"]
     assert figures["window"] == 5 + 4
     assert figures["dense"]["entries"] == [90]
-    # 30 - 2 - 5 tokens of the prompt, and all but 9 of the 65 in the window, of one head a half, of the other a quarter
+    # of 30 - 2 - 5 tokens of the prompt, and of 56 of its window's 65, one head keeps a half, the other a quarter
     prompt = (12 + 6) / 2
     assert figures["decoding_intact"]["entries"] == [2 + prompt + 65]
     assert figures["ageing"]["entries"] == [2 + prompt + 56 * 3 / 8 + 9]

@@ -211,29 +211,42 @@ def test_turns_over_a_cache_and_over_contexts(decoder):
     """Long questions end the window, short ones join it."""
     model = make(decoder, MAIN)
     spoken, questions = [(33, 17), (4, 9), (25, 30), (3, 1), (8, 20)], prompts(33, 4, 25, 3, 8)
-    cache, whole, context = DynamicCache(config=model.config), torch.empty(1, 0, dtype=torch.long), None
-    for turn, (question, (_, answer)) in enumerate(zip(questions, spoken, strict=True)):
+    cache, whole = DynamicCache(config=model.config), torch.empty(1, 0, dtype=torch.long)
+    context = chunked = None
+    for turn, (question, (_, answer)) in enumerate(zip(questions, spoken, strict=True), 1):
         whole = torch.cat((whole, question), 1)
-        options = dict(do_sample=False, max_new_tokens=answer, **FULL)
+        options = dict(do_sample=False, max_new_tokens=answer)
         mask = torch.ones_like(whole)
-        out = model.generate(whole, attention_mask=mask, past_key_values=cache, **options)
-        segments = turns(model, spoken[: turn + 1])
-        segments[-1 if answer > 1 else len(segments) :] = []
+        out = model.generate(whole, attention_mask=mask, past_key_values=cache, **FULL, **options)
+        segments = turns(model, [*spoken[: turn - 1], (spoken[turn - 1][0], 1)])
         check(model, out, whole, segments)
         whole = out.sequences
-        read = plain.read(model, whole[:, :-1], [*segments, *([Segment(answer - 1)] if answer > 1 else [])])
+        read = plain.read(model, whole[:, :-1], turns(model, spoken[:turn]))
         assert positions(cache) == chosen(model, read)
-        if context is None:
-            context = model.compress(question)
-            _, context = model.generate(
-                prompts(3, seed=5)[0], context=context, return_context=True, do_sample=False, max_new_tokens=9
-            )
+        if context is None:  # a context's document is no question: its answer comes after another segment
+            context, chunked = model.compress(question), model.compress(question, prefill_chunk_size=7)
             continue
-        same = model.generate(question, context=context, do_sample=False, max_new_tokens=9)
-        chunked = model.generate(
-            question, context=context, prefill_chunk_size=5, do_sample=False, max_new_tokens=9
-        )
-        assert torch.equal(same, chunked)
+        options |= dict(return_context=True)
+        same, context = model.generate(question, context=context, **options)
+        again, chunked = model.generate(question, context=chunked, prefill_chunk_size=5, **options)
+        assert torch.equal(same, again)
+        assert positions(context.cache) == positions(chunked.cache)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen3"])
+@torch.no_grad()
+def test_turns_of_a_batch(decoder):
+    """Rows close their windows, and age, at different tokens."""
+    model = make(decoder, MAIN)
+    documents, asked, more = prompts(33, 12, 5), prompts(25, 4, 9, seed=1), prompts(6, 30, 3, seed=2)
+    context = model.compress([row[0].tolist() for row in documents])
+    ids = [row[0].tolist() for row in asked]
+    answers, context = model.generate(ids, context=context, return_context=True, **ANSWER)
+    out = model.generate([row[0].tolist() for row in more], context=context, **FULL, **ANSWER)
+    for i, row in enumerate(documents):
+        whole = torch.cat((row, asked[i], answers[i : i + 1, -24:], more[i]), dim=1)
+        segments = [first(model, row.shape[1]), Segment(asked[i].shape[1], rule(model)), Segment(23)]
+        check(model, out, whole, [*segments, Segment(more[i].shape[1] + 1, rule(model), 1)], i)
 
 
 @pytest.mark.parametrize("decoder", FEW)
@@ -389,13 +402,8 @@ def test_the_proof_notices_tokens_that_do_not_age(monkeypatch):
     (ids,) = prompts(34)
     cache = model(ids, use_cache=True).past_key_values
     monkeypatch.setattr(SelectedLayer, "age", lambda self, old: None)
-
-    def read_on() -> None:
-        for token in range(12):
-            model(ids[:, token : token + 1], past_key_values=cache)
-
-    with pytest.raises(VariatorError, match=r"tokens that are to age|aged away"):
-        read_on()
+    with pytest.raises(VariatorError, match="tokens that are to age"):
+        model(ids[:, :12], prompt_length=0, past_key_values=cache)
     monkeypatch.setattr(SelectedLayer, "remember", lambda self, rule, scores: None)
     with pytest.raises(VariatorError, match="forgot which of its tokens"):
         model(ids, use_cache=True)

@@ -28,7 +28,7 @@ class Decode(Answers):
 
 
 def decode(model: VariatorModel, settings: Decode) -> Figures:
-    """The same text after the same prompt, token by token: old blocks compressed, kept whole, and dense throughout."""
+    """The same text after the same prompt, token by token: old blocks compressed, kept whole, and all of it dense."""
     (text,) = stretches(settings, settings.context + settings.new_tokens + 1)
     config = model.plugins["plugin"]
     intact = model.add_plugin("intact", replace(config, decode_block=None)).to(model.dtype)
@@ -55,8 +55,7 @@ def decode(model: VariatorModel, settings: Decode) -> Figures:
     figures["within"] = all(
         layer.entries <= bound for layer, bound in zip(reports["ageing"].layers, limits, strict=True)
     )
-    _, tail = config.ends
-    window = (max(tail, config.block) if config.selects else tail) + settings.decode_block
+    window = _window(config)
     if not config.selects:
         figures["k"] = (
             config.k if isinstance(config.k, int) else config.k.get("kv", config.k.get("attention", 1))
@@ -65,10 +64,8 @@ def decode(model: VariatorModel, settings: Decode) -> Figures:
 
 
 def bounds(model: VariatorModel, config: VariatorConfig, tokens: int) -> list[float]:
-    """Entries of each layer, in the mean of heads, that `tokens` in one turn may hold: head, window, share of the rest."""
-    head, tail = config.ends
-    assert config.decode_block is not None
-    window = (max(tail, config.block) if config.selects else tail) + config.decode_block
+    """Entries of each layer, of a head in the mean, that `tokens` of one turn may take."""
+    head, window = config.ends[0], _window(config)
     heads, found = kv_heads(model.config), []
     for layer in range(model.config.num_hidden_layers):
         ratios = config.head_ratios(layer, heads) or (
@@ -77,6 +74,13 @@ def bounds(model: VariatorModel, config: VariatorConfig, tokens: int) -> list[fl
         rest = max(0, tokens - head - window)
         found.append(head + window + sum(rest / k + (k > 1) for k in ratios) / len(ratios))
     return found
+
+
+def _window(config: VariatorConfig) -> int:
+    """Dense tokens at the end, at most."""
+    tail, step = config.ends[1], config.decode_block
+    assert step is not None
+    return (max(tail, config.block) if config.selects else tail) + step
 
 
 def _continued(model: VariatorModel, text: Tensor, prompt: int) -> tuple[float, DynamicCache]:

@@ -339,7 +339,7 @@ class SelectedLayer(DynamicLayer):
         self.classes = changed
 
     def remember(self, rule: Rule | None, scores: Tensor | None) -> None:
-        """Go on with the window if it ages by this `rule`, else with a new one, or none; `scores` are like its own."""
+        """Go on with the window if it ages by this `rule`, else with a new one, for `scores` like these, or none."""
         if rule is None or scores is None:
             self.window = None
         elif self.window is None or self.window.rule != rule:
