@@ -22,7 +22,7 @@ from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import alternatives, questions
 from llm_variator.evaluate.exchange import ExternalResult, export, read_external
-from llm_variator.evaluate.rows import TextRow, answer_row, text_row
+from llm_variator.evaluate.rows import TextRow, answer_row, pair_rows, text_row
 from llm_variator.evaluate.show import markdown, plot, print_tables
 from llm_variator.measures.conditions import Condition, Dense, NoContext, WithPlugin, mean_merge
 from llm_variator.measures.loading import load_variator
@@ -167,8 +167,9 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
                 "context": text.context,
                 "windows": len(text.windows),
                 "rows": [dataclasses.asdict(row) for row in found],
+                "pairs": _pairs(conditions, whole, {one.label: one.texts[number] for one in others}),
             }
-            for text, found in zip(texts, rows, strict=True)
+            for number, (text, found, whole) in enumerate(zip(texts, rows, measured, strict=True))
         ],
         "configs": {c.label: c.config.to_dict() for c in conditions if isinstance(c, WithPlugin)},
         "read_from_cache": store.found,
@@ -184,6 +185,7 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
             "mean_prompt_tokens": statistics.fmean(len(question.prompt) for question in asked),
             "mean_answer_tokens": statistics.fmean(len(question.gold) for question in asked),
             "rows": _answer_rows(quiz.examples, found | theirs, found[conditions[0].label], tokenizer),
+            "pairs": _pairs(conditions, found, theirs),
         }
     print_tables(figures)
     if settings.json:
@@ -355,6 +357,16 @@ def _text_rows(
         text_row(one.label, one.texts[number], found[dense], costs[dense], costs[dense]) for one in others
     ]
     return rows
+
+
+def _pairs(
+    conditions: Sequence[Condition],
+    found: Mapping[str, Continuation] | Mapping[str, Answers],
+    theirs: Mapping[str, Continuation] | Mapping[str, Answers],
+) -> list[dict[str, Any]]:
+    """The plugins beside what was measured elsewhere."""
+    plugins = {one.label: found[one.label] for one in conditions if isinstance(one, WithPlugin)}
+    return [dataclasses.asdict(row) for row in pair_rows(plugins, theirs, found[conditions[0].label])]
 
 
 def _answer_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pyarrow as pa
@@ -16,8 +17,10 @@ from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.engine.groups import split
 from llm_variator.evaluate import frontier, questions
 from llm_variator.evaluate.__main__ import main, read
+from llm_variator.evaluate.rows import pair_rows
 from llm_variator.measures.metrics import continuation_cross_entropy
 from llm_variator.measures.operations import Stack, prefill
+from llm_variator.measures.quality import Answers, Continuation
 from llm_variator.sources.corpora import EMBEDDED, read_documents, read_windows, spread
 from llm_variator.sources.models import load_model, load_tokenizer
 from llm_variator.sources.tasks import load_examples
@@ -365,6 +368,7 @@ def test_figures_of_another_environment(plugin, data, tmp_path):
     assert (row["condition"], row["kv_entries"], row["operations"], row["prefill"]) == ("press", 0.5, 1, None)
     assert row["above_dense"] == pytest.approx(9 - dense)
     assert row["greedy_agreement"] == 1
+    assert not both["texts"][0]["pairs"], "the press holds as many bytes as dense"
     row = both["hidden_questions"]["rows"][-1]
     assert (row["condition"], row["gold_nats"]) == ("press", 2)
     assert both["questions"]["rows"] == figures["questions"]["rows"]
@@ -373,6 +377,27 @@ def test_figures_of_another_environment(plugin, data, tmp_path):
     there.write_text("{}")
     with pytest.raises(VariatorError, match="not a file of measurements"):
         frontier_of(tmp_path, "--elsewhere", there, *flags)
+
+
+def test_pairs_are_of_the_same_tokens_and_about_as_many_bytes():
+    """By hand: two questions, 3 and 1 tokens; their errors are those of a ratio of sums."""
+    ours = Answers([], [[1.0, 1.0, 1.0], [2.0]], [], [50, 50])
+    theirs = Answers([], [[2.0, 2.0, 2.0], [2.0]], [], [54, 54])
+    larger = Answers([], [[0.0] * 3, [0.0]], [], [56, 56])
+    dense = Answers([], [[0.0] * 3, [0.0]], [], [100, 100])
+    (row,) = pair_rows({"ours": ours}, {"theirs": theirs, "larger": larger}, dense)
+    rest = [-3 + 0.75 * 3, 0 + 0.75 * 1]
+    assert dataclasses.asdict(row) == {
+        "condition": "ours",
+        "other": "theirs",
+        "nats": -0.75,
+        "nats_error": pytest.approx((2 * sum(r * r for r in rest)) ** 0.5 / 4),
+        "kv_bytes": 0.5,
+        "other_kv_bytes": 0.54,
+    }
+    windows = [Continuation([a, b], [], [], 1, size) for a, b, size in ((1.0, 4.0, 5.0), (2.0, 2.0, 5.5))]
+    (row,) = pair_rows({"ours": windows[0]}, {"theirs": windows[1]}, windows[0])
+    assert (row.nats, row.nats_error) == (0.5, pytest.approx(1.5))  # of -1 and 2
 
 
 @pytest.mark.parametrize(
