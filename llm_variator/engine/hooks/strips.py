@@ -105,14 +105,14 @@ def attend_region(
     blocks = max(1, _ROWS.get(keys.device.type, _OTHER_ROWS) // (groups * region.block))
     strips, begin = list(_strips(region, queries, blocks)), region.tokens - queries
     readers = [_Reader(query, keys, values, view, region, strips, scale) for view in views]
-    back = torch.tensor([head for view in views for head in view.heads.heads], device=keys.device).argsort()
-    outputs = []
+    heads = [torch.tensor(view.heads.heads, device=keys.device) for view in views]
+    # as the model's code lays them out behind its attention
+    out = query.new_empty(len(query), queries, *query.shape[1:3], query.shape[4])
     for strip in strips:
         rows = slice(strip.start - begin, strip.end - begin)
-        parts = [reader.attend(strip, rows) for reader in readers]
-        out = torch.cat(parts, dim=1).index_select(1, back) if len(parts) > 1 else parts[0]
-        outputs.append(out.permute(0, 3, 1, 2, 4))  # as the model's code lays them out behind its attention
-    return torch.cat(outputs, dim=1).permute(0, 2, 3, 1, 4)
+        for own, reader in zip(heads, readers, strict=True):
+            out[:, rows].index_copy_(2, own, reader.attend(strip, rows).permute(0, 3, 1, 2, 4))
+    return out.permute(0, 2, 3, 1, 4)
 
 
 def _strips(region: Region, queries: int, blocks: int) -> Iterator[_Strip]:
