@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DECODERS, make_decoder, pad, prompts
-from test_select import CONFIGS, FEW, FULL, GREEDY, MAIN, add, check_steps, close, expected, first, make
+from selecting import CONFIGS, FEW, FULL, GREEDY, MAIN, add, check_steps, close, expected, first, make
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import QuantizedLayer
 
