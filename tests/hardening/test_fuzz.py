@@ -465,12 +465,13 @@ def check_forward(form, values) -> str:
     assert logits.shape[:2] == tokens.shape
     real = tokens.new_ones(tokens.shape).bool() if mask is None else mask.bool()
     assert bool(logits[real].isfinite().all())
-    if prompt is None:
-        for row, own in enumerate(real):
-            if own.any():
-                with torch.no_grad():
-                    alone = model(form)(tokens[row : row + 1, own]).logits[0]
-                torch.testing.assert_close(logits[row, own], alone, atol=1e-3, rtol=1e-3)
+    for row, own in enumerate(real):
+        columns = own.nonzero().squeeze(-1)
+        # a hole in a row moves the positions behind it
+        if prompt is None and len(columns) and columns[-1] - columns[0] == len(columns) - 1:
+            with torch.no_grad():
+                alone = model(form)(tokens[row : row + 1, columns]).logits[0]
+            torch.testing.assert_close(logits[row, columns], alone, atol=1e-3, rtol=1e-3)
     return ACCEPTED
 
 
