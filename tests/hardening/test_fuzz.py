@@ -455,6 +455,17 @@ def batch(draw):
     return tokens, mask, prompt
 
 
+def alone(tokens, mask):
+    """Each row that has no hole, which would move the positions behind it: its number and its own columns."""
+    for row, own in enumerate(tokens.new_ones(tokens.shape).bool() if mask is None else mask.bool()):
+        columns = own.nonzero().squeeze(-1)
+        if len(columns) and columns[-1] - columns[0] == len(columns) - 1:
+            yield row, columns
+
+
+same = partial(torch.testing.assert_close, atol=1e-3, rtol=1e-3)
+
+
 def check_forward(form, values) -> str:
     tokens, mask, prompt = values
     try:
@@ -465,24 +476,23 @@ def check_forward(form, values) -> str:
     assert logits.shape[:2] == tokens.shape
     real = tokens.new_ones(tokens.shape).bool() if mask is None else mask.bool()
     assert bool(logits[real].isfinite().all())
-    for row, own in enumerate(real):
-        columns = own.nonzero().squeeze(-1)
-        # a hole in a row moves the positions behind it
-        if prompt is None and len(columns) and columns[-1] - columns[0] == len(columns) - 1:
-            with torch.no_grad():
-                alone = model(form)(tokens[row : row + 1, columns]).logits[0]
-            torch.testing.assert_close(logits[row, columns], alone, atol=1e-3, rtol=1e-3)
+    for row, columns in alone(tokens, mask) if prompt is None else ():
+        with torch.no_grad():
+            same(logits[row, columns], model(form)(tokens[row : row + 1, columns]).logits[0])
     return ACCEPTED
 
 
 def check_generate(form, values, options) -> str:
     tokens, mask, _ = values
+    told = dict(max_new_tokens=2, return_dict_in_generate=True, output_logits=True)
     try:
-        out = model(form).generate(tokens, attention_mask=mask, max_new_tokens=2, **options)
+        out = model(form).generate(tokens, attention_mask=mask, **told, **options)
     except VariatorError:
         return REFUSED
     rows = options.get("num_return_sequences", 1) * len(tokens)
-    assert out.shape == (rows, tokens.shape[1] + 2)
+    assert out.sequences.shape == (rows, tokens.shape[1] + 2)
+    for row, columns in alone(tokens, mask) if rows == len(out.logits[0]) == len(tokens) else ():
+        same(out.logits[0][row], model(form).generate(tokens[row : row + 1, columns], **told).logits[0][0])
     return ACCEPTED
 
 

@@ -244,6 +244,8 @@ def test_interleaved_sessions_over_shared_documents(make):
             used = pool.report().used
             context.quantised(8)
             assert pool.report().used == used
+        if step % 20:
+            continue
         living = [*shared, *(session for session, _ in sessions)]
         stores = [store for each in living for layer in each.cache.layers for store in stores_of(layer)]
         gc.collect()
