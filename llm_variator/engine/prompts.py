@@ -86,9 +86,11 @@ def _check_drafts(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
             "with a plugin, assisted and prompt-lookup decoding need token ids that are read in one pass: leave out "
             "inputs_embeds and prefill_chunk_size"
         )
-    if isinstance(mask, Tensor) and not bool(mask.all()):
+    rows = len(kwargs["input_ids"]) if isinstance(kwargs.get("input_ids"), Tensor) else 1
+    if rows > 1 or (isinstance(mask, Tensor) and not bool(mask.all())):
         raise VariatorError(
-            "with a plugin, assisted and prompt-lookup decoding take one row without padding: remove it"
+            "with a plugin, assisted and prompt-lookup decoding take one row without padding: generate row by row, "
+            "each without its padding"
         )
 
 

@@ -112,6 +112,11 @@ class Settings(flags.Stored, flags.BaseModel):
         ("seen", "hidden"),
         "seen: the prompt ends with the question; hidden: the question comes after the prompt",
     )
+    question_context: PositiveInt | None = flag(
+        None,
+        "ask all of them on one passage: as many paragraphs of one article as make prompts of so many tokens "
+        "(default: each on its own paragraph)",
+    )
     shots: Natural = flag(3, "answered examples before each question")
     repetitions: Natural = flag(5, "timings of reading a prompt, in turns; 0: none")
     work: Path = flag(
@@ -179,7 +184,8 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
         origin, asked = quiz.examples[0].origin, quiz.asked[place]
         theirs = {one.label: one.answers[place] for one in others if place in one.answers}
         figures["questions" if place == "seen" else "hidden_questions"] = {
-            "data": f"{origin.name}: {origin.describe(len(quiz.examples))}",
+            "data": f"{origin.name}: {origin.describe(len(quiz.examples))}"
+            + ", on one passage" * (settings.question_context is not None),
             "form": settings.question_form,
             "shots": settings.shots,
             "mean_prompt_tokens": statistics.fmean(len(question.prompt) for question in asked),
@@ -259,9 +265,17 @@ def _text(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: str, con
 
 
 def _quiz(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Quiz:
-    examples = questions.load_questions(settings.data_dir, settings.questions)
     shots = questions.load_shots(settings.data_dir, settings.shots) if settings.shots else []
     encode = partial(questions.encode_question, tokenizer, form=settings.question_form, shots=shots)
+    most = settings.question_context
+    if most is None:
+        examples = questions.load_questions(settings.data_dir, settings.questions)
+    else:
+        examples = questions.load_joined(
+            settings.data_dir,
+            settings.questions,
+            lambda example: len(encode(example, hidden=True).prompt) <= most,
+        )
     return Quiz(
         examples,
         {

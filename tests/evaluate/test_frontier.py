@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import randomise
 from tiny import model_folder
-from tiny_tasks import write_tasks
+from tiny_tasks import LINES, write_tasks
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.engine.groups import split
 from llm_variator.evaluate import frontier, questions
 from llm_variator.evaluate.__main__ import main, read
 from llm_variator.evaluate.rows import pair_rows
+from llm_variator.measures.conditions import WithPlugin
 from llm_variator.measures.metrics import continuation_cross_entropy
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.quality import Answers, Continuation
@@ -262,6 +263,75 @@ def test_questions(model, plugin, data, tmp_path, capsys):
     seen = frontier_of(tmp_path, *flags, "--question-place", "seen")["figures"]
     assert "hidden_questions" not in seen
     assert seen["questions"] == about
+
+
+@pytest.fixture(scope="module")
+def article(tmp_path_factory):
+    """One article of five paragraphs with two questions on each, behind one of a single paragraph."""
+    folder = write_tasks(tmp_path_factory.mktemp("article"), "squad", validation=11)
+    file = folder / "squad" / "validation.parquet"
+    columns = pq.read_table(file).to_pydict()
+    columns["title"] = ["a", *["b"] * 10]
+    columns["context"] = ["a red boat"] + [f"{LINES[i % 2]} number {i}" for i in range(5) for _ in range(2)]
+    columns["answers"] = [{"text": [text.split()[1]], "answer_start": [4]} for text in columns["context"]]
+    pq.write_table(pa.table(columns), file)
+    return folder
+
+
+def test_many_questions_on_one_passage(model, plugin, article, tmp_path, monkeypatch):
+    tokenizer, shots = load_tokenizer(model_folder()), questions.load_shots(article, 1)
+    shot, passage = (
+        f"{shots[0].decoder_prompt} {shots[0].answer}",
+        [f"{LINES[i % 2]} number {i}" for i in (0, 1, 2)],
+    )
+    wanted = f"{shot}\n\nContext: " + "\n".join(passage)
+    size, reads = len(tokenizer(wanted)["input_ids"]), []
+    read = WithPlugin.read
+    monkeypatch.setattr(WithPlugin, "read", lambda self, *args: reads.append(args[1]) or read(self, *args))
+    flags = [
+        "--data",
+        "--plugin",
+        f"k3={plugin}",
+        "--also",
+        "--questions",
+        4,
+        "--shots",
+        1,
+        "--data-dir",
+        article,
+    ]
+    flags += ["--question-place", "hidden", "--question-context"]
+    result = frontier_of(tmp_path, *flags, size + 9)["figures"]
+    about = result["hidden_questions"]
+    assert about["data"].endswith(", on one passage")
+    assert about["mean_prompt_tokens"] == size
+    (ids,) = reads
+    assert tokenizer.decode(ids[0]) == wanted
+
+    # each question by itself, in one pass
+    examples = questions.load_joined(article, 4, lambda one: one.inputs["context"].count("\n") < 3)
+    assert len({one.inputs["question"] for one in examples}) == 4
+    total = count = 0
+    for example in examples:
+        rest = f"\nQuestion: {example.inputs['question']}\nAnswer:"
+        after, gold = tokenizer(rest)["input_ids"], tokenizer(f"{example.continuation}\n")["input_ids"]
+        whole = torch.tensor([ids[0].tolist() + after + gold])
+        with torch.no_grad():
+            logits = model(whole, prompt_length=size).logits[0, -len(gold) - 1 : -1].double()
+        total -= float(logits.log_softmax(-1)[range(len(gold)), gold].sum())
+        count += len(gold)
+    row = next(row for row in about["rows"] if row["condition"] == "k3")
+    assert row["gold_nats"] == pytest.approx(total / count, abs=1e-5)
+    assert row["kv_entries"] == pytest.approx(split(size, 3, 2, 5).entries / size)
+
+    wrongs = {
+        5: "0 of the article's 5 paragraphs fit, with 0 questions",
+        size - 9: "2 of the article's 5 paragraphs fit, with 4 questions on them, 5 are wanted",
+        10_000: "the 5 paragraphs .* do not fill one context",
+    }
+    for wrong, message in wrongs.items():
+        with pytest.raises(VariatorError, match=message):
+            frontier_of(tmp_path, *flags, wrong, "--questions", 5)
 
 
 def test_prompts_of_questions(data):
