@@ -106,12 +106,14 @@ def attend_region(
     strips, begin = list(_strips(region, queries, blocks)), region.tokens - queries
     readers = [_Reader(query, keys, values, view, region, strips, scale) for view in views]
     heads = [torch.tensor(view.heads.heads, device=keys.device) for view in views]
-    # as the model's code lays them out behind its attention
-    out = query.new_empty(len(query), queries, *query.shape[1:3], query.shape[4])
+    out = query
     for strip in strips:
         rows = slice(strip.start - begin, strip.end - begin)
         for own, reader in zip(heads, readers, strict=True):
-            out[:, rows].index_copy_(2, own, reader.attend(strip, rows).permute(0, 3, 1, 2, 4))
+            part = reader.attend(strip, rows).permute(0, 3, 1, 2, 4)
+            if out is query:  # as the model's code lays them out behind its attention, in the dtype of autocast
+                out = part.new_empty(len(query), queries, *query.shape[1:3], query.shape[4])
+            out[:, rows].index_copy_(2, own, part)
     return out.permute(0, 2, 3, 1, 4)
 
 
@@ -174,8 +176,12 @@ class _Reader:
         chosen = region.far(view.order, self.k)
         width = max(strip.end - strip.band for strip in strips)
         held = None if view.before is None else view.before[:2]
+        # one that is written again is lost to the gradients of all three
+        anew = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
         self._keys, self._values = (
-            _Growing(None if held is None else held[side], x, view.heads, region.lead, chosen, width)
+            _Growing(
+                None if held is None else held[side], x, view.heads, region.lead, chosen, width, anew=anew
+            )
             for side, x in enumerate((keys, values))
         )
         self.flags = region.flags(view.order, self.k) if any(strip.by_head for strip in strips) else None
@@ -214,13 +220,24 @@ class _Reader:
 class _Growing:
     """Keys or values of the strips of a region, one after the other: far entries, and behind them a band.
 
-    Without gradients all strips use one buffer, where a band is overwritten by the far entries of the next.
+    All strips use one buffer, where a band is overwritten by the far entries of the next.
     """
 
     def __init__(
-        self, before: Tensor | None, x: Tensor, heads: HeadClass, lead: int, chosen: Tensor, width: int
+        self,
+        before: Tensor | None,
+        x: Tensor,
+        heads: HeadClass,
+        lead: int,
+        chosen: Tensor,
+        width: int,
+        *,
+        anew: bool,
     ) -> None:
-        """Of all heads' `x` (b, H, T, d) those of a class, whose far entries are at `chosen` (b, heads, m)."""
+        """Of all heads' `x` (b, H, T, d) those of a class, whose far entries are at `chosen` (b, heads, m).
+
+        `anew`: each strip gets tensors of its own, as gradients need them.
+        """
         self._x, self._heads = x, heads
         first = heads.of(x[:, :, :lead])
         self._base = first if before is None else torch.cat((before.expand(len(x), -1, -1, -1), first), dim=2)
@@ -229,7 +246,7 @@ class _Growing:
         self._all_far = x[row, head, chosen]
         self._filled = 0
         self._buffer: Tensor | None = None
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not anew:
             base = self._base.shape[2]
             size = base + chosen.shape[2] + width
             self._buffer = x.new_empty(*self._base.shape[:2], size, x.shape[3])
