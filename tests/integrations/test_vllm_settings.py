@@ -74,8 +74,6 @@ def test_refused_plugins(plugins, tmp_path):
         read({"k2": plugins(2, sites=("attention",))})
     with pytest.raises(VariatorError, match="decode_block"):
         read({"k2": plugins(2, sites=("kv",), decode_block=8)})
-    with pytest.raises(VariatorError, match='"select" does not run in vLLM yet: choose'):
-        read({"k2": plugins(2, sites=("kv",), compressor="select")})
     with pytest.raises(VariatorError, match="not found"):
         read({"k2": str(tmp_path)})
     with pytest.raises(VariatorError, match="num_layers"):

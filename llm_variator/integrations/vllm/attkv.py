@@ -33,6 +33,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.blocks import CompressedPromptSpec
+from llm_variator.integrations.vllm.heads import Rows
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape, held, parts
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.settings import settings_of
@@ -65,26 +66,6 @@ class CompressedMetadata(CPUAttentionMetadata):
     """(entries,) position of every entry; the first layer fills it in."""
 
 
-class _Rows:
-    """Collects the rows of one kernel call."""
-
-    def __init__(self) -> None:
-        self.queries: list[int] = []
-        self.lengths: list[int] = []
-        self.rows: list[int] = []
-        self.slots: list[np.ndarray] = []
-
-    def add(self, row: int, queries: int, end: int, table: np.ndarray, block_size: int) -> None:
-        """`queries` entries of batch row `row` that end before entry `end` of its sequence."""
-        if queries:
-            entries = np.arange(end - queries, end)
-            self.queries.append(queries)
-            self.lengths.append(end)
-            self.rows.append(row)
-            slots = table[row, entries // block_size].astype(np.int64)
-            self.slots.append(slots * block_size + entries % block_size)
-
-
 class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
     """Plans the kernel calls of a step for all layers."""
 
@@ -112,8 +93,8 @@ class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CompressedMetadata:
         layout = Layout(chunks, self.ratios, self.shapes)
         table = blocks.numpy()
-        groups = {plugin: _Rows() for plugin in layout.groups}
-        dense = _Rows()
+        groups = {plugin: Rows() for plugin in layout.groups}
+        dense = Rows()
         for row, chunk in zip(rows, chunks, strict=True):
             k, shape = self.ratios.get(chunk.plugin) or 1, self.shapes.get(chunk.plugin, Shape(0, 0, ()))
             before, inside, _ = parts(chunk, k, *shape[:2]) if k > 1 else (chunk.tokens, 0, 0)
@@ -139,8 +120,8 @@ class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
             dense=self._run(dense, blocks, self.num_heads) if dense.rows else None,
         )
 
-    def _run(self, part: _Rows, blocks: Tensor, heads: int) -> Run:
-        starts = torch.tensor(np.concatenate(([0], np.cumsum(part.queries))), dtype=torch.int32)
+    def _run(self, part: Rows, blocks: Tensor, heads: int) -> Run:
+        starts = torch.tensor(part.starts, dtype=torch.int32)
         lengths = torch.tensor(part.lengths, dtype=torch.int32)
         schedule = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(part.rows),
@@ -273,6 +254,8 @@ class CompressedAttention(nn.Module):
     variator_name: str
     variator_plugins: Mapping[int, CompressionPlugin]
     variator_layer: int
+    variator_cache: str
+    """The layer of vLLM whose metadata tells how entries lie."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """(rows,), (rows, d) -> (rows, d)."""
@@ -281,7 +264,7 @@ class CompressedAttention(nn.Module):
     def run(self, positions: Tensor, x: Tensor) -> Tensor:
         """What the op does."""
         host: Any = self
-        metadata = _metadata(host.attn.layer_name)
+        metadata = metadata_of(self.variator_cache)
         if metadata is None or not metadata.layout.groups:
             return super().forward(positions, x)
         layout = metadata.layout
@@ -336,7 +319,8 @@ def keep_projection(attention: Any) -> None:
         projection.variator_weight = projection.weight.detach().clone()
 
 
-def _metadata(layer_name: str) -> Any:
+def metadata_of(layer_name: str) -> Any:
+    """What the running step has for a layer of vLLM; None in a dummy batch."""
     metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
     return metadata.get(layer_name) if isinstance(metadata, dict) else None
 
@@ -351,6 +335,28 @@ def attach_attention(
     Raises:
         VariatorError: the platform's attention, or this model's, is not one that can hold entries.
     """
+    check_attention(attention)
+    inner, impl = attention.attn, attention.attn.impl
+    sites = {k: plugin.at("kv", layer) for k, plugin in plugins.items()}
+    inner.__class__ = EntryAttention
+    inner.variator_ratios = tuple((k, site.k) for k, site in sites.items() if site)
+    if not inner.variator_ratios:
+        return None
+    inner.attn_backend, impl.__class__ = CompressedBackend, CompressedImpl
+    attention.__class__ = type(
+        f"Compressed{type(attention).__name__}", (CompressedAttention, type(attention)), {}
+    )
+    attention.variator_name, attention.variator_layer = name, layer
+    attention.variator_plugins, attention.variator_cache = plugins, inner.layer_name
+    return attention
+
+
+def check_attention(attention: Any) -> None:
+    """Refuse what cannot hold entries.
+
+    Raises:
+        VariatorError: the platform's attention, or this model's.
+    """
     inner = attention.attn
     if type(inner) is not Attention or inner.attn_backend is not CPUAttentionBackend:
         raise VariatorError(
@@ -362,18 +368,6 @@ def attach_attention(
         raise VariatorError("a compressed KV cache needs plain attention: no window, ALiBi or sinks")
     if impl.logits_soft_cap or getattr(attention, "do_llama_4_scaling", False):
         raise VariatorError("a compressed KV cache needs plain attention: no soft cap or query scaling")
-    sites = {k: plugin.at("kv", layer) for k, plugin in plugins.items()}
-    inner.__class__ = EntryAttention
-    inner.variator_ratios = tuple((k, site.k) for k, site in sites.items() if site)
-    if not inner.variator_ratios:
-        return None
-    inner.attn_backend, impl.__class__ = CompressedBackend, CompressedImpl
-    attention.__class__ = type(
-        f"Compressed{type(attention).__name__}", (CompressedAttention, type(attention)), {}
-    )
-    attention.variator_name, attention.variator_layer = name, layer
-    attention.variator_plugins = plugins
-    return attention
 
 
 def _variator_attention(positions: Tensor, hidden_states: Tensor, name: str) -> Tensor:

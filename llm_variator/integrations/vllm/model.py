@@ -129,7 +129,12 @@ class VariatorMixin:
             mlp.variator_name, mlp.variator_layer = f"{name}.ffn", index
             mlp.variator_plugins = self._plugins
             context[mlp.variator_name] = mlp
-        if self.variator.compresses_kv:
+        if self.variator.selects:
+            from llm_variator.integrations.vllm.attheads import attach_heads
+
+            selecting = attach_heads(layer.self_attn, self._plugins, index, f"{name}.attention", context)
+            context[selecting.variator_name] = selecting
+        elif self.variator.compresses_kv:
             from llm_variator.integrations.vllm.attkv import attach_attention
 
             attention = attach_attention(layer.self_attn, self._plugins, index, f"{name}.attention")

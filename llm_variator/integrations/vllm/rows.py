@@ -5,8 +5,9 @@ vLLM's model runners differ in how they tell: `rows_v1` and `state_v2` fill this
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.plan import Chunk
@@ -18,11 +19,15 @@ Choice = int | str
 """0 (or 1): dense; k: the plugin of that ratio; "auto": the scheduler decides at admission."""
 
 
-class Request(NamedTuple):
-    """Prompt tokens and plugin of one row."""
+@dataclasses.dataclass
+class Request:
+    """One row."""
 
     prompt: int
+    """Its tokens."""
     plugin: int
+    memory: dict[int, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """By layer: what is remembered of a prompt from chunk to chunk. It ends with the prompt, or with the request."""
 
 
 def choice_of(extra_args: Mapping[str, Any] | None, default: Choice) -> Any:
@@ -72,8 +77,9 @@ class RowTable:
         for row in range(len(query_start) - 1):
             start, stop = query_start[row], query_start[row + 1]
             if stop > start:
-                prompt, plugin = self.requests.get(row if keys is None else keys[row], Request(0, 0))
-                chunks.append(Chunk(start, stop - start, lengths[row] - (stop - start), prompt, plugin))
+                request = self.requests.get(row if keys is None else keys[row], Request(0, 0))
+                place = lengths[row] - (stop - start)
+                chunks.append(Chunk(start, stop - start, place, request.prompt, request.plugin))
         return chunks
 
     @property

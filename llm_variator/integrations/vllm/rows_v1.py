@@ -20,6 +20,9 @@ from llm_variator.integrations.vllm.rows import AUTO, Choice, Request, RowTable,
 TABLE = "variator.rows"
 """Where the table hangs in vLLM's static forward context, which model and processors share."""
 
+MEMORY = "variator_memory"
+"""Where `Request.memory` hangs in the sampling parameters, which vLLM keeps per request."""
+
 
 def row_table(vllm_config: Any) -> RowTable:
     """The table of this engine's worker."""
@@ -64,7 +67,9 @@ class RowTracker(LogitsProcessor, LogitsProcessorV2):
             rows.pop(row, None)
         for row, params, prompt, _ in batch_update.added:
             # the scheduler has replaced "auto" and the default by a number
-            rows[row] = Request(len(prompt or ()), int(choice_of(params.extra_args, 0)))
+            # a row that sits out a step comes back with the same parameters: they carry what is remembered of it
+            memory = vars(params).setdefault(MEMORY, {})
+            rows[row] = Request(len(prompt or ()), int(choice_of(params.extra_args, 0)), memory)
         for source, target, direction in batch_update.moved:
             moving, staying = rows.pop(source, None), rows.pop(target, None)
             if moving is not None:

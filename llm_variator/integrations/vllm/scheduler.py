@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from llm_variator.integrations.policy import Load
+from llm_variator.integrations.vllm.heads import kept
 from llm_variator.integrations.vllm.metrics import count_request
 from llm_variator.integrations.vllm.plan import Shape, cut, held, settled
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO, choice_of
@@ -107,13 +107,15 @@ class VariatorScheduler(Scheduler):
 
     # --- caches
 
-    def _entries(self, request_id: str, tokens: int, ratios: Mapping[int, int]) -> int:
-        """KV entries of a request's first `tokens` tokens in layers of these ratios."""
-        k = self._ratios.get(request_id, 0)
-        if k not in ratios:
+    def _entries(self, request_id: str, tokens: int, spec: Any) -> int:
+        """KV entries of a request's first `tokens` tokens in layers of this specification."""
+        k, ratios, keeps = self._ratios.get(request_id, 0), dict(spec.ratios), dict(spec.keeps)
+        if k not in ratios and k not in keeps:
             return tokens
-        shape = self._shapes[k]
-        return held(tokens, self.requests[request_id].num_prompt_tokens, ratios[k], shape.head, shape.tail)
+        shape, prompt = self._shapes[k], self.requests[request_id].num_prompt_tokens
+        if k in keeps:
+            return kept(tokens, prompt, keeps[k], shape.head, shape.tail)
+        return held(tokens, prompt, ratios[k], shape.head, shape.tail)
 
     def _salt(self, request: Any, k: int, shape: Shape) -> None:
         """Blocks are shared only between requests that compute the same keys and values in them.

@@ -97,10 +97,17 @@ class Settings:
     @property
     def compresses_kv(self) -> bool:
         """Whether some plugin compresses the KV cache."""
-        return any("kv" in plugin.plan.ratios for plugin in self.plugins.values())
+        return self.selects or any("kv" in plugin.plan.ratios for plugin in self.plugins.values())
+
+    @property
+    def selects(self) -> bool:
+        """Whether some plugin keeps keys and values, each head its own."""
+        return any(plugin.plan.selected for plugin in self.plugins.values())
 
     def _block_tables(self, layers: int) -> int:
         """Kinds of layers whose caches hold the same entries."""
+        if self.selects:
+            return 2  # heads of several ratios; of only one in the rarest case
         kv = [plugin.plan.ratios.get("kv", {}) for plugin in self.plugins.values()]
         return len({tuple(ratios.get(layer) for ratios in kv) for layer in range(layers)})
 
@@ -153,6 +160,18 @@ class Settings:
                 self.compresses_kv and vllm_config.cache_config.enable_prefix_caching
             ),
         }
+        if self.selects:
+            dtype = getattr(vllm_config.cache_config, "cache_dtype", "auto")
+            refused |= {
+                "tensor or pipeline parallelism with a plugin that keeps keys and values": (
+                    getattr(parallel, "tensor_parallel_size", 1)
+                    * getattr(parallel, "pipeline_parallel_size", 1)
+                    > 1
+                ),
+                "a quantised KV cache (kv_cache_dtype) with a plugin that keeps keys and values": (
+                    dtype not in ("auto", "float32", "float16", "bfloat16")
+                ),
+            }
         if wrong := [what for what, present in refused.items() if present]:
             raise VariatorError(f"compression plugins do not work with {'; '.join(wrong)}: switch it off")
         need = max((whole_step(shape) for shape in self.shapes.values()), default=0)
@@ -181,10 +200,6 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
         config.base.name, hf_config.model_type, hf_config.hidden_size, hf_config.num_hidden_layers
     )
     try:
-        if config.selects:
-            raise VariatorError(
-                'compressor "select" does not run in vLLM yet: choose a plugin that merges, or Hugging Face'
-            )
         heads = kv_heads(hf_config)
         plan = Plan.of(
             config, signature, decoder=True, slides=lambda layer: slides(hf_config, layer), kv_heads=heads

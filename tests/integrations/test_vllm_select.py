@@ -1,0 +1,157 @@
+"""Keys and values that are kept, in the real vLLM engine, against the Hugging Face path. `make test-vllm`."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
+
+from test_vllm_engine import random_prompts
+from vllm_engine import BOTH, Engine, expected, make_model, make_plugin, reference_model
+
+from llm_variator.errors import VariatorError
+
+HEADS = [[4, 1], [2, 8], [16, 4]]
+SELECT = dict(sites=("kv",), compressor="select", block=16, dense_head=4)
+PLUGINS = {
+    8: SELECT | dict(k_per_head=HEADS, dense_tail=5),
+    4: SELECT | dict(sites=("ffn", "kv"), compressor={"ffn": "weighted", "kv": "select"}, r=8, dense_tail=37),
+    2: BOTH,
+}
+LENGTHS = (1, 3, 9, 33, 37, 64, 117, 250, 333, 700)
+KS = (4, 8, 0, 8, 4, 2, 8, 4, 2, 8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def plugins(model, tmp_path_factory):
+    """Two that keep, one of them with FFNs merged and a tail longer than a block, and one that merges."""
+    folder = tmp_path_factory.mktemp("plugins")
+    return {f"k{k}": make_plugin(model, folder / f"k{k}", k, **settings) for k, settings in PLUGINS.items()}
+
+
+@pytest.mark.parametrize("chunk", [64, 40, 1024])
+def test_mixed_batches(model, plugins, chunk):
+    """Dense, merged and kept side by side, in another order as well; every block comes back."""
+    prompts = random_prompts(*LENGTHS)
+    wanted = expected(reference_model(model, plugins), prompts, KS, 24)
+    with Engine(model, plugins, max_num_batched_tokens=chunk, num_gpu_blocks_override=900) as engine:
+        free = engine.free_blocks
+        assert engine.tokens(prompts, KS, 24) == wanted
+        assert engine.tokens(prompts[::-1], KS[::-1], 24) == wanted[::-1]
+        assert engine.free_blocks == free
+        classes = {
+            tuple(keep.k for _, keep in manager.kv_cache_spec.keeps)
+            for manager in engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+        }
+        assert classes == {(k, 4) for heads in HEADS for k in heads}
+
+
+def test_pre_emption(model, plugins, monkeypatch):
+    """A request that lost its blocks is read again, its generated tokens dense."""
+    prompts = random_prompts(*(190, 230, 160, 210, 177, 250, 195, 164))
+    ks = [8, 4, 0, 4, 2, 8, 4, 8]
+    wanted = expected(reference_model(model, plugins), prompts, ks, 60)
+    options = dict(max_model_len=512, max_num_seqs=16, num_gpu_blocks_override=80)
+    with Engine(model, plugins, **options) as engine:
+        scheduler, free, preempted = engine.scheduler, engine.free_blocks, []
+        preempt = scheduler._preempt_request
+        monkeypatch.setattr(
+            scheduler, "_preempt_request", lambda *args, **kw: preempted.append(1) or preempt(*args, **kw)
+        )
+        assert engine.tokens(prompts, ks, 60) == wanted
+        assert engine.free_blocks == free
+        assert preempted
+
+
+def test_requests_that_end_early_and_rows_that_move(model, plugins):
+    """More requests than rows, of different length: rows are taken over and moved while others are being read."""
+    lengths = [300, 20, 250, 31, 7, 400, 90, 15, 333, 41, 130, 500]
+    prompts, ks = random_prompts(*lengths), [8, 0, 4, 2, 8, 4, 8, 4, 8, 0, 2, 8]
+    wanted = expected(reference_model(model, plugins), prompts, ks, 9)
+    with Engine(
+        model, plugins, max_num_seqs=4, max_num_batched_tokens=48, num_gpu_blocks_override=600
+    ) as engine:
+        assert engine.tokens(prompts, ks, 9) == wanted
+
+
+@pytest.mark.parametrize(
+    "options", [dict(async_scheduling=True), dict(async_scheduling=False), dict(block_size=64)]
+)
+def test_other_engines(model, plugins, options):
+    prompts, ks = random_prompts(50, 200, 33, 333), [8, 4, 0, 8]
+    wanted = expected(reference_model(model, plugins), prompts, ks, 12)
+    with Engine(model, plugins, **options, num_gpu_blocks_override=600) as engine:
+        assert engine.tokens(prompts, ks, 12) == wanted
+
+
+def test_compiled_graphs(model, plugins):
+    prompts, ks = random_prompts(50, 200, 33), [8, 4, 0]
+    wanted = expected(reference_model(model, plugins), prompts, ks, 12)
+    with Engine(model, plugins, enforce_eager=False, num_gpu_blocks_override=600) as engine:
+        assert engine.tokens(prompts, ks, 12) == wanted
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_other_families(family, tmp_path):
+    model = make_model(family, tmp_path)
+    plugins = {f"k{k}": make_plugin(model, tmp_path / f"k{k}", k, **PLUGINS[k]) for k in (4, 2)}
+    prompts, ks = random_prompts(50, 200, 33), [4, 4, 2]
+    wanted = expected(reference_model(model, plugins), prompts, ks, 12)
+    with Engine(model, plugins, num_gpu_blocks_override=600) as engine:
+        assert engine.tokens(prompts, ks, 12) == wanted
+
+
+def test_blocks(model, tmp_path):
+    """What each class of heads holds of a long prompt, in blocks, read at once and in chunks."""
+    plugins = {"k8": make_plugin(model, tmp_path / "k8", 8, **PLUGINS[8])}
+    (prompt,) = random_prompts(900)
+    for chunk, more in ((1024, 0), (64, 1)):
+        with Engine(model, plugins, max_num_batched_tokens=chunk, num_gpu_blocks_override=600) as engine:
+            held: dict[int, int] = {}
+            for manager in engine.scheduler.kv_cache_manager.coordinator.single_type_managers:
+                allocate = manager.allocate_new_blocks
+
+                def count(request, *args, of=manager, allocate=allocate, held=held):
+                    found = allocate(request, *args)
+                    ((_, keep),) = of.kv_cache_spec.keeps
+                    held[keep.k] = len(of.req_to_blocks[request])
+                    return found
+
+                manager.allocate_new_blocks = count
+            engine.tokens([prompt], [8], 2)
+        # 901 tokens: head 4, 55 whole blocks of 16, 11 tokens of another, tail 5, one more; in blocks of 32. Read in
+        # chunks, two blocks of 16 were whole at one time
+        least = {k: -(-(4 + 55 * 16 // k + -(-11 // k) + 5 + 1) // 32) for k in (1, 2, 4, 8, 16)}
+        assert least == {1: 29, 2: 15, 4: 8, 8: 4, 16: 3}
+        assert all(least[k] <= held[k] <= least[k] + more for k in least)
+        assert held[1] == 29
+
+
+def test_what_is_lost_between_chunks_is_found(model, plugins, monkeypatch):
+    from llm_variator.integrations.vllm import rows_v1
+
+    class Forgetful(dict):
+        def __setitem__(self, *_):
+            return
+
+    real = rows_v1.Request
+    monkeypatch.setattr(rows_v1, "Request", lambda prompt, plugin, memory: real(prompt, plugin, Forgetful()))
+    with (
+        Engine(model, plugins, num_gpu_blocks_override=600) as engine,
+        pytest.raises(Exception, match="what is remembered ends at 0"),
+    ):
+        engine.tokens(random_prompts(300), [8], 2)
+
+
+def test_refused(model, plugins):
+    with pytest.raises(VariatorError, match="leave out one"):
+        Engine(model, plugins, enable_prefix_caching=True)
+    with pytest.raises(Exception, match="quantised KV cache"):
+        Engine(model, plugins, kv_cache_dtype="fp8")
+    with pytest.raises(Exception, match="disable_hybrid_kv_cache_manager"):
+        Engine(model, plugins, disable_hybrid_kv_cache_manager=True)
