@@ -56,7 +56,7 @@ def test_pre_emption(model, plugins, monkeypatch):
     prompts = random_prompts(*(190, 230, 160, 210, 177, 250, 195, 164))
     ks = [8, 4, 0, 4, 2, 8, 4, 8]
     wanted = expected(reference_model(model, plugins), prompts, ks, 60)
-    options = dict(max_model_len=512, max_num_seqs=16, num_gpu_blocks_override=80)
+    options = dict(max_model_len=512, max_num_seqs=16, num_gpu_blocks_override=110)
     with Engine(model, plugins, **options) as engine:
         scheduler, free, preempted = engine.scheduler, engine.free_blocks, []
         preempt = scheduler._preempt_request
@@ -77,6 +77,27 @@ def test_requests_that_end_early_and_rows_that_move(model, plugins):
         model, plugins, max_num_seqs=4, max_num_batched_tokens=48, num_gpu_blocks_override=600
     ) as engine:
         assert engine.tokens(prompts, ks, 9) == wanted
+
+
+def test_several_answers_to_a_prompt(model, plugins):
+    """They are requests of their own with the same parameters, and read side by side."""
+    from vllm import SamplingParams
+
+    (prompt,) = random_prompts(300)
+    asked = SamplingParams(
+        n=3,
+        temperature=1.0,
+        top_k=1,
+        max_tokens=9,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"variator_k": 8},
+    )
+    (wanted,) = expected(reference_model(model, plugins), [prompt], [8], 9)
+    side_by_side = dict(max_num_batched_tokens=144, long_prefill_token_threshold=48)
+    with Engine(model, plugins, num_gpu_blocks_override=600, **side_by_side) as engine:
+        (found,) = engine.llm.generate([{"prompt_token_ids": prompt}], [asked], use_tqdm=False)
+    assert [list(one.token_ids) for one in found.outputs] == [wanted] * 3
 
 
 @pytest.mark.parametrize(

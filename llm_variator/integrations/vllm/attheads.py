@@ -127,7 +127,8 @@ class HeadCache(AttentionLayerBase):
     _k_scale_float = _v_scale_float = 1.0
 
     def __init__(self, name: str, attention: Attention, spec: CompressedPromptSpec) -> None:
-        self.name, self.spec = name, spec
+        self.name = name
+        self.spec: Any = spec
         self.num_heads = attention.num_heads // attention.num_kv_heads
         self.impl: Any = SimpleNamespace(num_heads=self.num_heads)
         self.kv_cache_dtype = attention.kv_cache_dtype

@@ -6,6 +6,7 @@ own choice would be asynchronous.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections import Counter, deque
@@ -41,7 +42,8 @@ class VariatorScheduler(Scheduler):
         """Settle the request's ratio, once and for all, and give its cached blocks a namespace of their own."""
         if request.request_id not in self.requests and request.sampling_params is not None:
             k = self._ratio(request)
-            params = request.sampling_params
+            # of its own: vLLM gives all answers to one prompt (n > 1) the same parameters
+            params = request.sampling_params = copy.copy(request.sampling_params)
             params.extra_args = {**(params.extra_args or {}), ARGUMENT: k}
             self._ratios[request.request_id] = k
             if k:
