@@ -156,6 +156,29 @@ def test_refused_engines(plugins):
         )
 
 
+def test_plugins_that_keep_keys(plugins):
+    some = dict(sites=("kv",), compressor="select", k_per_head=[[4, 1], [2, 2], [1, 1]], dense_tail=70)
+    found = read({"k4": plugins(4, **some), "k2": plugins(2, sites=("kv",))})
+    assert found.served == (4, 2)
+    assert found.selects
+    assert found.compresses_kv
+    assert not read({"k2": plugins(2, sites=("kv",))}).selects
+    assert found.shapes[4] == Shape(4, 70, ())
+    uncached = SimpleNamespace(enable_prefix_caching=False, cache_dtype="auto")
+    found.check_engine(engine(cache_config=uncached))
+    cases = {
+        "prefix caching": dict(),
+        "tensor or pipeline parallelism": dict(parallel_config=parallel(tensor_parallel_size=2)),
+        "quantised KV cache": dict(
+            cache_config=SimpleNamespace(enable_prefix_caching=False, cache_dtype="fp8")
+        ),
+        "disable_hybrid": dict(scheduler_config=scheduler(disable_hybrid_kv_cache_manager=True)),
+    }
+    for message, changes in cases.items():
+        with pytest.raises(VariatorError, match=message):
+            found.check_engine(engine(**{"cache_config": uncached} | changes) if changes else engine())
+
+
 def test_choices():
     assert [check_choice(choice, (2, 4)) for choice in (0, 1, 2, 4, "auto")] == [0, 0, 2, 4, "auto"]
     for wrong in (3, -1, 2.0, True, "2", None, [2]):
