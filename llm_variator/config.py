@@ -75,7 +75,8 @@ class VariatorConfig:
     dense_tail: int | None = None
     """Least number of last prompt tokens kept uncompressed; None: 1 for decoders, 0 for encoders."""
     decode_block: int | None = None
-    """Generated tokens: merge whole groups once so many are older than the last `dense_tail`; None: stay dense."""
+    """Generated tokens: compress them too, once so many are older than the last `dense_tail`; with "select" a multiple
+    of `block`, behind at least the last `block`. None: stay dense."""
     base: BaseSignature | None = None
     """The base model this plugin was made for; filled in when the plugin is attached."""
     format_version: int = FORMAT_VERSION
@@ -172,9 +173,12 @@ class VariatorConfig:
                 'with compressor "select" site "kv" has a ratio for every head: give k_per_head'
             )
         if self.decode_block is not None:
-            raise VariatorError(
-                'decode_block merges generated tokens, compressor "select" merges none: leave it out'
-            )
+            _integer("decode_block", self.decode_block, least=1)
+            if self.decode_block % self.block:
+                raise VariatorError(
+                    f'with compressor "select" whole blocks of generated tokens are reduced: decode_block must be a '
+                    f"multiple of block ({self.block}), got {self.decode_block}"
+                )
         if self.k_per_head is None:
             ratios = [self.k["kv"] if isinstance(self.k, Mapping) else self.k]
         else:

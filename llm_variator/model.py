@@ -43,8 +43,10 @@ from llm_variator.engine.plugin import CompressionPlugin, warn_if_other_weights
 from llm_variator.engine.prompts import (
     check_generation,
     check_vocabulary,
+    drafts,
     normalised,
     read_ahead,
+    refuse_drafts_after,
     setting,
     uncompiled,
 )
@@ -115,7 +117,7 @@ class VariatorModel(TrainableHolder):
             revision: of a repository on the hub: a branch, a tag or a commit.
             subfolder: the folder in it that holds the plugin.
             dtype: of its weights; default: the base's.
-            decode_block: replaces the plugin's own: merging generated tokens needs no other weights.
+            decode_block: replaces the plugin's own: compressing generated tokens needs no other weights.
         """
         folder = plugin_folder(plugin, revision=revision, subfolder=subfolder)
         config = VariatorConfig.from_json(folder / CONFIG_FILE)
@@ -232,6 +234,9 @@ class VariatorModel(TrainableHolder):
 
     def _generate(self, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]) -> Any:
         session = Session(plugin, generating=True, skip_unread=self.skip_unread)
+        if plugin is not None and self._architecture.decoder and drafts(self._host, kwargs):
+            refuse_drafts_after(self._give_cache(dict(kwargs)))
+            session.drafts, session.prompts = True, kwargs["input_ids"].shape[1]
         with scope(session):
             output = self.base.generate(**uncompiled(kwargs))
         self._finish(session, kwargs)
@@ -324,8 +329,6 @@ class VariatorModel(TrainableHolder):
         """
         self.decoder_only("compress", "an encoder keeps no KV cache")
         plugin = self._active()
-        if pool is not None and plugin is not None and plugin.selects:
-            raise VariatorError('a pool holds merged contexts: with compressor "select" leave out pool')
         self._refuse_headless("compress")
         options = template_options(chat_template_kwargs)
         prompt = encode(context, tokenizer, attention_mask, embeds=inputs_embeds, options=options)

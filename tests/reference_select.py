@@ -7,7 +7,7 @@ pass in the model's own dtype (tests use fp64). A mask says which keys a query s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +113,41 @@ def kept_after(scores: Sequence[float], ratio: int, n: int, head: int, tail: int
     return sorted(kept)
 
 
-def read(base, ids: Tensor | None, segments: Sequence[Segment], *, embedded: Tensor | None = None) -> Read:
+def head_mask(
+    h: Tensor, index: int, g: int, segments: Sequence[Segment], *, slides: bool
+) -> tuple[Tensor, list[int]]:
+    """Of one KV head of layer `index`, which reads h (n, d): (n, n) what each query sees, and what is left."""
+    mask = torch.zeros(len(h), len(h), dtype=torch.bool)
+    memory: list[int] = []  # what earlier segments have left
+    start = 0
+    for segment in segments:
+        length, select = segment.tokens, segment.select
+        own = [[key <= query for key in range(length)] for query in range(length)]
+        left = list(range(length))
+        if select is not None and not slides and max(select.ratios[index]) > 1:
+            weight, bias = select.weights[index], select.biases[index]
+            rows = h[start : start + length].detach()
+            scores = [score(row, weight[:, g], bias[:, g]) for row in rows]
+            rule = (scores, select.ratios[index][g], length, segment.head, select.tail, select.block)
+            own, left = seen_while_reading(*rule), kept_after(*rule)
+        for query in range(length):
+            for key in memory:
+                mask[start + query, key] = True
+            for key in range(length):
+                mask[start + query, start + key] = own[query][key]
+        memory += [start + key for key in left]
+        start += length
+    return mask, memory
+
+
+def read(
+    base,
+    ids: Tensor | None,
+    segments: Sequence[Segment],
+    *,
+    embedded: Tensor | None = None,
+    head_mask: Callable[..., tuple[Tensor, list[int]]] = head_mask,
+) -> Read:
     """(1, n) tokens, or their vectors `embedded` (1, n, d), in `segments` -> what comes of them."""
     x = (base.model.embed_tokens(ids) if embedded is None else embedded)[0]
     n, gemma = len(x), base.config.model_type == "gemma3_text"
@@ -128,27 +162,11 @@ def read(base, ids: Tensor | None, segments: Sequence[Segment], *, embedded: Ten
 
         # a mask for each KV head
         groups = attention.k_proj(h).shape[-1] // attention.head_dim
-        mask = torch.zeros(groups, n, n, dtype=torch.bool)
-        kept.append([])
-        for g in range(groups):
-            memory: list[int] = []  # what earlier segments have left
-            for segment, start in zip(segments, starts, strict=True):
-                length, select = segment.tokens, segment.select
-                own = [[key <= query for key in range(length)] for query in range(length)]
-                left = list(range(length))
-                if select is not None and not slides and max(select.ratios[index]) > 1:
-                    weight, bias = select.weights[index], select.biases[index]
-                    rows = h[start : start + length].detach()
-                    scores = [score(row, weight[:, g], bias[:, g]) for row in rows]
-                    rule = (scores, select.ratios[index][g], length, segment.head, select.tail, select.block)
-                    own, left = seen_while_reading(*rule), kept_after(*rule)
-                for query in range(length):
-                    for key in memory:
-                        mask[g, start + query, key] = True
-                    for key in range(length):
-                        mask[g, start + query, start + key] = own[query][key]
-                memory += [start + key for key in left]
-            kept[index].append(memory)
+        masks, left = zip(
+            *(head_mask(h, index, g, segments, slides=slides) for g in range(groups)), strict=True
+        )
+        mask = torch.stack(masks)
+        kept.append(list(left))
         if slides:
             for query in range(n):
                 for key in range(n):

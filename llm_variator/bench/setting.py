@@ -55,8 +55,11 @@ class Plugin:
         ends_of = config.resolved(model.signature, decoder=True).ends
         # as unlike as those of trained models, from every token to one in a block, in no order
         order = torch.randperm(layers * heads, generator=torch.Generator().manual_seed(settings.seed))
-        shares = config.block ** -(order / max(1, len(order) - 1)).view(layers, heads)
-        ratios = Budget(self.keep, settings.tokens, ends=ends_of, block=config.block).ratios(shares)
+        needs = config.block ** -(2 * order / max(1, len(order) - 1)).view(layers, heads)
+        costs = needs[..., None] * 2 ** torch.arange(
+            config.block.bit_length()
+        )  # so k falls as the root of the need
+        ratios = Budget(self.keep, settings.tokens, ends=ends_of, block=config.block).ratios(costs)
         return dataclasses.replace(config, k_per_head=ratios.tolist())
 
 

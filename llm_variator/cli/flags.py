@@ -96,7 +96,7 @@ class PluginConfig:
     dense_head: Whole | None = flag(None, "first prompt tokens kept uncompressed")
     dense_tail: Whole | None = flag(None, "least number of last prompt tokens kept uncompressed")
     decode_block: Whole | None = flag(
-        None, "merge generated tokens once so many are older than the dense tail"
+        None, "compress generated tokens once so many are older than the dense tail"
     )
 
     def _plugin_flags(self) -> dict[str, Any]:

@@ -326,11 +326,14 @@ class Rows:
     Where all rows look the same these are slices.
     """
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, dense: Sequence[bool] = (False,)) -> None:
+        """`dense`: rows, or all, whose prompt is read like what comes behind one."""
         self.width, device = segment.width, segment.device
         if segment.uniform_prompt is not None:
-            self.prompts = [min(segment.uniform_prompt, self.width)]
+            self.prompts = [0 if dense[0] else min(segment.uniform_prompt, self.width)]
             """Prompt tokens of every row; one number where rows are the same."""
+            self.rests = [self.width - self.prompts[0]]
+            """Tokens behind them."""
             columns = torch.arange(self.width, device=device)[None]
             self.prompt_columns, self.rest_columns = (
                 columns[:, : self.prompts[0]],
@@ -339,8 +342,10 @@ class Rows:
             """(b or 1, P) and (b or 1, C): where they stand; `FILLER` behind the end of a shorter row."""
             return
         assert segment.valid is not None
-        self.prompts = segment.prompts
+        dense = dense if len(dense) > 1 else [dense[0]] * len(segment.prompts)
+        self.prompts = [0 if own else n for n, own in zip(segment.prompts, dense, strict=True)]
         tokens = [row.nonzero().squeeze(-1) for row in segment.valid]
+        self.rests = [len(own) - n for own, n in zip(tokens, self.prompts, strict=True)]
         parts = [(own[:n], own[n:]) for own, n in zip(tokens, self.prompts, strict=True)]
         self.prompt_columns, self.rest_columns = (
             pad_sequence([part[side] for part in parts], batch_first=True, padding_value=FILLER).to(device)

@@ -6,6 +6,7 @@ Every parameter of a `CompressionPlugin` is trained and saved, and nothing else 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,8 @@ from llm_variator.engine.plan import Plan, Ratios
 from llm_variator.errors import VariatorError
 
 logger = logging.getLogger(__name__)
+
+_SERIALS = itertools.count()
 
 _SETTINGS = "settings"  # under which a weights file names, by hash, the config it was saved with
 
@@ -82,6 +85,8 @@ class SelectLayers(nn.Module):
         self.ratios = ratios
         """Of each KV head."""
         self.block = config.block
+        self.serial = next(_SERIALS)
+        """No other has it in this process: caches remember whose scores they hold."""
         self.score = KeyScore(dim, len(ratios), config.score_fits)
 
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from llm_variator.engine.cache.naming import cache_argument
 from llm_variator.engine.contexts.inputs import NO_TOKEN, Prompt, check_embeddings, padding_first
 from llm_variator.engine.contexts.prefill import read, slides
+from llm_variator.engine.hooks.hook import ATTACHED
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
 
@@ -35,8 +36,11 @@ def check_generation(
     host: PreTrainedModel, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]
 ) -> None:
     """Refuse what cannot work with a compressed prompt."""
+    selects = plugin is not None and bool(plugin.selects)
     for name, what in _UNSUPPORTED.items():
-        if setting(host, kwargs, name):
+        if selects and drafts(host, kwargs) and not setting(host, kwargs, "assistant_early_exit"):
+            _check_drafts(host, kwargs)
+        elif setting(host, kwargs, name):
             raise VariatorError(
                 f"{what} ({name}) does not work with a compressed prompt; leave it out or disable the plugin"
             )
@@ -51,14 +55,49 @@ def check_generation(
             "classifier-free guidance (guidance_scale) reads a second prompt past the plugin: leave it out, or disable "
             "the plugin"
         )
-    if plugin is not None and plugin.selects and implementation == "quantized":
+    if selects and implementation == "quantized" and setting(host, kwargs, "prefill_chunk_size"):
         raise VariatorError(
-            'cache_implementation="quantized" packs keys and values of all heads together, and with compressor '
-            '"select" each head has its own: leave it out'
+            'with compressor "select" prefill_chunk_size takes entries back, which cache_implementation="quantized" '
+            "cannot: leave out one of the two, or quantise a context (CompressedContext.quantised)"
         )
     if plugin is not None and plugin.cache_layers and implementation not in _GROWING:
         raise VariatorError(
             f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"
+        )
+
+
+def drafts(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
+    """Whether generate guesses several tokens, reads them in one pass, and takes back what was wrong."""
+    return any(setting(host, kwargs, name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
+
+
+def _check_drafts(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what cannot work with guesses behind a prompt of which keys and values are kept."""
+    assistant, mask = kwargs.get("assistant_model"), kwargs.get("attention_mask")
+    if assistant is not None and (
+        not isinstance(assistant, PreTrainedModel) or getattr(assistant, ATTACHED, False)
+    ):
+        raise VariatorError(
+            "assistant_model must be a model of transformers without plugins: load it once more"
+        )
+    embedded = kwargs.get("input_ids") is None or kwargs.get("inputs_embeds") is not None
+    if embedded or setting(host, kwargs, "prefill_chunk_size"):
+        raise VariatorError(
+            "with a plugin, assisted and prompt-lookup decoding need token ids that are read in one pass: leave out "
+            "inputs_embeds and prefill_chunk_size"
+        )
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        raise VariatorError(
+            "with a plugin, assisted and prompt-lookup decoding take one row without padding: remove it"
+        )
+
+
+def refuse_drafts_after(cache: Any) -> None:
+    """Raise where guesses would come after a cache: transformers reads all of its tokens once more then."""
+    if cache is not None and cache.get_seq_length():
+        raise VariatorError(
+            "assisted and prompt-lookup decoding cannot go on from a cache or a context, whose tokens transformers "
+            "reads once more: leave them out, or give the whole text as one prompt"
         )
 
 

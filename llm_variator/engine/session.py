@@ -6,17 +6,18 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from llm_variator.engine.blocks import Place, Region, Rows, entries
+from llm_variator.engine.blocks import Place, Region, Rows, entries, reduces
 from llm_variator.engine.cache import CompressedLayer, SelectedLayer
 from llm_variator.engine.groups import Segment
 from llm_variator.engine.plan import Plan
-from llm_variator.engine.plugin import CompressionPlugin
+from llm_variator.engine.plugin import CompressionPlugin, SelectLayers
+from llm_variator.engine.window import Rule, Window
 from llm_variator.errors import VariatorError
 
 
@@ -46,6 +47,8 @@ class Session:
     """Where the next pass begins in its prompt then."""
     generating: bool = False
     """Inside `generate`: after the first pass all tokens are continuation."""
+    drafts: bool = False
+    """Passes of `generate` may read several tokens of a continuation, the first of them behind `prompts`."""
     skip_unread: bool = True
     """Leave out what nobody reads of the last layer."""
     passes: int = 0
@@ -115,9 +118,17 @@ class Pass:
         `places`: of the prompts in this pass, one for all rows or of each, for a plugin that keeps keys and values.
         `ends_prompts`: its tokens are the last of prompts whose parts were read before.
         """
+        dense = [False]
+        if places is not None and plugin is not None and plugin.config.decode_block is not None:
+            # a prompt that stays dense ages like what is generated
+            dense = [not reduces(place, plugin.config.block, place.left) for place in places]
+            places = [
+                place._replace(done=0, left=0) if own else place
+                for place, own in zip(places, dense, strict=True)
+            ]
         self.places, self.ends_prompts = places, ends_prompts
         selects = plugin is not None and bool(plugin.selects) and segment is not None
-        self.rows = Rows(segment) if selects and segment is not None else None
+        self.rows = Rows(segment, dense) if selects and segment is not None else None
         """For a plugin that keeps keys and values, in a pass with a prompt."""
         self._regions: dict[int, Region] = {}
         self.plugin, self.segment, self.cache, self.reads = plugin, segment, cache, reads
@@ -150,13 +161,22 @@ class Pass:
             self._regions[block] = Region(self.places, rows.prompts, block, rows.prompt_columns.device)
         return self._regions[block]
 
-    def _layers_held(self) -> dict[int, tuple[CompressedLayer | SelectedLayer, tuple[int, ...]]]:
+    def rule(self, site: SelectLayers) -> Rule | None:
+        """How the tokens behind a prompt age in one layer; None: they stay dense."""
+        assert self.plugin is not None
+        plan, step = self.plugin.plan, self.plugin.config.decode_block
+        if step is None:
+            return None
+        return Rule(site.block, step, max(plan.tail, site.block), plan.head, site.serial)
+
+    def _layers_held(self) -> dict[int, _Held]:
         """Layer -> the part of the cache it fills, and the entries there now, without what ageing took away."""
         layers = self.cache.layers if self.cache is not None else ()
         return {
             index: (
-                layer,
-                layer.counts if isinstance(layer, SelectedLayer) else (layer.entries + layer.aged,),
+                _Held(layer, _all_counts(layer), layer.window, layer.tokens, layer.aged, layer.has_fillers)
+                if isinstance(layer, SelectedLayer)
+                else _Held(layer, (layer.entries + layer.aged,))
             )
             for index, layer in enumerate(layers)
             if isinstance(layer, (CompressedLayer, SelectedLayer))
@@ -182,9 +202,10 @@ class Pass:
             for layer in plugin.selects:
                 if ("kv", layer) not in merged:
                     raise broken(f"site 'kv' of layer {layer} did not choose which keys to keep")
-        for layer, (held, before) in self._held.items():
+        for layer, old in self._held.items():
+            held, before = old.layer, old.counts
             if isinstance(held, SelectedLayer):
-                self._prove_counts(layer, held, before)
+                self._prove_counts(layer, held, old)
                 continue
             new = 1
             if segment is not None:
@@ -199,14 +220,19 @@ class Pass:
         if self.attended != expected:
             raise broken(f"{self.attended} layers attended to compressed keys, expected {expected}")
 
-    def _prove_counts(self, layer: int, held: SelectedLayer, before: tuple[int, ...]) -> None:
+    def _prove_counts(self, layer: int, held: SelectedLayer, old: _Held) -> None:
         """Raise unless every head of a layer that keeps keys holds as many as it should."""
         site = self.plugin.selects.get(layer) if self.plugin else None
         if self.ends_prompts and site is not None:
             if held.open is not None:
                 raise broken(f"layer {layer} did not reduce the prompt")
             return
-        for head, (count, old) in enumerate(zip(held.counts, before, strict=True)):
+        rule = self.rule(site) if site is not None else None
+        if (rule is None) != (held.window is None):
+            raise broken(f"layer {layer} {'forgot' if rule else 'remembers'} which of its tokens are to age")
+        if rule is not None and held.window is not None:
+            self._prove_window(layer, rule, held, held.window, old)
+        for head, (count, before) in enumerate(zip(_all_counts(held), old.counts, strict=True)):
             if self.segment is None or site is None:
                 reader = (
                     (self.plugin.at("attention", layer) or self.plugin.at("kv", layer))
@@ -222,8 +248,62 @@ class Pass:
                     entries(place, k, block, read) - entries(place, k, block)
                     for place, read in zip(self.places, self.rows.prompts, strict=True)
                 )
-            if count != old + new:
-                raise broken(f"head {head} of layer {layer} holds {count} keys, expected {old + new}")
+            if count != before + new:
+                aged = held.aged[head]
+                raise broken(
+                    f"head {head} of layer {layer} holds {count - aged} keys, expected {before + new - aged}"
+                )
+
+    def _prove_window(self, layer: int, rule: Rule, held: SelectedLayer, window: Window, old: _Held) -> None:
+        """Raise unless of every row as much has aged as should have."""
+        rows = len(window.lengths)
+        if old.window is not None and old.window.rule == rule:
+            lengths = old.window.lengths
+        else:
+            lengths = (0 if old.tokens else -rule.head,) * rows
+        places, reads, news = self.places or [Place(0, 0)], [1], [0]
+        if self.rows is not None:
+            reads, news = self.rows.rests, self.rows.prompts
+        each = [x * rows if len(x) < rows else x for x in (places, reads, news)]
+        expected, removed = [], set()
+        for length, place, read, new in zip(lengths, *each, strict=True):
+            closed = 0
+            if place.left:
+                closed = max(0, length) if not place.done else 0
+                length = place.tail if place.left == new else 0
+            steps = rule.steps(length, read)
+            expected.append(rule.after(length, read))
+            removed.add((closed, steps * rule.step))
+        if window.lengths != tuple(expected):
+            raise broken(
+                f"layer {layer} has {window.lengths} tokens that are to age in its rows, expected {tuple(expected)}"
+            )
+        if old.fillers or held.has_fillers or len(removed) > 1:
+            return  # entries of shorter rows are filled up
+        for one in held.classes:
+            taken = sum(count - rule.kept(count, one.k) for count in next(iter(removed)))
+            for head in one.heads:
+                if held.aged[head] - old.aged[head] != taken:
+                    raise broken(
+                        f"in head {head} of layer {layer} {held.aged[head] - old.aged[head]} keys aged away, "
+                        f"expected {taken}"
+                    )
+
+
+class _Held(NamedTuple):
+    """What a layer of the cache holds before a pass."""
+
+    layer: CompressedLayer | SelectedLayer
+    counts: tuple[int, ...]
+    """Entries, with those that ageing has taken away; of each head where these differ."""
+    window: Window | None = None
+    tokens: int = 0
+    aged: tuple[int, ...] = ()
+    fillers: bool = False
+
+
+def _all_counts(layer: SelectedLayer) -> tuple[int, ...]:
+    return tuple(count + aged for count, aged in zip(layer.counts, layer.aged, strict=True))
 
 
 def broken(what: str) -> VariatorError:

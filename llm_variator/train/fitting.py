@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,11 +24,14 @@ from llm_variator.train.distributed import world_size
 from llm_variator.train.futures import FUTURES, Samples
 from llm_variator.train.scores import TOGETHER, Fit, Moments, Watch, targets
 from llm_variator.train.settings import Settings
-from llm_variator.train.shares import Budget, deserved
+from llm_variator.train.shares import Budget, costs
 
 MOMENTS_FILE = "moments.safetensors"
 HELD_OUT = 6  # samples
-PROMPTS = 10  # of each length, for what each head deserves
+PROMPTS = 24  # for what dropping keys costs in each head
+CALIBRATION = 512
+"""Most tokens of those: of longer ones only what is far is asked about, and not what is read
+nearby while the prompt goes on."""
 
 
 def fit_scores(settings: Settings, argv: Sequence[str], started: float, result: str) -> None:
@@ -169,31 +172,29 @@ class _Fitting:
 
     def calibrate(self) -> None:
         """Give every head its ratio."""
-        shares = deserved(self._scores(), self._budget)
+        settings, found = self._settings, []
+        length = min(CALIBRATION, *settings.calibrate_tokens)
+        for index, sample in enumerate(
+            tqdm(self._read(PROMPTS, [length], settings.seed + 1), desc="calibrating", unit=" prompts")
+        ):
+            features, effects = self.watch.effects(sample, settings.seed + index)
+            own = [
+                costs(self._score(layer, features[layer]), effects[layer].cpu(), self._config.block)
+                for layer in self._chosen
+            ]
+            found.append(torch.stack(own))
         ratios = [[1] * self.watch.heads for _ in range(self._count)]
-        for layer, own in zip(self._chosen, self._budget.ratios(shares).tolist(), strict=True):
+        for layer, own in zip(
+            self._chosen, self._budget.ratios(torch.stack(found).mean(0)).tolist(), strict=True
+        ):
             ratios[layer] = own
         self._config = dataclasses.replace(self._config, k_per_head=ratios)
 
-    def _scores(self) -> Iterator[Tensor]:
-        """Scores (layers, heads, tokens) between the dense ends of some prompts of each length."""
-        head, tail = self._config.ends
-        lengths = self._settings.calibrate_tokens
-        bar = tqdm(desc="calibrating", total=PROMPTS * len(lengths), unit=" prompts")
-        for length in lengths:
-            for sample in self._read(PROMPTS, [length], self._settings.seed + 1):
-                features = self.watch.features(sample.context)
-                yield torch.stack(
-                    [self._score(layer, features[layer][head : length - tail]) for layer in self._chosen]
-                )
-                bar.update()
-        bar.close()
-
     def _score(self, layer: int, x: Tensor) -> Tensor:
-        """(heads, tokens)."""
+        """(tokens, heads)."""
         place = self.watch.layers.index(layer)
         fits = x.double().cpu() @ self._weight[place].mT + self._bias[place, :, None]  # (fits, tokens, heads)
-        return (2 * fits).logsumexp(0).T
+        return (2 * fits).logsumexp(0)
 
     def model(self) -> VariatorModel:
         """The base with the plugin."""

@@ -3,6 +3,11 @@
 Not in the paper. Of token i and KV head g the energy is the mean square, over later queries j, of a_h(j, i) |W_h v_i|,
 summed over the query heads h that share g: a is the attention weight, W_h the output projection's part of head h.
 For each future (see `futures`) the logarithm of its root is fitted linearly, from one pass over the contexts.
+
+What a key is worth to the model as a whole is its effect: the mean, over later queries j, of the square of
+sum over h of a_h(j, i) (g_hj . v_i), where g_hj is the loss's gradient at what head h puts out. Twice the divergence
+that dropping the key costs, to second order, where the loss is that of tokens drawn from the model itself: then its
+squared gradient is the Fisher information. Energies of layers cannot be compared, effects can.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llm_variator.engine.cache.naming import cache_argument
@@ -104,6 +111,32 @@ class Watch:
             cache.crop(-len(future))
         return {layer: x[sample.rows] for layer, x in features.items()}, energies
 
+    def effects(self, sample: Sample, seed: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Of the fitted tokens: features (rows, d) per layer, and effects (rows, KV heads), means over the futures.
+
+        `seed` of the tokens that are drawn.
+        """
+        cache = DynamicCache()
+        features = self.features(sample.context, cache)
+        found: dict[int, Tensor] = {}
+        draw = torch.Generator().manual_seed(seed)
+        for future in sample.futures.values():
+            self._rows, self._energies = sample.rows, {}
+            try:
+                self._backward(future, cache, draw)
+                for layer, own in self._energies.items():
+                    own = own / (len(future) * len(sample.futures))
+                    found[layer] = found[layer] + own if layer in found else own
+            finally:
+                self._rows = None
+            cache.crop(-len(future))
+            for held in cache.layers:
+                assert isinstance(held, DynamicLayer)
+                assert held.keys is not None
+                assert held.values is not None
+                held.keys, held.values = held.keys.detach(), held.values.detach()
+        return {layer: x[sample.rows] for layer, x in features.items()}, found
+
     @contextmanager
     def attached(self) -> Iterator[Watch]:
         """While passes run: the model's own code, watched."""
@@ -122,6 +155,27 @@ class Watch:
         ids = ids[None].to(input_device(self._host))
         self._host.get_decoder()(input_ids=ids, use_cache=cache is not None, **more)
 
+    @torch.enable_grad()
+    def _backward(self, ids: Tensor, cache: DynamicCache, draw: torch.Generator) -> None:
+        """Read `ids` after `cache`, and have the loss of drawn tokens ask every layer what its outputs are worth."""
+        starts: list[Tensor] = []
+
+        def begin(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            starts.append(out.detach().requires_grad_())
+            return starts[-1]
+
+        handle = self._host.get_input_embeddings().register_forward_hook(begin)
+        try:
+            ids = ids[None].to(input_device(self._host))
+            logits = self._host(input_ids=ids, use_cache=True, **{cache_argument(self._host): cache}).logits[
+                0
+            ]
+        finally:
+            handle.remove()
+        shares = logits.detach().float().softmax(-1).cpu()
+        drawn = torch.multinomial(shares, 1, generator=draw)[:, 0].to(logits.device)
+        torch.autograd.grad(F.cross_entropy(logits.float(), drawn, reduction="sum"), starts)
+
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._reads is not None:
@@ -130,13 +184,27 @@ class Watch:
 
         return hook
 
-    def attended(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-        """A layer attends: from query (1, H, q, e), the last tokens, to key and value (1, KV heads, n, e)."""
-        if self._rows is None or layer not in self._norms:
+    def attended(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scaling: float
+    ) -> None:
+        """A layer attends: from query (1, H, q, e), the last tokens, to key and value (1, KV heads, n, e).
+
+        `out` (1, q, H, e): what the heads put out.
+        """
+        rows = self._rows
+        if rows is None or layer not in self._norms:
             return
-        values = value[0, :, None, self._rows].float()  # (KV heads, 1, rows, e)
+        if out.requires_grad:
+            parts = query[0].detach(), key[0].detach(), value[0, :, rows].detach()
+
+            def ask(gradient: Tensor) -> None:
+                self._energies[layer] = effects(*parts, gradient[0].transpose(0, 1), rows, scaling)
+
+            out.register_hook(ask)
+            return
+        values = value[0, :, None, rows].float()  # (KV heads, 1, rows, e)
         norms = (values @ self._norms[layer].unflatten(0, (self.heads, -1)) * values).sum(-1)
-        self._energies[layer] = energies(query[0], key[0], norms, self._rows, scaling)
+        self._energies[layer] = energies(query[0], key[0], norms, rows, scaling)
 
 
 def energies(query: Tensor, key: Tensor, norms: Tensor, rows: slice, scaling: float) -> Tensor:
@@ -149,14 +217,41 @@ def energies(query: Tensor, key: Tensor, norms: Tensor, rows: slice, scaling: fl
         rows: of the keys.
         scaling: of the products.
     """
-    heads, (count, n) = len(key), (query.shape[1], key.shape[1])
-    later = torch.ones(count, n, dtype=torch.bool, device=key.device).triu(n - count + 1)
     found = []
-    for group, own, weight in zip(query.float().unflatten(0, (heads, -1)), key.float(), norms, strict=True):
-        logits = (group @ own.T * scaling).masked_fill_(later, float("-inf"))  # (H / KV heads, q, n)
-        log_share = logits[..., rows] - logits.logsumexp(-1, keepdim=True)
+    for log_share, weight in zip(_log_shares(query, key, rows, scaling), norms, strict=True):
         found.append(((2 * log_share).exp().mean(-2) * weight).sum(0))
     return torch.stack(found, dim=-1)
+
+
+def effects(
+    query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, rows: slice, scaling: float
+) -> Tensor:
+    """Sums over queries of the squared effects (rows, KV heads) of the keys in `rows`.
+
+    Args:
+        query: (H, q, e).
+        key: (KV heads, n, e), those of the queries last.
+        value: (KV heads, rows, e).
+        gradient: (H, q, e), of the loss at what the heads put out.
+        rows: of the keys.
+        scaling: of the products.
+    """
+    found = []
+    groups = gradient.float().unflatten(0, (len(key), -1))
+    for log_share, own, towards in zip(
+        _log_shares(query, key, rows, scaling), value.float(), groups, strict=True
+    ):
+        found.append((log_share.exp() * (towards @ own.T)).sum(0).square().sum(0))
+    return torch.stack(found, dim=-1)
+
+
+def _log_shares(query: Tensor, key: Tensor, rows: slice, scaling: float) -> Iterator[Tensor]:
+    """Of each KV head (H / KV heads, q, rows): the logarithm of the attention that its queries pay to `rows`."""
+    heads, (count, n) = len(key), (query.shape[1], key.shape[1])
+    later = torch.ones(count, n, dtype=torch.bool, device=key.device).triu(n - count + 1)
+    for group, own in zip(query.float().unflatten(0, (heads, -1)), key.float(), strict=True):
+        logits = (group @ own.T * scaling).masked_fill_(later, float("-inf"))  # (H / KV heads, q, n)
+        yield logits[..., rows] - logits.logsumexp(-1, keepdim=True)
 
 
 def _value_norms(output: nn.Module, head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -176,12 +271,13 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention function of the watched layers: the model's own."""
-    if (watch := _running.get()) is not None:
-        watch.attended(module.layer_idx, query, key, value, kwargs["scaling"])
     implementation = module.config.variator_stock._attn_implementation
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    return stock(module, query, key, value, attention_mask, **kwargs)
+    result: tuple[Tensor, Tensor | None] = stock(module, query, key, value, attention_mask, **kwargs)
+    if (watch := _running.get()) is not None:
+        watch.attended(module.layer_idx, query, key, value, result[0], kwargs["scaling"])
+    return result
 
 
 class Moments:

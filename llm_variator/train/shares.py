@@ -1,12 +1,13 @@
 """How much each KV head keeps: ratios for an asked share of a prompt's keys and values. Knows scores, no model.
 
-Heads differ far more than tokens, and their scores are logarithms of the same kind of energy: one threshold over all of
-them says which share each head deserves. Shares become ratios, powers of two, and the entries are counted exactly.
+Heads differ far more than tokens. Of some prompts it is known what dropping a key costs (see `scores`): the ratios,
+powers of two, are those of the least sum of costs, a Lagrange multiplier being the price of an entry. Entries are
+counted exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from llm_variator.engine import blocks
 from llm_variator.errors import VariatorError
 
-_HALVINGS = 50  # of the bracket around the scale of the shares
+_HALVINGS = 50  # of the bracket around the price of an entry
 
 
 def entries(length: int, k: int, *, ends: tuple[int, int], block: int) -> int:
@@ -61,54 +62,64 @@ class Budget:
         """Whether `ratios` keep no more than what is asked, at every length."""
         return all(self.share(ratios, length) <= self.keep for length in self.lengths)
 
-    def inner(self, layers: int, between: int) -> float:
-        """The share of `between` tokens between the dense ends that is left to the heads of `layers`."""
-        ends = sum(self._ends)
-        total = self.keep * (layers + self._dense) - self._dense
-        return (total * (between + ends) / layers - ends) / between
+    def ratios(self, costs: Tensor) -> Tensor:
+        """Ratios (layers, heads), powers of two up to the block, of the least sum of costs that the budget allows.
 
-    def ratios(self, shares: Tensor) -> Tensor:
-        """Ratios (layers, heads), powers of two up to the block, as near as may be to `shares` times one factor.
+        `costs` (layers, heads, powers): of the ratios 1, 2, 4 to the block.
 
         Raises:
             VariatorError: the dense ends, and one key of every block, are more than what is asked.
         """
+        costs = costs.double()
+        powers = torch.arange(costs.shape[-1])
+        entries_of = 0.5 ** powers.double()  # of a token, about
 
-        def rounded(scale: float) -> Tensor:
-            steps = -(shares.clamp_min(1 / self._block).double() * scale).log2()
-            return 2 ** steps.round().clamp(0, self._block.bit_length() - 1).long()
+        def cheapest(price: float) -> Tensor:
+            """Where an entry costs `price` too; of equal sums that of fewer entries."""
+            return 2 ** (len(powers) - 1 - (costs + price * entries_of).flip(-1).argmin(-1))
 
-        low, high = 1e-9, 1e9
-        if not self.holds(rounded(low)):
-            most = max(self.share(rounded(low), length) for length in self.lengths)
+        most = self._block * torch.ones(costs.shape[:2], dtype=torch.long)
+        if not self.holds(most):
+            share = max(self.share(most, length) for length in self.lengths)
             raise VariatorError(
                 f"--keep {self.keep:g} is too little: dense ends and one key of every {self._block} are already "
-                f"{most:.3f} of the entries; keep more, or give longer --calibrate-tokens or a smaller --dense-tail"
+                f"{share:.3f} of the entries; keep more, or give longer --calibrate-tokens or a smaller --dense-tail"
             )
+        scale = max(float(costs.max()), 1e-300)
+        low, high = 1e-12 * scale, 1e6 * scale
         for _ in range(_HALVINGS):
             middle = (low * high) ** 0.5
-            low, high = (middle, high) if self.holds(rounded(middle)) else (low, middle)
-        ratios = rounded(low)
-        lacking = (shares.clamp_min(1 / self._block).double() * ratios).flatten()
-        for place in lacking.argsort(
-            descending=True, stable=True
-        ).tolist():  # what rounding cost most comes first
-            more = ratios.clone()
-            more.view(-1)[place] //= 2
-            if more.min() >= 1 and self.holds(more):
-                ratios = more
-        return ratios
+            low, high = (low, middle) if self.holds(cheapest(middle)) else (middle, high)
+        ratios = cheapest(high)
+        while True:  # what is left goes where it spares most, entry by entry
+            power = ratios.double().log2().long().unsqueeze(-1)
+            less = (power - 1).clamp(min=0)
+            spared = (costs.gather(-1, power) - costs.gather(-1, less)) / (
+                entries_of[less] - entries_of[power]
+            ).clamp(min=1e-12)
+            spared = spared.masked_fill(power == 0, float("-inf")).flatten()
+            for place in spared.argsort(descending=True, stable=True).tolist():
+                more = ratios.clone()
+                more.view(-1)[place] //= 2
+                if more.min() >= 1 and self.holds(more):
+                    ratios = more
+                    break
+            else:
+                return ratios
 
 
-def deserved(scores: Iterable[Tensor], budget: Budget) -> Tensor:
-    """Of each head the share of its tokens whose scores are among the highest of all heads, (layers, heads).
+def costs(scores: Tensor, effects: Tensor, block: int) -> Tensor:
+    """(heads, powers) of the ratios 1, 2, 4 to `block`: the effects of what they drop, as a mean over blocks.
 
-    `scores`: (layers, heads, tokens) between the dense ends of some prompts. As many are among the highest as the
-    budget has room for; prompts count alike.
+    Args:
+        scores: (tokens, heads) of neighbouring tokens.
+        effects: (tokens, heads).
+        block: tokens of a block; fewer tokens count as one block.
     """
-    found = []
-    for own in scores:
-        share = min(1.0, max(0.0, budget.inner(len(own), own.shape[-1])))
-        least = own.flatten().topk(max(1, round(share * own.numel()))).values[-1]
-        found.append((own >= least).double().mean(-1))
-    return torch.stack(found).mean(0)
+    size = min(block, len(scores))
+    whole = len(scores) // size * size
+    scores, effects = (x[:whole].unflatten(0, (-1, size)) for x in (scores, effects.double()))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    kept = effects.gather(1, order).cumsum(1).mean(0)  # (size, heads): by the first 1, 2, ... tokens
+    counts = [-(-size // 2**power) for power in range(block.bit_length())]
+    return torch.stack([kept[-1] - kept[count - 1] for count in counts], dim=-1)

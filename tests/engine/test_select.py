@@ -19,7 +19,6 @@ from transformers import DynamicCache, TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
-from llm_variator.engine.cache.paging import KVPool
 from llm_variator.engine.hooks import compiled
 from llm_variator.sources.models import byte_tokenizer
 
@@ -610,16 +609,6 @@ def test_a_batch_of_contexts(decoder):
         check_steps(model, out, torch.cat((document, question), 1), parts, i)
 
 
-@pytest.mark.parametrize("decoder", FEW)
-@torch.no_grad()
-def test_saved_contexts(tmp_path, decoder):
-    """Not yet: refused before a file is there."""
-    context = make(decoder).compress(prompts(41)[0])
-    with pytest.raises(VariatorError, match="cannot be saved yet"):
-        context.save(tmp_path / "context")
-    assert not list(tmp_path.iterdir())
-
-
 # Plugins that change.
 
 
@@ -1012,9 +1001,7 @@ def test_an_offloaded_cache(offloading):
     ("options", "message"),
     [
         (dict(cache_implementation="static"), "leave it out"),
-        (dict(cache_implementation="quantized"), "each head has its own: leave it out"),
         (dict(cache_implementation="paged"), "leave it out"),
-        (dict(prompt_lookup_num_tokens=3), "leave it out"),
         (dict(guidance_scale=2.0), "leave it out"),
         (dict(output_attentions=True, return_dict_in_generate=True), "leave out output_attentions"),
     ],
@@ -1022,46 +1009,6 @@ def test_an_offloaded_cache(offloading):
 def test_what_generate_refuses(options, message):
     with pytest.raises(VariatorError, match=message):
         make("llama").generate(prompts(40)[0], **options, **GREEDY)
-
-
-def test_assisted_decoding_is_refused():
-    with pytest.raises(VariatorError, match="assisted decoding"):
-        make("llama").generate(prompts(40)[0], assistant_model=make_decoder("llama"), **GREEDY)
-
-
-def test_a_cache_is_not_cropped():
-    model = make("llama")
-    cache = model(prompts(40)[0], use_cache=True).past_key_values
-    with pytest.raises(VariatorError, match="cannot be cropped"):
-        cache.crop(-3)
-
-
-def test_a_plugin_is_loaded_with_no_decode_block(tmp_path):
-    model = make("llama")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(VariatorError, match="leave it out"):
-        model.load_plugin(tmp_path, "again", decode_block=4)
-    assert list(model.plugins) == ["default"]
-
-
-@torch.no_grad()
-def test_contexts_of_other_kinds():
-    """Pools and few bits are refused; what a merging plugin has left in 8 bits can be gone on from."""
-    model = make("llama", dtype=torch.float32)
-    model.add_plugin("merged", VariatorConfig(k=2, sites=("kv",), dense_head=2, dense_tail=2)).float()
-    document, question = prompts(41, 27)
-    with pytest.raises(VariatorError, match="leave out pool"):
-        model.compress(document, pool=KVPool(100, 16))
-    with pytest.raises(VariatorError, match="leave them out"):
-        model.compress(document).quantised(4)
-    with model.use_plugin("merged"):
-        paged, packed = model.compress(document, pool=KVPool(100, 16)), model.compress(document).quantised(8)
-    with pytest.raises(VariatorError, match="without a pool"):
-        model.generate(question, context=paged, **GREEDY)
-    before, shared = packed.report(), packed.entries
-    model.generate(question, context=packed, **GREEDY)
-    assert packed.report() == before
-    assert packed.entries == shared
 
 
 @pytest.mark.parametrize("decoder", FEW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 
@@ -13,6 +14,8 @@ from conftest import DECODERS, make_decoder, make_encoder
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import model_folder
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.sources.corpora import parse_sources
@@ -21,7 +24,7 @@ from llm_variator.train import fitting, scores
 from llm_variator.train.__main__ import main
 from llm_variator.train.futures import FUTURES, KINDS, Sample, Samples
 from llm_variator.train.scores import TOGETHER, Moments, Watch, targets
-from llm_variator.train.shares import Budget, deserved, entries
+from llm_variator.train.shares import Budget, costs, entries
 
 CONTEXT, ROWS = 40, slice(3, 31)
 
@@ -196,10 +199,11 @@ def test_entries_are_counted_exactly(n, k, head, tail):
 @pytest.mark.parametrize("dense", [0, 1])
 def test_ratios_never_keep_more_than_asked(keep, dense):
     draw = torch.Generator().manual_seed(int(100 * keep))
-    shares = torch.rand(12, 3, generator=draw) ** 3
+    steps = torch.rand(12, 3, 6, generator=draw) ** 3
+    steps[..., 0] = 0
     keep = keep * 12 / (12 + dense) + dense / (12 + dense)
     budget = Budget(keep, (300, 700), ends=(4, 20), block=32, dense_layers=dense)
-    ratios = budget.ratios(shares)
+    ratios = budget.ratios(steps.cumsum(-1))
     for n in (300, 700):
         entries_of_all = sum(kept_by_hand(n, k, 4, 20, 32) for k in ratios.flatten().tolist()) + dense * 3 * n
         assert budget.share(ratios, n) == pytest.approx(entries_of_all / (36 + 3 * dense) / n)
@@ -211,25 +215,79 @@ def test_ratios_never_keep_more_than_asked(keep, dense):
         assert more.min() < 1 or not budget.holds(more)
 
 
-def test_ratios_follow_the_shares():
-    budget = Budget(0.3, (4096,), ends=(0, 0), block=64)
-    ratios = budget.ratios(torch.tensor([[0.8, 0.4], [0.1, 0.001]]))
-    assert budget.share(ratios, 4096) <= 0.3
-    assert (ratios.flatten().diff() >= 0).all()
+def test_ratios_are_the_cheapest_of_all_that_the_budget_allows():
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):  # convex costs, entries that fill the budget to the last: all 4^4 tried
+        steps = torch.rand(2, 2, 4, generator=draw).double().sort(dim=-1).values
+        steps[..., 0] = 0
+        own = steps.cumsum(-1) * torch.rand(2, 2, 1, generator=draw) ** 4
+        budget = Budget(float(0.2 + 0.7 * torch.rand(1, generator=draw)), (80,), ends=(0, 0), block=8)
+        ratios = budget.ratios(own)
+        sums = {
+            ks: sum(float(own.view(4, 4)[head, k.bit_length() - 1]) for head, k in enumerate(ks))
+            for ks in itertools.product((1, 2, 4, 8), repeat=4)
+            if sum(80 // k for k in ks) <= budget.keep * 320
+        }
+        got, best = sums[tuple(ratios.flatten().tolist())], min(sums.values())
+        # a price per entry leaves at most one step of one head unspent
+        assert best <= got <= best + float(own.diff(dim=-1).max())
+        assert sum(own.flatten(0, 1)[:, -1]).item() >= got
 
 
-def test_shares_count_the_highest_scores_of_all_heads():
-    budget = Budget(0.25, (100,), ends=(0, 0), block=8)
-    own = torch.arange(400.0).view(2, 2, 100)
-    assert deserved([own], budget).tolist() == [[0, 0], [0, 1]]
-    assert deserved([own, own.flip(0)], budget).tolist() == [[0, 0.5], [0, 0.5]]
+def test_costs_are_the_effects_of_what_is_dropped():
+    scores = torch.tensor([[3.0], [1.0], [2.0], [0.0], [0.0], [5.0], [0.0], [0.0], [9.0]])
+    effects = torch.tensor([[7.0], [1.0], [2.0], [4.0], [1.0], [0.5], [2.0], [3.0], [99.0]])
+    # blocks of 4: kept first are 7, 2, 1, 4, and 0.5, 1, 2, 3 (of equal scores the earlier); the ninth is cut off
+    assert costs(scores, effects, 4).tolist() == [[0.0, (1 + 4 + 2 + 3) / 2, (2 + 1 + 4 + 1 + 2 + 3) / 2]]
+    assert costs(scores[:3], effects[:3], 8).tolist() == [
+        [0.0, 1.0, 3.0, 3.0]
+    ]  # 2, 1 and 1 of three tokens are kept
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_effects_are_the_gradients_of_gates(name):
+    """Each key of each KV head gets a factor of 1 on what it adds to each query's output, in eager code of our own."""
+    base = make_decoder(name, attn_implementation="eager").double()
+    one = sample(kind="passages")
+    watch = Watch(base)
+    with watch.attached():
+        _, effects = watch.effects(one, seed=3)
+    assert set(effects) == set(watch.layers)
+    assert all(parameter.grad is None for parameter in base.parameters())
+    draw, wanted = torch.Generator().manual_seed(3), dict.fromkeys(watch.layers, 0.0)
+    for future in one.futures.values():
+        gates: dict[int, torch.Tensor] = {}
+
+        def gated(module, query, key, value, mask, scaling, gates=gates, **kwargs):
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+            weights = (query @ key.mT * scaling + mask[:, :, :, : key.shape[2]]).softmax(-1)
+            gate = torch.ones(query.shape[1] // groups, query.shape[2], key.shape[2], dtype=query.dtype)
+            gates[module.layer_idx] = gate.requires_grad_()
+            out = (weights * gate.repeat_interleave(groups, dim=0)) @ value
+            return out.transpose(1, 2), weights
+
+        ALL_ATTENTION_FUNCTIONS.register("gated", gated)
+        ALL_MASK_ATTENTION_FUNCTIONS.register("gated", eager_mask)
+        base.set_attn_implementation("gated")
+        logits = base(torch.cat((one.context, future))[None], use_cache=False).logits[0, CONTEXT:]
+        shares = logits.detach().float().softmax(-1)
+        drawn = torch.multinomial(shares, 1, generator=draw)[:, 0]
+        torch.nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+        base.set_attn_implementation("eager")
+        base.zero_grad()
+        for layer in watch.layers:
+            own = gates[layer].grad[:, CONTEXT:, ROWS].square().sum(1).T
+            wanted[layer] = wanted[layer] + own / len(future) / len(one.futures)
+    for layer in watch.layers:
+        assert torch.allclose(effects[layer].double(), wanted[layer], rtol=1e-3, atol=1e-12), layer
 
 
 def test_too_little_to_keep_is_refused():
     with pytest.raises(
         VariatorError, match=r"--keep 0\.1 is too little: .* are already 0\.150 of the entries"
     ):
-        Budget(0.1, (1000,), ends=(4, 132), block=64).ratios(torch.ones(1, 1))
+        Budget(0.1, (1000,), ends=(4, 132), block=64).ratios(torch.ones(1, 1, 7))
     with pytest.raises(VariatorError, match="--calibrate-tokens 100: such a prompt stays whole"):
         Budget(0.5, (100,), ends=(4, 4), block=64)
 
@@ -349,7 +407,8 @@ def test_the_command_makes_a_plugin_that_loads(tmp_path, squad, capsys):
     model.load_plugin(tmp_path / "run", "kv")
     weights = load_file(tmp_path / "run" / "variator.safetensors")
     assert any(weight.abs().max() > 0 for weight in weights.values())
-    assert weights["kv.0.score.weight"].shape == (3, 2, 32)
+    layer = next(i for i, row in enumerate(config.k_per_head) if max(row) > 1)
+    assert weights[f"kv.{layer}.score.weight"].shape == (3, 2, 32)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "explained variance, held out" in card
     assert "of a prompt of 96 tokens" in card

@@ -15,14 +15,13 @@ from llm_variator.bench.contexts.setting import (
     GREEDY,
     Answers,
     Figures,
-    compressed_layers,
     dense_prefill,
     in_another_process,
     stretches,
 )
 from llm_variator.cli import flag
 from llm_variator.cli.values import PositiveInt
-from llm_variator.engine.cache import SelectedLayer
+from llm_variator.engine.cache.lifecycle import stores_of
 from llm_variator.engine.cache.stores import SharedStore
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.model import VariatorModel
@@ -96,11 +95,9 @@ def questions(model: VariatorModel, settings: Questions) -> Figures:
     start = time.perf_counter()
     together = model.generate(torch.cat(asked), context=model.compress(document), **options)
     batch = time.perf_counter() - start
-    stores = [layer.store for fork in forks for layer in compressed_layers(fork)]
-    firsts: list[Any] = [store.parts[0][0] for store in stores if isinstance(store, SharedStore)]
-    # single kept keys are copied by every session that goes on
-    firsts += [
-        layer.keys for fork in forks for layer in fork.cache.layers if isinstance(layer, SelectedLayer)
+    stores = [stores_of(layer)[:1] for fork in forks for layer in fork.cache.layers]
+    firsts: list[Any] = [
+        store.parts[0][0] for own in stores for store in own if isinstance(store, SharedStore)
     ]
     shared = {keys.data_ptr() for keys in firsts if isinstance(keys, Tensor)}
     report = context.report()

@@ -23,8 +23,6 @@ from llm_variator.errors import VariatorError
 class CompressedLayer(DynamicLayer):
     """Keys and values (b, kv_heads, entries, head_dim) that stand for `get_seq_length()` columns."""
 
-    is_croppable = False
-
     def __init__(self, store: DynamicLayer | None = None) -> None:
         """`store` holds the entries; None: one tensor that grows by concatenation."""
         self.store = DynamicLayer() if store is None else store
@@ -143,8 +141,17 @@ class CompressedLayer(DynamicLayer):
         """Sizes of the mask transformers builds; compressed layers replace that mask by their own."""
         return self.tokens + query_length, 0
 
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether all entries are dense tokens."""
+        return self._columns is None and self.recent is None
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a group cannot be cut."""
+        """Forget the last `-tokens_to_remove` tokens of a dense layer. Else refused: a group cannot be cut."""
+        if self.is_croppable and 0 <= -tokens_to_remove <= self.entries:
+            truncate(self.store, self.entries + tokens_to_remove, "cropping")
+            self.tokens += tokens_to_remove
+            return
         raise VariatorError("a compressed KV cache cannot be cropped (assisted decoding is not supported)")
 
     def reset(self) -> None:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llm_variator.engine.cache.layer import CompressedLayer
-from llm_variator.engine.cache.paging import PagedStore
 from llm_variator.engine.cache.recent import Recent
 from llm_variator.engine.cache.selected import SelectedLayer
 from llm_variator.engine.cache.stores import KVStore, whole
@@ -51,15 +50,15 @@ def adopt(
         if isinstance(layer, SelectedLayer):
             continue
         if selected is not None and index in selected:
-            store = layer.store if isinstance(layer, CompressedLayer) else layer
-            if isinstance(store, (PagedStore, QuantizedLayer)):
-                raise VariatorError(
-                    f'compressor "select" does not go on from a cache in a {type(store).__name__}: read the prompt '
-                    "again with this plugin, without a pool or a quantised cache"
-                )
             cache.layers[index] = SelectedLayer.of(layer, len(selected[index]))
         elif not isinstance(layer, CompressedLayer):
             cache.layers[index] = CompressedLayer(layer)
+    held: list[Any] = cache.layers
+    if selected and len({layer.get_seq_length() for layer in held}) > 1:
+        raise VariatorError(
+            "the layers of this cache hold different numbers of tokens, as after a pass or a crop that failed: read "
+            "the prompt again"
+        )
 
 
 def fork(cache: Cache) -> DynamicCache:
@@ -78,8 +77,16 @@ def fork(cache: Cache) -> DynamicCache:
 def release(cache: Cache) -> None:
     """Give back the blocks of a pool that `cache` holds."""
     for layer in cache.layers:
-        if isinstance(layer, CompressedLayer) and isinstance(layer.store, KVStore):
-            layer.store.free()
+        for store in stores_of(layer):
+            if isinstance(store, KVStore):
+                store.free()
+
+
+def stores_of(layer: Any) -> list[DynamicLayer]:
+    """Where a compressed layer's entries lie: one store, or one of each class of heads."""
+    if isinstance(layer, SelectedLayer):
+        return [one.store for one in layer.classes]
+    return [layer.store] if isinstance(layer, CompressedLayer) else []
 
 
 @contextlib.contextmanager

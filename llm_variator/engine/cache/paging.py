@@ -3,6 +3,9 @@
 Every row of every layer has a *table* of the blocks that hold its entries, in order. Forks share all blocks; a
 block that others use too is copied before one of them appends to it. Attention gathers a layer's blocks into one
 tensor for the moment it needs them.
+
+A block is memory for `block_size` entries of all KV heads of a layer. A store of fewer heads fits as many more entries
+into it: `block_size` * KV heads / its heads, rounded down.
 """
 
 from __future__ import annotations
@@ -11,13 +14,12 @@ import dataclasses
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from llm_variator.engine.cache.stores import KVStore, Sizes
+from llm_variator.engine.cache.stores import KVStore, Sizes, of_heads
 from llm_variator.errors import VariatorError
 
 Tables = list[list[int]]
@@ -54,7 +56,7 @@ class KVPool:
     """
 
     def __init__(self, blocks: int, block_size: int = 16) -> None:
-        """`block_size` entries of one row and layer fit into a block.
+        """`block_size` entries of one row and layer fit into a block, more of heads that keep their own.
 
         Raises:
             VariatorError: a size below 1.
@@ -75,23 +77,37 @@ class KVPool:
         size = 0 if self.keys is None or self.values is None else self.keys[0].nbytes + self.values[0].nbytes
         return PoolReport(self.blocks, len(counts), sum(c > 1 for c in counts), sum(counts), size)
 
-    def fit(self, keys: Tensor, values: Tensor) -> None:
-        """Make the tensors for entries like `keys` and `values` (b, kv_heads, n, head_dim), or check that they fit."""
+    def fit(self, keys: Tensor, values: Tensor, heads: int) -> None:
+        """Make the tensors for entries like `keys` and `values` (b, some heads, n, head_dim), or check that they fit.
+
+        `heads`: KV heads of the layer.
+        """
         with self._lock:
             if self.keys is None or self.values is None:
                 self.keys, self.values = (
-                    t.new_zeros(self.blocks, t.shape[1], self.block_size, t.shape[3]) for t in (keys, values)
+                    t.new_zeros(self.blocks, heads, self.block_size, t.shape[3]) for t in (keys, values)
                 )
             for mine, given in ((self.keys, keys), (self.values, values)):
-                if (mine.shape[1], mine.shape[3], mine.dtype) != (
-                    given.shape[1],
-                    given.shape[3],
-                    given.dtype,
-                ):
+                if (mine.shape[1], mine.shape[3], mine.dtype) != (heads, given.shape[3], given.dtype):
                     raise VariatorError(
                         "this pool holds entries of another shape or dtype: every model needs its own, and so "
                         "do layers that differ in heads"
                     )
+
+    def capacity(self, heads: int) -> int:
+        """Entries of so many heads that fit into a block."""
+        assert self.keys is not None
+        return self.block_size * self.keys.shape[1] // heads
+
+    def of_heads(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Keys and values as (blocks, heads, capacity, head_dim), views."""
+        assert self.keys is not None
+        assert self.values is not None
+        size = self.capacity(heads)
+        keys, values = (
+            t.flatten(1, 2)[:, : heads * size].unflatten(1, (heads, size)) for t in (self.keys, self.values)
+        )
+        return keys, values
 
     def take(self, count: int) -> list[int]:
         """`count` unused blocks, now with one reference each.
@@ -134,9 +150,13 @@ class KVPool:
 class PagedStore(KVStore):
     """A store whose entries lie in the blocks of a `KVPool`."""
 
-    def __init__(self, pool: KVPool, tables: Tables | None = None, entries: int = 0) -> None:
+    def __init__(
+        self, pool: KVPool, tables: Tables | None = None, entries: int = 0, heads: int = 0, of: int = 0
+    ) -> None:
+        """`heads` are those held, `of` all KV heads of the layer; 0: as many as are given first."""
         super().__init__()
         self.pool, self.entries = pool, entries
+        self.heads, self.of = heads, of
         self.tables: Tables = [] if tables is None else tables
         self.is_freed = False
         self._finalizer = weakref.finalize(self, _release, pool, self.tables)
@@ -149,21 +169,20 @@ class PagedStore(KVStore):
         """Entries held in every row."""
         return self.entries
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def append(self, keys: Tensor, values: Tensor) -> None:
         """Append to the last blocks, to copies of those that others hold too, and to new ones.
 
         Raises:
             PoolExhaustedError: too few blocks are free; nothing has changed.
         """
         self._check()
-        pool, size = self.pool, self.pool.block_size
-        pool.fit(key_states, value_states)
+        rows, heads, count = keys.shape[:3]
+        pool, self.heads, self.of = self.pool, heads, self.of or heads
+        pool.fit(keys, values, self.of)
         assert pool.keys is not None
         assert pool.values is not None
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        rows, count = key_states.shape[0], key_states.shape[2]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        size = pool.capacity(heads)
         first, offset = divmod(self.entries, size)
         fresh = -(-(self.entries + count) // size) - -(-self.entries // size)
         with pool._lock:
@@ -183,29 +202,27 @@ class PagedStore(KVStore):
         if not self.tables:
             self.tables.extend(tables)
         places = torch.arange(self.entries, self.entries + count)
-        held = torch.tensor(self.tables)[:, places // size]  # (rows, count)
+        held = torch.tensor(self.tables, dtype=torch.long)[:, places // size]  # (rows, count)
         slots = (places % size).expand(rows, -1)
-        for tensor, states in ((pool.keys, key_states), (pool.values, value_states)):
+        for tensor, states in zip(pool.of_heads(heads), (keys, values), strict=True):
             tensor[held.to(tensor.device), :, slots.to(tensor.device)] = states.transpose(1, 2)
         self.entries += count
-        return self.whole()
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values, gathered."""
         self._check()
         assert self.pool.keys is not None
-        assert self.pool.values is not None
-        table = torch.tensor(self.tables, device=self.pool.keys.device)
+        table = torch.tensor(self.tables, dtype=torch.long, device=self.pool.keys.device)
         keys, values = (
             tensor[table].transpose(1, 2).flatten(2, 3)[:, :, : self.entries]
-            for tensor in (self.pool.keys, self.pool.values)
+            for tensor in self.pool.of_heads(self.heads)
         )
         return keys, values
 
     def truncate(self, entries: int) -> None:
         """Keep the first `entries`; blocks behind them are given back."""
         self._check()
-        kept = -(-entries // self.pool.block_size)
+        kept = -(-entries // self.pool.capacity(self.heads))
         for table in self.tables:
             self.pool.release(table[kept:])
             del table[kept:]
@@ -216,13 +233,35 @@ class PagedStore(KVStore):
         self._check()
         for table in self.tables:
             self.pool.share(table)
-        return PagedStore(self.pool, [list(table) for table in self.tables], self.entries)
+        return PagedStore(
+            self.pool, [list(table) for table in self.tables], self.entries, self.heads, self.of
+        )
 
     def like(self, keys: Tensor, values: Tensor) -> PagedStore:
         """A store in the same pool that holds these entries."""
-        new = PagedStore(self.pool)
-        new.update(keys, values)
+        new = PagedStore(self.pool, of=self.of)
+        new.append(keys, values)
         return new
+
+    def split(self, parts: Sequence[Sequence[int]]) -> list[PagedStore]:
+        """Stores in the same pool; their entries move to blocks of their own.
+
+        Raises:
+            PoolExhaustedError: too few blocks are free; nothing has changed.
+        """
+        self._check()
+        stores = [PagedStore(self.pool, of=self.of or sum(map(len, parts))) for _ in parts]
+        if self.tables:
+            keys, values = self.whole()
+            try:
+                for new, places in zip(stores, parts, strict=True):
+                    new.append(of_heads(keys, places), of_heads(values, places))
+            except PoolExhaustedError:
+                for new in stores:
+                    new.free()
+                raise
+        self.free()
+        return stores
 
     def free(self) -> None:
         """Give all blocks back; the store is of no use afterwards.
@@ -250,7 +289,8 @@ class PagedStore(KVStore):
         own = Counter(block for table in self.tables for block in table)
         shared = sum(self.pool.is_shared(block) for block in own)
         block = self.pool.report().block_bytes
-        return Sizes(len(own) * block, shared * block, len(self.tables) * block // self.pool.block_size)
+        column = sum(t.shape[3] * t.dtype.itemsize for t in (self.pool.keys, self.pool.values))
+        return Sizes(len(own) * block, shared * block, len(self.tables) * self.heads * column)
 
     def _pick(self, rows: list[int]) -> None:
         self._check()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, QuantizedLayer
 
 from llm_variator.engine.cache.layer import CompressedLayer
+from llm_variator.engine.cache.lifecycle import stores_of
 from llm_variator.engine.cache.paging import PagedStore, PoolReport
 from llm_variator.engine.cache.selected import SelectedLayer
 from llm_variator.engine.cache.stores import sizes
@@ -41,19 +42,21 @@ class LayerReport:
     classes: tuple[ClassReport, ...] = ()
     """Where heads keep tokens of their own choice."""
     index_bytes: int = 0
-    """Beside `bytes`: which tokens those are."""
+    """Beside `bytes`: which tokens those are, and the scores of those that are to age."""
 
     @classmethod
     def of_selected(cls, layer: SelectedLayer) -> LayerReport:
         """Measure what a layer of kept keys and values holds."""
-        classes, dense, index = [], 0, 0
+        classes, dense, shared, index = [], 0, 0, 0
         for one in layer.classes:
-            held, _, column = sizes(one.store)
+            held, own_shared, column = sizes(one.store)
             dense += column * layer.tokens
+            shared += own_shared
             index += one.columns.nbytes
             classes.append(ClassReport(one.k, len(one.heads), one.entries, held))
+        index += layer.window.scores.nbytes if layer.window is not None else 0
         total = sum(one.bytes for one in classes)
-        return cls(layer.entries, total, layer.tokens, dense, 0, tuple(classes), index)
+        return cls(layer.entries, total, layer.tokens, dense, shared, tuple(classes), index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,9 @@ class KVCacheReport:
         """Measure what `cache` holds now."""
         layers, pool = [], None
         for layer in cache.layers:
-            if isinstance(layer, CompressedLayer) and isinstance(layer.store, PagedStore):
-                pool = layer.store.pool.report()
+            for store in stores_of(layer):
+                if isinstance(store, PagedStore):
+                    pool = store.pool.report()
             assert isinstance(layer, CacheLayerMixin)
             if not layer.is_initialized:
                 layers.append(LayerReport(0, 0, 0, 0))
@@ -80,6 +84,9 @@ class KVCacheReport:
                 held, shared, column = sizes(layer.store)
                 held += layer.recent.nbytes if layer.recent is not None else 0
                 layers.append(LayerReport(layer.entries, held, layer.tokens, layer.tokens * column, shared))
+            elif isinstance(layer, QuantizedLayer):
+                tokens, (size, _, column) = layer.get_seq_length(), sizes(layer)
+                layers.append(LayerReport(tokens, size, tokens, tokens * column))
             else:
                 assert layer.keys is not None
                 assert layer.values is not None

@@ -1,7 +1,7 @@
 """One layer of a KV cache in which each head keeps keys and values of its own choice, for transformers' `DynamicCache`.
 
 Heads that hold equally many entries form a *class*, whose entries are one plain tensor (b, heads, entries, head_dim)
-in a store. Classes are split where a plugin gives their heads different ratios, and never joined again.
+in a store of any kind. Classes are split where a plugin gives their heads different ratios, and never joined again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
-from llm_variator.engine.blocks import Kept, Open, Region
+from llm_variator.engine.blocks import Kept, Open, Region, entries, reduces
 from llm_variator.engine.cache.layer import CompressedLayer
-from llm_variator.engine.cache.stores import whole
+from llm_variator.engine.cache.stores import (
+    KVStore,
+    append,
+    fork_store,
+    of_heads,
+    split,
+    truncate,
+    whole,
+)
 from llm_variator.engine.groups import FILLER
+from llm_variator.engine.window import Rule, Window
 from llm_variator.errors import VariatorError
 
 
@@ -50,10 +59,7 @@ class HeadClass:
 
     def of(self, x: Tensor) -> Tensor:
         """(b, all heads, ...) -> (b, these heads, ...), a view where they are neighbours."""
-        first, last = self.heads[0], self.heads[-1]
-        if last - first == len(self.heads) - 1:
-            return x[:, first : last + 1]
-        return torch.cat([x[:, head : head + 1] for head in self.heads], dim=1)  # faster than an index
+        return of_heads(x, self.heads)
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> HeadClass:
         """With rows picked or repeated in the columns; the store changes by itself."""
@@ -65,7 +71,8 @@ class HeadClass:
 class SelectedLayer(DynamicLayer):
     """Keys and values of KV heads that stand for `get_seq_length()` columns."""
 
-    is_croppable = False
+    is_croppable = True
+    """As far as what came after the last prompt goes."""
 
     def __init__(self, heads: int) -> None:
         self.tokens = 0
@@ -74,6 +81,10 @@ class SelectedLayer(DynamicLayer):
         ]
         self.open: Open | None = None
         """Of prompts that are being read."""
+        self.window: Window | None = None
+        """The newest tokens, where they are reduced once they are old."""
+        self.aged = (0,) * heads
+        """Entries of every head that this has taken away."""
         self.has_fillers = False
 
     @classmethod
@@ -81,18 +92,31 @@ class SelectedLayer(DynamicLayer):
         """With what `layer`, dense or merged, holds."""
         new = cls(heads)
         if not layer.get_seq_length():
+            new.classes = [dataclasses.replace(new.classes[0], store=getattr(layer, "store", layer))]
             return new
-        merged = isinstance(layer, CompressedLayer)
-        source = layer.store if isinstance(layer, CompressedLayer) else layer
-        keys, values = whole(source)
-        # nothing is read: an offloaded layer may be on its way back
-        store = copy.copy(source) if type(source) is DynamicLayer else _store(source, keys, values)
-        columns = torch.empty(1, heads, 0, dtype=torch.int32, device=keys.device)
+        store = layer.store if isinstance(layer, CompressedLayer) else layer
+        columns = torch.empty(1, heads, 0, dtype=torch.int32, device=store.device)
         if isinstance(layer, CompressedLayer):
             columns = layer.columns.int()[:, None].expand(-1, heads, -1)
             new.has_fillers = layer.has_fillers
-        new.tokens = layer.tokens if merged else keys.shape[2]  # type: ignore[attr-defined]
+        new.tokens = layer.get_seq_length()
         new.classes = [HeadClass(new.classes[0].heads, store, columns)]
+        return new
+
+    @classmethod
+    def holding(cls, classes: Sequence[HeadClass], tokens: int, has_fillers: bool) -> SelectedLayer:
+        """A layer of `classes` that hold the entries of `tokens` columns.
+
+        Raises:
+            ValueError: their heads are not those of a layer, or their columns not those of their entries.
+        """
+        new = cls(sum(len(one.heads) for one in classes))
+        if sorted(head for one in classes for head in one.heads) != list(range(len(new.counts))):
+            raise ValueError("heads of classes")
+        for one in classes:
+            if one.columns.shape[1:] != (len(one.heads), one.entries) or not one.entries <= tokens:
+                raise ValueError("columns of classes")
+        new.classes, new.tokens, new.has_fillers = list(classes), tokens, has_fillers
         return new
 
     # --- what transformers asks
@@ -121,8 +145,25 @@ class SelectedLayer(DynamicLayer):
         return self.tokens + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what a block has lost does not come back."""
-        raise VariatorError("a compressed KV cache cannot be cropped (assisted decoding is not supported)")
+        """Forget the last `-tokens_to_remove` tokens; more than 0: all but the first so many.
+
+        Raises:
+            VariatorError: not all of them came after the last prompt; what a block has lost does not come back.
+        """
+        remove = max(0, self.tokens - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        if not remove:
+            return
+        after = min(one.entries - one.columns.shape[-1] for one in self.classes)
+        if self.open is not None or remove > after:
+            raise VariatorError(
+                f"a compressed KV cache cannot be cropped into its prompt: {remove} tokens are to go, "
+                f"{0 if self.open is not None else after} came after it; read the prompt again"
+            )
+        for one in self.classes:
+            truncate(one.store, one.entries - remove, "cropping")
+        self.tokens -= remove
+        if self.window is not None:
+            self.window = self.window.without_newest([remove] * len(self.window.lengths))
 
     def offload(self) -> None:
         """Move the entries to the CPU."""
@@ -140,24 +181,48 @@ class SelectedLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows, for beam search."""
-        self.batch_select_indices(beam_idx)
+        for one in self.classes:
+            if isinstance(one.store, QuantizedLayer) and not hasattr(one.store, "_pending_beam_idx"):
+                raise VariatorError(
+                    "this version of transformers does not reorder what its QuantizedCache has packed: leave out beams "
+                    'or cache_implementation="quantized", or install a newer one'
+                )
+            one.store.reorder_cache(beam_idx)
+        self._rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        self._refuse_packed()
         for one in self.classes:
             one.store.batch_repeat_interleave(repeats)
         self.classes = [one.rows(lambda t: t.repeat_interleave(repeats, dim=0)) for one in self.classes]
         if self.open is not None:
             rows = range(len(self.open.places))
             self.open = self.open.rows([row for row in rows for _ in range(repeats)])
+        if self.window is not None:
+            rows = range(len(self.window.lengths))
+            self.window = self.window.rows([row for row in rows for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
+        self._refuse_packed()
         for one in self.classes:
             one.store.batch_select_indices(indices)
+        self._rows(indices)
+
+    def _refuse_packed(self) -> None:
+        if any(isinstance(one.store, QuantizedLayer) for one in self.classes):
+            raise VariatorError(
+                "transformers' QuantizedCache cannot pick or repeat the rows that it has packed: leave it out, or "
+                "quantise a context (CompressedContext.quantised)"
+            )
+
+    def _rows(self, indices: Tensor) -> None:
         self.classes = [one.rows(lambda t: t[indices.to(t.device)]) for one in self.classes]
         if self.open is not None:
             self.open = self.open.rows(indices.tolist())
+        if self.window is not None:
+            self.window = self.window.picked(indices)
 
     # --- what it holds
 
@@ -179,35 +244,33 @@ class SelectedLayer(DynamicLayer):
         dense = torch.arange(self.tokens - rest, self.tokens, dtype=torch.int32, device=one.columns.device)
         return torch.cat((one.columns, dense.expand(*one.columns.shape[:2], -1)), dim=-1)
 
-    def held(self, one: HeadClass) -> Entries:
-        """Keys and values of a class."""
+    def held(self, one: HeadClass, rows: int = -1) -> Entries:
+        """Keys and values of a class, those that all rows share expanded to so many; -1: as they are."""
         valid = None
         if self.has_fillers:
             valid = self.columns(one)[:, 0] != FILLER
-        return Entries(*whole(one.store), valid)
+        keys, values = (t.expand(rows, -1, -1, -1) for t in whole(one.store))
+        return Entries(keys, values, valid)
 
-    def all_held(self) -> list[Entries | None]:
+    def all_held(self, rows: int = -1) -> list[Entries | None]:
         """Of every class; None where there is nothing yet."""
-        return [self.held(one) if one.entries else None for one in self.classes]
+        return [self.held(one, rows) if one.entries else None for one in self.classes]
 
     # --- changes
 
     def refine(self, ratios: Sequence[int]) -> None:
         """Split classes until all heads of each have the same of the `ratios`, one per head."""
-        refined = []
-        for one in self.classes:
+        for place, one in reversed([*enumerate(self.classes)]):
             kinds = sorted({ratios[head] for head in one.heads})
-            for k in kinds:
-                places = [place for place, head in enumerate(one.heads) if ratios[head] == k]
-                heads = tuple(one.heads[place] for place in places)
-                store, columns = one.store, one.columns
-                if len(kinds) > 1:
-                    store, columns = DynamicLayer(), columns[:, places]
-                    if one.entries:
-                        keys, values = whole(one.store)
-                        store = _store(one.store, keys[:, places], values[:, places])
-                refined.append(HeadClass(heads, store, columns, k))
-        self.classes = refined
+            new = [dataclasses.replace(one, k=kinds[0])]
+            if len(kinds) > 1:
+                parts = [[i for i, head in enumerate(one.heads) if ratios[head] == k] for k in kinds]
+                new = [
+                    HeadClass(tuple(one.heads[i] for i in places), store, one.columns[:, places], k)
+                    for places, store, k in zip(parts, split(one.store, parts), kinds, strict=True)
+                ]
+            # at once, so that whoever gives back what a failed pass holds finds all stores
+            self.classes = [*self.classes[:place], *new, *self.classes[place + 1 :]]
 
     def update(
         self,
@@ -240,7 +303,7 @@ class SelectedLayer(DynamicLayer):
             if placed is not None:
                 own = placed[:, None].expand(-1, len(one.heads), -1)
                 one = dataclasses.replace(one, columns=_joined(self.columns(one), own))
-            one.store.update(one.of(key_states), one.of(value_states))
+            append(one.store, one.of(key_states), one.of(value_states))
             changed.append(one)
         self.classes = changed
         self.tokens += key_states.shape[2] if width is None else width
@@ -266,19 +329,61 @@ class SelectedLayer(DynamicLayer):
         changed = []
         for one, own in zip(self.classes, kept, strict=True):
             first = one.entries - old
-            before, store = self.columns(one)[..., :first], one.store
+            before = self.columns(one)[..., :first]
             if old:
-                store = DynamicLayer()
-                if first:
-                    store.update(*(held[:, :, :first] for held in whole(one.store)))
-            store.update(own.take(one.of(keys)), own.take(one.of(values)))
+                truncate(one.store, first, 'prefill_chunk_size with compressor "select"')
+            append(one.store, own.take(one.of(keys)), own.take(one.of(values)))
             placed = _joined(before, own.place(columns[:, None]))
-            changed.append(dataclasses.replace(one, store=store, columns=placed))
+            changed.append(dataclasses.replace(one, columns=placed))
             self.has_fillers |= own.valid is not None
         self.classes = changed
 
-    def end_prompts(self) -> list[Tensor]:
-        """Reduce prompts whose last token was the newest; per class (b, heads, entries) bool: what it saw of them."""
+    def remember(self, rule: Rule | None, scores: Tensor | None) -> None:
+        """Go on with the window if it ages by this `rule`, else with a new one, for `scores` like these, or none."""
+        if rule is None or scores is None:
+            self.window = None
+        elif self.window is None or self.window.rule != rule:
+            self.window = Window.opened(rule, scores, self.tokens)
+
+    def age(self, old: Sequence[int]) -> None:
+        """Reduce the oldest tokens of the window, so many in every row."""
+        if self.window is None or not any(old):
+            return
+        window, order, changed, fillers = self.window, self.window.order(old), [], False
+        taken = list(self.aged)
+        for one in self.classes:
+            # entries from before the window stay where they are, for others may share them
+            valid, size = self.held(one).valid, one.entries
+            first = size - max(0, *window.lengths)
+            if valid is not None:
+                newer = valid.flip(-1).cumsum(-1).flip(-1)
+                outside = newer > torch.tensor(window.lengths, device=newer.device)[:, None]
+                first = int(outside.sum(-1).min())
+            keep = window.keep(one.of(order), old, one.k, valid, size)[..., first:]
+            counts = [size - first] if valid is None else valid[:, first:].sum(-1).tolist()
+            counts = counts * (len(old) // len(counts))
+            counts = [n - m for n, m in zip(counts, window.removed(old, one.k), strict=True)]
+            changed.append(self._with(one, keep, counts, first, "decode_block"))
+            fillers |= len(set(counts)) > 1 or bool((changed[-1].columns[:, :, :first] == FILLER).any())
+            for head in one.heads:
+                taken[head] += size - changed[-1].entries
+        self.classes, self.has_fillers, self.aged = changed, fillers, tuple(taken)
+        self.window = window.without_oldest(old)
+
+    def _with(self, one: HeadClass, keep: Tensor, counts: list[int], first: int, what: str) -> HeadClass:
+        """A class that holds of its entries from `first` on some: `keep` (b, heads, m) bool, so many in every row."""
+        kept, columns = Kept.of(keep, counts), self.columns(one)
+        pair = [kept.take(t[:, :, first:]) for t in whole(one.store)]
+        truncate(one.store, first, what)
+        append(one.store, *pair)
+        placed = _joined(columns[..., :first], kept.place(columns[..., first:]))
+        return dataclasses.replace(one, columns=placed)
+
+    def end_prompts(self, newest: Tensor | None = None) -> list[Tensor]:
+        """Reduce prompts whose last token was the newest; per class (b, heads, entries) bool: what it saw of them.
+
+        `newest` (b, KV heads, 1): that token's scores, for the window that opens.
+        """
         assert self.open is not None
         region = Region(
             self.open.places, [1] * len(self.open.places), self.open.block, self.open.scores.device
@@ -289,29 +394,40 @@ class SelectedLayer(DynamicLayer):
             :, None
         ]  # rows end together in the cache
         scores = F.pad(self.open.scores, (size - 1 - self.open.scores.shape[-1], 1))
+        if newest is not None:
+            scores[..., -1:] = newest
         scores = scores.gather(-1, aligned.expand(-1, scores.shape[1], -1))
         order, changed, seen = region.order(scores), [], []
         for one in self.classes:
+            # entries from before these prompts stay where they are, for others may share them
+            own_entries = 1 + max(entries(place, one.k, region.block) for place in self.open.places)
+            first = one.entries - own_entries
             entry = torch.arange(one.entries, device=region.device) - (one.entries - lengths)[:, None, None]
             inside = entry.clamp(min=0).expand(-1, len(one.heads), -1)
             own = one.of(order)
             seen.append(region.seen_by_last(own, one.k).gather(-1, inside) | (entry < 0))
-            keep = region.keep(one.of(scores), own, one.k).gather(-1, inside) | (entry < 0)
+            keep = (region.keep(one.of(scores), own, one.k).gather(-1, inside) | (entry < 0))[..., first:]
             counts = [
-                count + one.entries - n for count, n in zip(region.counts(one.k), region.lengths, strict=True)
+                count + own_entries - n for count, n in zip(region.counts(one.k), region.lengths, strict=True)
             ]
             if (valid := self.held(one).valid) is not None:
-                keep = keep & valid[:, None]
+                keep = keep & valid[:, None, first:]
                 counts = keep[:, 0].sum(-1).tolist()
-            kept, store = Kept.of(keep, counts), DynamicLayer()
-            store.update(*map(kept.take, whole(one.store)))
-            changed.append(dataclasses.replace(one, store=store, columns=kept.place(self.columns(one)).int()))
-            self.has_fillers |= kept.valid is not None
+            changed.append(
+                self._with(one, keep, counts, first, 'prefill_chunk_size with compressor "select"')
+            )
+            self.has_fillers |= min(counts) < max(counts)
+        if self.window is not None:
+            ended = [reduces(place, self.open.block, 1) for place in self.open.places]
+            self.window = self.window.reopened(ended, scores, region.lengths, self.open.places[0].tail)
         self.classes, self.open = changed, None
         return seen
 
     def hide(self, mask: Tensor) -> None:
         """Make entries invisible whose token (rows, tokens) is not in `mask`; for tokens behind the end of a row."""
+        if self.window is not None:
+            behind = mask[:, : self.tokens].bool().flip(-1).cumsum(-1) == 0
+            self.window = self.window.without_newest(behind.sum(-1).tolist())
         changed = []
         for one in self.classes:
             columns = self.columns(one).expand(len(mask), -1, -1)
@@ -324,7 +440,7 @@ class SelectedLayer(DynamicLayer):
     def fork(self) -> SelectedLayer:
         """A layer that goes on by itself from the same entries; storage is shared until the two diverge."""
         new = copy.copy(self)
-        new.classes = [dataclasses.replace(one, store=copy.copy(one.store)) for one in self.classes]
+        new.classes = [dataclasses.replace(one, store=fork_store(one.store)) for one in self.classes]
         return new
 
     @classmethod
@@ -351,21 +467,17 @@ class SelectedLayer(DynamicLayer):
                 keys.append(F.pad(pair[0].expand(count, -1, -1, -1), (0, 0, missing, 0)))
                 values.append(F.pad(pair[1].expand(count, -1, -1, -1), (0, 0, missing, 0)))
                 columns.append(F.pad(own, (missing, 0), value=FILLER))
-            store = DynamicLayer()
-            store.update(torch.cat(keys), torch.cat(values))
+            store: DynamicLayer = DynamicLayer()
+            if isinstance(one.store, KVStore):
+                store = one.store.like(torch.cat(keys), torch.cat(values))
+            else:
+                store.update(torch.cat(keys), torch.cat(values))
             placed = torch.cat(columns).int()
             new.has_fillers |= bool((placed == FILLER).any())
             new.classes.append(dataclasses.replace(one, store=store, columns=placed))
         new.open = Open.stack([part.open for part in parts], rows)
+        new.window = Window.stack([part.window for part in parts], rows, [part.tokens for part in parts])
         return new
-
-
-def _store(like: DynamicLayer, keys: Tensor, values: Tensor) -> DynamicLayer:
-    """A store of its own for keys and values out of another, which may be offloaded."""
-    store = DynamicLayer()
-    store.update(keys, values)
-    store.device = like.device
-    return store
 
 
 def _joined(before: Tensor, after: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +39,15 @@ class KVStore(DynamicLayer):
         """Entries held in every row."""
 
     @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append, and gather nothing."""
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append; returns all keys and values."""
+        self.append(key_states, value_states)
+        return self.whole()
 
     @abstractmethod
     def whole(self) -> tuple[Tensor, Tensor]:
@@ -59,6 +64,10 @@ class KVStore(DynamicLayer):
     @abstractmethod
     def like(self, keys: Tensor, values: Tensor) -> KVStore:
         """A store of this kind with other entries."""
+
+    @abstractmethod
+    def split(self, parts: Sequence[Sequence[int]]) -> Sequence[KVStore]:
+        """Stores of some heads each, by their places among those of this one, in whose place they stand."""
 
     @abstractmethod
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -109,13 +118,10 @@ class SharedStore(KVStore):
         """Entries of the parts and its own."""
         return self.shared + (self.keys.shape[-2] if self.keys.numel() else 0)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append to its own tensors; returns those of the parts in front of them."""
-        self.keys = torch.cat((self.keys, key_states), dim=-2) if self.keys.numel() else key_states
-        self.values = torch.cat((self.values, value_states), dim=-2) if self.values.numel() else value_states
-        return self.whole()
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append to its own tensors."""
+        self.keys = torch.cat((self.keys, keys), dim=-2) if self.keys.numel() else keys
+        self.values = torch.cat((self.values, values), dim=-2) if self.values.numel() else values
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values in one tensor each."""
@@ -149,6 +155,22 @@ class SharedStore(KVStore):
     def like(self, keys: Tensor, values: Tensor) -> SharedStore:
         """One part."""
         return SharedStore(((keys, values),))
+
+    def split(self, parts: Sequence[Sequence[int]]) -> list[SharedStore]:
+        """Parts of neighbouring heads are views."""
+        stores = []
+        for places in parts:
+
+            def take(t: Tensor, places: Sequence[int] = places) -> Tensor:
+                return of_heads(t, places)
+
+            new = SharedStore(
+                tuple((change(keys, take), change(values, take)) for keys, values in self.parts)
+            )
+            if self.keys.numel():
+                new.append(take(self.keys), take(self.values))
+            stores.append(new)
+        return stores
 
     def sizes(self) -> Sizes:
         """Shared is what lies in parts."""
@@ -191,14 +213,44 @@ def fork_store(store: DynamicLayer) -> DynamicLayer:
     return copy.copy(store)  # transformers' layers replace their tensors, they never write into them
 
 
-def truncate(store: DynamicLayer, entries: int) -> None:
-    """Keep the first `entries` of a store, in place."""
+def append(store: DynamicLayer, keys: Tensor, values: Tensor) -> None:
+    """Append to a store, for who reads all of it later."""
+    store.append(keys, values) if isinstance(store, KVStore) else store.update(keys, values)
+
+
+def split(store: DynamicLayer, parts: Sequence[Sequence[int]]) -> Sequence[DynamicLayer]:
+    """Stores of some heads each, by their places among those of `store`, which is of no use afterwards."""
+    if isinstance(store, KVStore):
+        return store.split(parts)
+    if isinstance(store, QuantizedLayer) and store.get_seq_length():
+        raise VariatorError(
+            "transformers' QuantizedCache packs all heads together, and this plugin gives them other ratios than the "
+            "one before: read the prompt again with this plugin, or quantise a context (CompressedContext.quantised)"
+        )
+    stores = [copy.copy(store) for _ in parts]
+    if store.get_seq_length():
+        for new, places in zip(stores, parts, strict=True):
+            # nothing is read: an offloaded layer may be on its way back
+            new.keys, new.values = (of_heads(t, places).clone() for t in whole(store))
+    return stores
+
+
+def of_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """(b, all heads, ...) -> (b, these heads, ...), a view where they are neighbours."""
+    first, last = heads[0], heads[-1]
+    if last - first == len(heads) - 1:
+        return x[:, first : last + 1]
+    return torch.cat([x[:, head : head + 1] for head in heads], dim=1)  # faster than an index
+
+
+def truncate(store: DynamicLayer, entries: int, what: str = "decode_block") -> None:
+    """Keep the first `entries` of a store, in place, for `what` to put others behind them."""
     if isinstance(store, KVStore):
         store.truncate(entries)
         return
     if isinstance(store, QuantizedLayer):
         raise VariatorError(
-            "decode_block does not work with transformers' QuantizedCache, whose entries cannot be taken back: leave "
+            f"{what} does not work with transformers' QuantizedCache, whose entries cannot be taken back: leave "
             "out one of the two, or quantise a context (CompressedContext.quantised)"
         )
     keys, values = whole(store)
@@ -211,11 +263,13 @@ def whole(store: DynamicLayer) -> tuple[Tensor, Tensor]:
         return store.whole()
     if isinstance(store, QuantizedLayer):
         stored: Any = store
-        pairs = (stored._quantized_keys, stored.keys), (stored._quantized_values, stored.values)
-        keys, values = (
-            torch.cat([stored._dequantize(old), new], dim=-2) if new.numel() else stored._dequantize(old)
-            for old, new in pairs
-        )
+        packed = [stored._dequantize(each) for each in (stored._quantized_keys, stored._quantized_values)]
+        if (
+            getattr(stored, "_pending_beam_idx", None) is not None
+        ):  # beams reorder what is packed at an update only
+            packed = stored._apply_pending_reorder(*packed)
+        pairs = zip(packed, (stored.keys, stored.values), strict=True)
+        keys, values = (torch.cat([old, new], dim=-2) if new.numel() else old for old, new in pairs)
         return keys, values
     assert store.keys is not None
     assert store.values is not None

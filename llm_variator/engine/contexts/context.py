@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from llm_variator.engine.cache import (
     CompressedLayer,
@@ -138,14 +139,11 @@ class CompressedContext:
         cache = fork(self._alive())
         for layer in cache.layers:
             if isinstance(layer, SelectedLayer):
-                raise VariatorError(
-                    '4 and 8 bits are for merged contexts: with compressor "select" leave them out'
-                )
-            if isinstance(layer, CompressedLayer):
-                keys, values = (Quantised.of(t, bits) for t in whole(layer.store))
-                if isinstance(layer.store, KVStore):
-                    layer.store.free()
-                layer.store = SharedStore(((keys, values),))
+                layer.classes = [
+                    dataclasses.replace(one, store=_in_bits(one.store, bits)) for one in layer.classes
+                ]
+            elif isinstance(layer, CompressedLayer):
+                layer.store = _in_bits(layer.store, bits)
         return dataclasses.replace(self, cache=cache)
 
     def free(self) -> None:
@@ -241,11 +239,7 @@ class CompressedContext:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the context to one file (safetensors), whole or not at all: an old file stays until then."""
-        if any(isinstance(layer, SelectedLayer) for layer in self._alive().layers):
-            raise VariatorError(
-                'contexts of a plugin with compressor "select" cannot be saved yet: keep them in memory, or compress '
-                "again"
-            )
+        self._alive()
         files.save(self, Path(path))
 
     @classmethod
@@ -293,3 +287,11 @@ class CompressedContext:
             for i in range(rows)
         ]
         return ids, [[*before[i], *after[i]] for i in range(rows)]
+
+
+def _in_bits(store: DynamicLayer, bits: int) -> SharedStore:
+    """A store of the same entries in 4 or 8 bits; `store` is of no use afterwards."""
+    keys, values = (Quantised.of(t, bits) for t in whole(store))
+    if isinstance(store, KVStore):
+        store.free()
+    return SharedStore(((keys, values),))

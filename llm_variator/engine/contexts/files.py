@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llm_variator.engine.cache import CompressedLayer
+from llm_variator.engine.cache import CompressedLayer, SelectedLayer
 from llm_variator.engine.cache.paging import KVPool, PagedStore
 from llm_variator.engine.cache.quantised import Quantised, dense
 from llm_variator.engine.cache.recent import Recent
+from llm_variator.engine.cache.selected import HeadClass
 from llm_variator.engine.cache.stores import KVStore, Part, SharedStore, whole
 from llm_variator.engine.contexts.fingerprints import (
     check_function,
@@ -33,10 +34,11 @@ from llm_variator.engine.contexts.host import Host
 from llm_variator.engine.contexts.inputs import Chat, chats, template_options
 from llm_variator.engine.devices import input_device
 from llm_variator.engine.files import write_atomically
+from llm_variator.engine.plan import kv_heads
 from llm_variator.errors import VariatorError
 
 FORMAT = "llm_variator.context"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _QUANTISED = ("codes", "scale", "low")  # tensors of a `Quantised`
 
 
@@ -72,24 +74,29 @@ def save(context: Kept, path: Path) -> None:
     for index, layer in enumerate(context.cache.layers):
         assert isinstance(layer, DynamicLayer)
         facts: dict[str, Any] = {"tokens": layer.get_seq_length()}
-        keys: Tensor | Quantised
-        values: Tensor | Quantised
-        if isinstance(layer, CompressedLayer):
-            keys, values = _stored(layer.store)
+        if isinstance(layer, SelectedLayer):
+            assert layer.open is None, "a prompt is read to its end before a context has its cache"
+            if layer.window is not None:
+                raise VariatorError(
+                    "a context whose newest tokens are to be reduced (decode_block) cannot be saved: compress it with "
+                    "the plugin loaded without decode_block"
+                )
+            facts |= {"has_fillers": layer.has_fillers, "classes": []}
+            for number, one in enumerate(layer.classes):
+                own = {"heads": one.heads, "k": one.k}
+                facts["classes"].append(own)
+                tensors[f"{index}.{number}.columns"] = layer.columns(one)
+                _put(tensors, f"{index}.{number}", own, *_stored(one.store))
+        elif isinstance(layer, CompressedLayer):
             tensors[f"{index}.columns"] = layer.columns
             facts["has_fillers"] = layer.has_fillers
+            _put(tensors, str(index), facts, *_stored(layer.store))
             if layer.recent is not None:
                 parts = (layer.recent.hidden, *layer.recent.position)
                 tensors |= {f"{index}.recent.{i}": part for i, part in enumerate(parts)}
                 facts["recent"] = len(parts)
         else:
-            keys, values = whole(layer)
-        for name, value in (("keys", keys), ("values", values)):
-            if isinstance(value, Quantised):
-                facts["bits"] = value.bits
-                tensors |= {f"{index}.{name}.{part}": getattr(value, part) for part in _QUANTISED}
-            else:
-                tensors[f"{index}.{name}"] = value
+            _put(tensors, str(index), facts, *whole(layer))
         layers.append(facts)
     # safetensors refuses tensors that share memory, as those of several layers may
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -166,14 +173,15 @@ def _fields(
     cache: Any = DynamicCache(config=model.base.config)
     _check_layers(facts, tensors["input_ids"], tensors["attention_mask"], len(cache.layers))
     for index, layer in enumerate(facts["layers"]):
-        keys, values = (_read(tensors, f"{index}.{name}", layer, model) for name in ("keys", "values"))
+        if "classes" in layer:
+            cache.layers[index] = _selected(tensors, index, layer, model, pool)
+            continue
+        keys, values = _pair(tensors, str(index), layer, model)
         if "has_fillers" in layer:
             columns = tensors[f"{index}.columns"].to(input_device(model.base))
             if columns.shape[1] != keys.shape[2]:
                 raise ValueError("columns")
-            store: KVStore = SharedStore(((keys, values),))
-            if pool is not None:
-                store = PagedStore(pool).like(dense(keys), dense(values))
+            store = _store(keys, values, pool)
             held = CompressedLayer.holding(store, layer["tokens"], columns, layer["has_fillers"])
             if "recent" in layer:
                 hidden, *position = (
@@ -198,6 +206,26 @@ def _fields(
     }
 
 
+def _selected(
+    tensors: Mapping[str, Tensor], index: int, layer: Mapping[str, Any], model: Host, pool: KVPool | None
+) -> SelectedLayer:
+    """A layer whose heads keep keys of their own choice; raises a `ValueError` unless they are the model's."""
+    classes, heads = [], kv_heads(model.base.config)
+    for number, one in enumerate(layer["classes"]):
+        columns = tensors[f"{index}.{number}.columns"].to(input_device(model.base))
+        keys, values = _pair(tensors, f"{index}.{number}", one, model)
+        own, rows = tuple(map(int, one["heads"])), len(keys)
+        if not own or keys.shape[:3] != values.shape[:3] or keys.shape[1] != len(own):
+            raise ValueError("keys and values of classes")
+        if columns.dtype != torch.int32 or len(columns) not in (1, rows) or int(one["k"]) < 1:
+            raise ValueError("columns or ratios of classes")
+        classes.append(HeadClass(own, _store(keys, values, pool, heads), columns, int(one["k"])))
+    held = SelectedLayer.holding(classes, layer["tokens"], layer["has_fillers"])
+    if len(held.counts) != heads:
+        raise ValueError("other heads than the model's")
+    return held
+
+
 def _check_layers(facts: Mapping[str, Any], ids: Tensor, mask: Tensor, layers: int) -> None:
     """Raise unless the header fits the tokens; the shapes of keys and values are torch's business."""
     read = {layer["tokens"] for layer in facts["layers"]}
@@ -217,13 +245,40 @@ def _stored(store: DynamicLayer) -> Part:
     return whole(store)
 
 
-def _read(
-    tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any], model: Host
-) -> Tensor | Quantised:
-    if "bits" not in layer:
-        return tensors[name].to(input_device(model.base))
-    parts = {part: tensors[f"{name}.{part}"].to(input_device(model.base)) for part in _QUANTISED}
-    return Quantised(**parts, bits=layer["bits"], dtype=model.base.dtype)
+def _put(
+    tensors: dict[str, Tensor],
+    name: str,
+    facts: dict[str, Any],
+    keys: Tensor | Quantised,
+    values: Tensor | Quantised,
+) -> None:
+    """Keys and values of layer or class `name` among `tensors`, and their bits among its `facts`."""
+    for side, value in (("keys", keys), ("values", values)):
+        if isinstance(value, Quantised):
+            facts["bits"] = value.bits
+            tensors |= {f"{name}.{side}.{part}": getattr(value, part) for part in _QUANTISED}
+        else:
+            tensors[f"{name}.{side}"] = value
+
+
+def _pair(tensors: Mapping[str, Tensor], name: str, facts: Mapping[str, Any], model: Host) -> Part:
+    """What `_put` has put there."""
+    device = input_device(model.base)
+
+    def side(which: str) -> Tensor | Quantised:
+        if "bits" not in facts:
+            return tensors[f"{name}.{which}"].to(device)
+        parts = {part: tensors[f"{name}.{which}.{part}"].to(device) for part in _QUANTISED}
+        return Quantised(**parts, bits=facts["bits"], dtype=model.base.dtype)
+
+    return side("keys"), side("values")
+
+
+def _store(keys: Tensor | Quantised, values: Tensor | Quantised, pool: KVPool | None, of: int = 0) -> KVStore:
+    """A store of them where they lie, or in `pool`; `of` so many KV heads in all."""
+    if pool is None:
+        return SharedStore(((keys, values),))
+    return PagedStore(pool, of=of).like(dense(keys), dense(values))
 
 
 def _owners(context: Kept) -> dict[str, Any]:

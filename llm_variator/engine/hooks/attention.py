@@ -98,6 +98,7 @@ class _AttentionCall:
 
     def _take(self, key: Tensor, value: Tensor) -> None:
         assert isinstance(self.held, SelectedLayer)
+        self.held.remember(None, None)  # tokens come that nobody scores
         if self.grouping is None:
             self.held.update(key, value)
         else:

@@ -13,6 +13,7 @@ from llm_variator.engine.cache import SelectedLayer, adopt, is_compressed
 from llm_variator.engine.cache.naming import NAMES, take_cache
 from llm_variator.engine.contexts.inputs import refuse_empty
 from llm_variator.engine.groups import FILLER, Segment
+from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.engine.session import Pass, Session, current, first_dense
 from llm_variator.errors import VariatorError
 
@@ -54,7 +55,7 @@ def begin_pass(
             cache = DynamicCache(config=config)
         if cache is not None:
             adopt(cache, plugin.cache_layers, config.num_hidden_layers, plugin.plan.selected)
-            _refuse_ageing(cache, plugin.config.decode_block)
+            _refuse_ageing(cache, plugin)
     if cache is not None:
         kwargs[cache_name] = cache
     past = cache.get_seq_length() if cache is not None else 0
@@ -102,9 +103,10 @@ def _places(session: Session, segment: Segment, cache: Any) -> list[Place]:
     return [Place(head, plan.tail, 0, prompt) for prompt in prompts]
 
 
-def _refuse_ageing(cache: Any, decode_block: int | None) -> None:
+def _refuse_ageing(cache: Any, plugin: CompressionPlugin) -> None:
     """Raise where generated tokens would be merged in a cache that keeps single keys."""
-    if decode_block is not None and any(isinstance(layer, SelectedLayer) for layer in cache.layers):
+    merges = plugin.config.decode_block is not None and not plugin.selects
+    if merges and any(isinstance(layer, SelectedLayer) for layer in cache.layers):
         raise VariatorError(
             "this cache keeps single keys of each head: decode_block cannot merge tokens in it; go on with a plugin "
             "without decode_block"
@@ -235,9 +237,11 @@ def _segment(session: Session, tokens: Tensor, mask: Any, past: int, cache: Any)
     if session.plugin is None:
         return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
 
-    if session.generating and session.passes == 0:
+    if session.generating and session.passes == 0 and not session.drafts:
         session.prompts = width if valid is None else valid.sum(1).tolist()
-    elif session.generating and past:
+    elif session.drafts and session.passes:
+        session.prompts = 0
+    elif session.generating and past and not session.drafts:
         raise VariatorError(
             "this decoding strategy reads several tokens at once; with a plugin use plain decoding"
         )

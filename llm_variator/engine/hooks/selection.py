@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_variator.engine.blocks import Kept, Region
+from llm_variator.engine.blocks import Kept, Place, Region, Rows, reduces
 from llm_variator.engine.cache import SelectedLayer
 from llm_variator.engine.cache.selected import Entries
 from llm_variator.engine.hooks.gates import Gates
@@ -22,6 +22,16 @@ from llm_variator.engine.hooks.last_layer import at_the_end
 from llm_variator.engine.hooks.strips import View, attend, attend_region
 from llm_variator.engine.plugin import SelectLayers
 from llm_variator.engine.session import Pass, broken
+from llm_variator.errors import VariatorError
+
+
+class _Piece(NamedTuple):
+    """Tokens `start` to `end` behind the prompts of a pass, between which nothing is reduced."""
+
+    start: int
+    end: int
+    held: list[Entries | None]
+    """Of every class, up to the last of them."""
 
 
 class SelectCall:
@@ -35,8 +45,11 @@ class SelectCall:
         self.stored = held is not None
         self.held = SelectedLayer(len(site.ratios)) if held is None else held
         self.past = self.held.tokens
-        self.scores = None if now.rows is None else site.score(hidden.detach())
-        """(b, H, n), of a prompt; here H are all KV heads."""
+        self.rule = now.rule(site)
+        """How the tokens behind a prompt age; None: they stay dense."""
+        scored = now.rows is not None or self.rule is not None
+        self.scores = site.score(hidden.detach()) if scored else None
+        """(b, H, n); None where nothing is chosen of these tokens. Here H are all KV heads."""
         self.gates: Gates | None = None
         """While scores are trained."""
         self.updated = False
@@ -55,6 +68,7 @@ class SelectCall:
 
         def take(key: Tensor, value: Tensor) -> None:
             self.held.refine(self.site.ratios)
+            self.held.remember(self.rule, self.scores)
             (self._take_token if self.now.rows is None else self._take_prompt)(key, value)
 
         if self.stored:  # an offloaded cache has the layer's entries at hand only while it is updated
@@ -81,6 +95,7 @@ class SelectCall:
         held, rows, region = self.held, self.now.rows, self.now.region(self.site.block)
         assert rows is not None
         assert self.scores is not None
+        self._close_window()
         keys, values = rows.prompt(key), rows.prompt(value)
         scores = rows.prompt(self.scores.unsqueeze(-1)).squeeze(-1)
         columns = self.past + rows.prompt_columns
@@ -95,24 +110,79 @@ class SelectCall:
         order = region.order(scores)
         if scores.requires_grad and not self.past and region.holds_whole_prompts:
             self.gates = Gates(scores, order, region, rows, held.classes)
-        before = [_without_last(own, old) for own in held.all_held()]
+        before = [_without_last(own, old) for own in held.all_held(len(key))]
         kept = [
             Kept.of(region.keep(one.of(scores), one.of(order), one.k), region.counts(one.k))
             for one in held.classes
         ]
         held.replace(old, keys, values, columns, kept)
         held.open = region.after(scores)
-        if rows.uniform:
-            held.tokens += rows.prompts[0]
-            if rows.rest_columns.shape[1]:
-                held.update(rows.rest(key), rows.rest(value))
-        else:
-            held.update(rows.rest(key), rows.rest(value), columns=rows.rest_columns, width=rows.width)
-        after = held.all_held() if rows.rest_columns.shape[1] else []
+        if held.window is not None:
+            held.window = held.window.reopened(
+                [place.left == new > 0 for place, new in self._prompts()],
+                scores,
+                region.lengths,
+                region.places[0].tail,
+            )
+        held.tokens += rows.prompts[0] if rows.uniform else 0
+        after = self._take_rest(rows, rows.rest(key), rows.rest(value))
         self._attend = partial(self._attend_prompt, keys, values, order, before, after)
         if self.gates is not None:
+            if len(after) > 1:
+                raise VariatorError(
+                    "scores get no gradient from tokens that age behind a prompt: train without decode_block, and "
+                    "give it when the plugin is loaded"
+                )
             keys, values = (torch.cat((x, rows.rest(y)), dim=2) for x, y in ((keys, key), (values, value)))
             self._attend = partial(self._attend_gated, self.gates, keys, values, self._attend)
+
+    def _prompts(self) -> list[tuple[Place, int]]:
+        """Of every row the place of this pass in its prompt, and the tokens of it."""
+        rows, places = self.now.rows, self.now.places
+        assert rows is not None
+        assert places is not None
+        assert self.scores is not None
+        pairs = list(zip(places, rows.prompts, strict=True))
+        return pairs if len(pairs) > 1 else pairs * len(self.scores)
+
+    def _close_window(self) -> None:
+        """In rows whose prompt begins, and will be reduced."""
+        held = self.held
+        if held.window is None:
+            return
+        begins = [new > 0 and not place.done for place, new in self._prompts()]
+        lengths = held.window.lengths
+        held.age([max(0, n) if own else 0 for n, own in zip(lengths, begins, strict=True)])
+        held.window = held.window.closed(begins)
+
+    def _take_rest(self, rows: Rows, keys: Tensor, values: Tensor) -> list[_Piece]:
+        """Store what comes behind the prompts, (b, H, C, d), in pieces between which old tokens are reduced."""
+        held, count = self.held, keys.shape[2]
+        if not count:
+            if not rows.uniform:
+                held.tokens += rows.width
+            return []
+        assert self.scores is not None
+        scores = rows.rest(self.scores.unsqueeze(-1)).squeeze(-1)
+        reads = rows.rests if len(rows.rests) == len(keys) else rows.rests * len(keys)
+        cuts = {} if held.window is None else held.window.cuts(reads)
+        starts, pieces = sorted({0, *cuts}), []
+        for start, end in zip(starts, [*starts[1:], count], strict=True):
+            held.age(cuts.get(start, ()))
+            own = slice(start, end)
+            if rows.uniform:
+                held.update(keys[:, :, own], values[:, :, own])
+            else:
+                width = (
+                    rows.width if end == count else 0
+                )  # columns are counted from the beginning of the pass
+                columns = rows.rest_columns[:, own]
+                held.update(keys[:, :, own], values[:, :, own], columns=columns, width=width)
+            if held.window is not None:
+                new = [min(max(0, read - start), end - start) for read in reads]
+                held.window = held.window.appended(scores[..., own], new)
+            pieces.append(_Piece(start, end, held.all_held()))
+        return pieces
 
     def _attend_prompt(
         self,
@@ -120,7 +190,7 @@ class SelectCall:
         values: Tensor,
         order: Tensor,
         before: list[Entries | None],
-        after: list[Entries | None],
+        after: list[_Piece],
         query: Tensor,
         scale: float,
     ) -> Tensor:
@@ -133,8 +203,8 @@ class SelectCall:
             whole = at_the_end(query.transpose(1, 2), rows.width).transpose(1, 2)
             first, last = rows.prompt(whole), rows.rest(whole)
 
-        def go_on(number: int, own: Tensor) -> Tensor:
-            held = after[number]
+        def go_on(number: int, own: Tensor, piece: _Piece) -> Tensor:
+            held = piece.held[number]
             assert held is not None
             return attend(own, held, scale)
 
@@ -146,7 +216,13 @@ class SelectCall:
             out = self._read(grouped, keys, values, views, region, scale).flatten(1, 2)
         else:
             out = first
-        out = rows.joined(out, self._by_class(last, go_on) if last.shape[2] else last)
+        missing = rows.rest_columns.shape[1] - last.shape[2]  # queries that nobody reads
+        parts = [
+            self._by_class(last[:, :, max(0, piece.start - missing) : end], partial(go_on, piece=piece))
+            for piece in after
+            if (end := piece.end - missing) > 0
+        ]
+        out = rows.joined(out, torch.cat(parts, dim=2) if parts else last)
         return out[:, :, out.shape[2] - wanted :]
 
     def _read(
@@ -161,7 +237,9 @@ class SelectCall:
         for row, (single, n) in enumerate(zip(region.singles(), region.lengths, strict=True)):
             own, blocks = slice(row, row + 1), max(0, n - region.lead) // region.block
             parts = query[own, :, :, :n], keys[own, :, :n], values[own, :, :n]
-            out = attend_region(*parts, [view.row(row, blocks) for view in views], single, scale)
+            out = parts[0]
+            if n:
+                out = attend_region(*parts, [view.row(row, blocks) for view in views], single, scale)
             outputs.append(F.pad(out, (0, 0, 0, width - n)))
         return torch.cat(outputs)
 
@@ -184,12 +262,19 @@ class SelectCall:
     # --- single tokens
 
     def _take_token(self, key: Tensor, value: Tensor) -> None:
-        held = self.held
+        held, ends = self.held, self.now.ends_prompts and self.held.open is not None
+        if held.window is not None:
+            assert self.scores is not None
+            reads = [1] * len(key)
+            if ends and held.open is not None:
+                reads = [int(not reduces(place, held.open.block, 1)) for place in held.open.places]
+            held.age(held.window.cuts(reads).get(0, ()))
+            held.window = held.window.appended(self.scores, reads)
         held.update(key, value)
         found = held.all_held()
         seen: list[Tensor | None] = [None] * len(found)
-        if self.now.ends_prompts and held.open is not None:
-            seen = list(held.end_prompts())
+        if ends:
+            seen = list(held.end_prompts(self.scores))
 
         def step(number: int, own: Tensor, scale: float) -> Tensor:
             entries = found[number]

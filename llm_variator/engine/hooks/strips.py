@@ -1,9 +1,9 @@
 """Attention over kept keys with stock kernels: far entries and a dense band, in strips of queries. Knows tensors only.
 
-All heads of a class see equally many entries, so a strip is one call: its keys are the entries of far blocks, one behind
-the other, and behind them the band of tokens that are seen whole. A strip of several blocks holds some blocks twice,
-chosen and whole, and a mask that is the same for all heads gives each query one of the two: a mask of each head's own is
-needed only where a tail is longer than a block. The query heads of a KV head are rows of one matrix.
+All heads of a class see equally many entries, so a strip is one call: its keys are the entries of far blocks, one
+behind the other, and behind them the band of tokens that are seen whole. A strip of several blocks holds some blocks
+twice, chosen and whole, and a mask that is the same for all heads gives each query one of the two: a mask of each
+head's own is needed only where a tail is longer than a block. The query heads of a KV head are rows of one matrix.
 
 Symbols: b rows, H KV heads of the class, g query heads of each, d head width, T tokens of the region, and Q queries.
 """
@@ -159,17 +159,17 @@ class _Reader:
     ) -> None:
         """`query`, `keys` and `values` of all heads."""
         self.query, self.heads, self.before, self.k = query, view.heads, view.before, view.heads.k
-        self.region, self.scale, self._whole = region, scale, None
+        self.region, self.scale = region, scale
+        self._whole: Tensor | None = None
         if (
             self.k == 1 and view.before is None and query.shape[3] == region.tokens
         ):  # sees all that came before
-            own, pair, grouped = (
-                self.heads.of(query).flatten(1, 2),
-                map(self.heads.of, (keys, values)),
-                query.shape[2] > 1,
+            own, key, value = map(self.heads.of, (query, keys, values))
+            grouped = query.shape[2] > 1
+            out = F.scaled_dot_product_attention(
+                own.flatten(1, 2), key, value, is_causal=True, scale=scale, enable_gqa=grouped
             )
-            out = F.scaled_dot_product_attention(own, *pair, is_causal=True, scale=scale, enable_gqa=grouped)
-            self._whole = out.unflatten(1, (-1, query.shape[2]))
+            self._whole = out.unflatten(1, own.shape[1:3])
             return
         chosen = region.far(view.order, self.k)
         width = max(strip.end - strip.band for strip in strips)
@@ -190,9 +190,8 @@ class _Reader:
         )
         held, valid = keys.shape[2], None
         if self.before is not None and self.before.valid is not None:
-            valid = F.pad(self.before.valid, (0, held - self.before.valid.shape[1]), value=True)[
-                :, None, None
-            ]
+            valid = F.pad(self.before.valid, (0, held - self.before.valid.shape[1]), value=True)
+            valid = valid[:, None, None]
         if strip.by_head:
             assert self.flags is not None
             band = _band(self.region, strip, self.flags)
