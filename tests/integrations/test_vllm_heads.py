@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference_select import kept_after
 
@@ -169,9 +169,13 @@ def test_what_lies_in_the_blocks_at_the_end(seed):
 
 
 @given(st.integers(1, 300), st.sampled_from([1, 2, 8]), st.integers(0, 40), st.integers(0, 4))
+@example(prompt=14, k=8, tail=0, head=0)  # stays dense, and the generated tokens come on top
 def test_a_head_never_needs_more_than_its_tokens(prompt, k, tail, head):
-    counts = [kept(n, prompt, Keep(k, 8), head, tail) for n in range(prompt + 5)]
+    block, generated = 8, 30
+    counts = [kept(n, prompt, Keep(k, block), head, tail) for n in range(prompt + generated)]
     assert all(count <= n for n, count in enumerate(counts))
-    assert counts[prompt:] == list(range(counts[prompt], counts[prompt] + 5))
-    # while reading: at most the blocks behind, the tail and two blocks that are still whole
-    assert max(counts) <= head + prompt // 8 * (8 // k) + tail + 2 * 8 or k == 1
+    # while reading: the head, what is left of the closed blocks, and fewer tokens than two blocks or one and the tail
+    whole = min(prompt, head) + max(0, prompt - head) // block * (block // k) + max(2 * block, tail + block)
+    assert k == 1 or max(counts[: prompt + 1]) < whole
+    # behind it every generated token
+    assert counts[prompt:] == list(range(counts[prompt], counts[prompt] + generated))

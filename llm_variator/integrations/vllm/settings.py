@@ -211,7 +211,7 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
         raise VariatorError(f'{folder}: the site "attention" is not served in vLLM; use "ffn" and "kv"')
     if config.decode_block is not None:
         raise VariatorError(
-            f"{folder}: generated tokens stay dense in vLLM, and this plugin merges them (decode_block)"
+            f"{folder}: generated tokens stay dense in vLLM, not in this plugin (decode_block): save it without"
         )
     ratio = config.k if isinstance(config.k, int) else max(config.k.values())
     if ratio != int(name[1:]):
