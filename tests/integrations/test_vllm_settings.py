@@ -173,6 +173,7 @@ def test_plugins_that_keep_keys(plugins):
             cache_config=SimpleNamespace(enable_prefix_caching=False, cache_dtype="fp8")
         ),
         "disable_hybrid": dict(scheduler_config=scheduler(disable_hybrid_kv_cache_manager=True)),
+        "another worker": dict(parallel_config=parallel(worker_cls="auto")),
     }
     for message, changes in cases.items():
         with pytest.raises(VariatorError, match=message):

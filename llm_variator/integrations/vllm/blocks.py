@@ -6,30 +6,61 @@ The scheduler's side of `attkv`: a cache specification whose manager counts entr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from llm_variator.integrations.vllm.heads import Keep
 
+SHORTENED = "variator_shortened"
+"""Where a step of the scheduler says how many blocks requests are left, by request id and KV cache group."""
+
+
+class Ledger(Protocol):
+    """What the scheduler knows of requests."""
+
+    def entries(self, request_id: str, tokens: int, spec: CompressedPromptSpec) -> int:
+        """Entries of a request's first `tokens` tokens in layers of this specification."""
+
+    def scheduled(self, request_id: str) -> int:
+        """Tokens that are computed, or are being computed."""
+
+    def shortened(self, request_id: str, group: int, blocks: int) -> None:
+        """A request is left so many blocks in a KV cache group."""
+
 
 class CompressedPromptManager(FullAttentionManager):
     """Gives each request the blocks of its entries instead of its tokens.
 
-    Where keys are kept, entries may become fewer when a prompt's blocks are reduced. Blocks are then not given back but
-    filled by the tokens that follow: vLLM's runners can only add to a block table, and a step in flight may still read.
+    Where keys are kept, a prompt that is being read may need more entries than what is left of it. Then blocks are
+    given back.
     """
 
-    entries_of: Callable[[str, int, CompressedPromptSpec], int] | None = None
-    """(request id, tokens, the layers' specification) -> entries; set by the scheduler."""
+    ledger: Ledger | None = None
+    """Set by the scheduler."""
 
     def _entries(self, request_id: str, tokens: int) -> int:
-        if self.entries_of is None:
+        if self.ledger is None:
             return tokens
-        return self.entries_of(request_id, tokens, self.kv_cache_spec)
+        return self.ledger.entries(request_id, tokens, self.kv_cache_spec)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Give back what only the reading of the prompt needed, once no step that reads it is under way."""
+        blocks = self.req_to_blocks.get(request_id)
+        if not blocks or self.ledger is None or not self.kv_cache_spec.keeps:
+            return
+        if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
+            return
+        left = cdiv(self._entries(request_id, self.ledger.scheduled(request_id)), self.block_size)
+        if len(blocks) > left:
+            self.block_pool.free_blocks(reversed(blocks[left:]))
+            del blocks[left:]
+            self.ledger.shortened(request_id, self.kv_cache_group_id, left)
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks that `num_tokens` tokens still need."""

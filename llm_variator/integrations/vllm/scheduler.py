@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from llm_variator.integrations.policy import Load
+from llm_variator.integrations.vllm.blocks import SHORTENED, CompressedPromptManager
 from llm_variator.integrations.vllm.heads import kept
 from llm_variator.integrations.vllm.metrics import count_request
 from llm_variator.integrations.vllm.plan import Shape, cut, held, settled
@@ -34,9 +35,10 @@ class VariatorScheduler(Scheduler):
         self._ratios: dict[str, int] = {}
         self._steps: deque[tuple[Any, Counter[int], float]] = deque()
         self._ended = 0.0
+        self._shortened: defaultdict[str, dict[int, int]] = defaultdict(dict)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if hasattr(manager, "entries_of"):
-                manager.entries_of = self._entries
+            if isinstance(manager, CompressedPromptManager):
+                manager.ledger = self
 
     def add_request(self, request: Any) -> None:
         """Settle the request's ratio, once and for all, and give its cached blocks a namespace of their own."""
@@ -81,11 +83,14 @@ class VariatorScheduler(Scheduler):
     def _shape(self, request_id: str) -> Shape | None:
         return self._shapes.get(self._ratios.get(request_id, 0))
 
-    # --- what the policy learns
+    # --- steps, and what the policy learns of them
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule a step, and remember which prompts it reads."""
+        """Schedule a step, remember which prompts it reads, and tell the worker what blocks were given back."""
         output = super().schedule(*args, **kwargs)
+        if self._shortened:
+            setattr(output, SHORTENED, dict(self._shortened))
+            self._shortened.clear()
         read: Counter[int] = Counter()
         for request_id, tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]  # its computed tokens include this step's already
@@ -109,7 +114,7 @@ class VariatorScheduler(Scheduler):
 
     # --- caches
 
-    def _entries(self, request_id: str, tokens: int, spec: Any) -> int:
+    def entries(self, request_id: str, tokens: int, spec: Any) -> int:
         """KV entries of a request's first `tokens` tokens in layers of this specification."""
         k, ratios, keeps = self._ratios.get(request_id, 0), dict(spec.ratios), dict(spec.keeps)
         if k not in ratios and k not in keeps:
@@ -118,6 +123,14 @@ class VariatorScheduler(Scheduler):
         if k in keeps:
             return kept(tokens, prompt, keeps[k], shape.head, shape.tail)
         return held(tokens, prompt, ratios[k], shape.head, shape.tail)
+
+    def scheduled(self, request_id: str) -> int:
+        """Tokens of a request that are computed, or are being computed."""
+        return int(self.requests[request_id].num_computed_tokens)
+
+    def shortened(self, request_id: str, group: int, blocks: int) -> None:
+        """Note that a request is left so many blocks in a KV cache group, for the next step."""
+        self._shortened[request_id][group] = blocks
 
     def _salt(self, request: Any, k: int, shape: Shape) -> None:
         """Blocks are shared only between requests that compute the same keys and values in them.

@@ -22,6 +22,8 @@ from llm_variator.measures.operations import Stack, prefill
 
 KEY = "variator"
 """The key in vLLM's `additional_config`."""
+WORKER = "llm_variator.integrations.vllm.worker.ShorteningWorker"
+"""vLLM's `worker_cls` where plugins keep keys and values."""
 TYPICAL_PROMPT = 1024
 
 
@@ -170,6 +172,9 @@ class Settings:
                 ),
                 "a quantised KV cache (kv_cache_dtype) with a plugin that keeps keys and values": (
                     dtype not in ("auto", "float32", "float16", "bfloat16")
+                ),
+                f"another worker than {WORKER} (worker_cls) with a plugin that keeps keys and values": (
+                    getattr(parallel, "worker_cls", WORKER) != WORKER
                 ),
             }
         if wrong := [what for what, present in refused.items() if present]:
