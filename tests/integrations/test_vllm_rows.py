@@ -64,6 +64,8 @@ def test_the_class_is_named_by_what_it_accepts():
     assert getattr(rows_v1, found.__name__) is found  # so that it can be pickled by name
     (other,) = _load_logitsprocs_by_fqcns([tracker_path(2, (2,))])
     assert (other.default, other.served) == (2, (2,))
+    (named,) = _load_logitsprocs_by_fqcns([tracker_path("kv4", (2, "kv4"))])
+    assert (named.default, named.served) == ("kv4", (2, "kv4"))
     for wrong in ("RowTracker_two_0", "RowTracker_", "Other"):
         with pytest.raises(AttributeError):
             getattr(rows_v1, wrong)

@@ -154,12 +154,12 @@ def test_blocks(model, tmp_path):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_blocks_are_given_back(model, tmp_path, asynchronous):
     """Two blocks of 128 tokens are whole while a prompt is read; others need what they took, and get it."""
-    keeps = SELECT | dict(block=128, k_per_head=[[16, 64], [4, 16]], dense_tail=5)
+    keeps = SELECT | dict(block=128, k_per_head=[[16, 64], [4, 16], [16, 16]], dense_tail=5)
     plugins = {"k8": make_plugin(model, tmp_path / "k8", 8, **keeps)}
     prompts = random_prompts(*(390, 520, 160, 477, 650, 395, 264, 530))
     ks = [8, 8, 0, 8, 8, 8, 0, 8]
     wanted = expected(reference_model(model, plugins), prompts, ks, 60)
-    options = dict(num_gpu_blocks_override=100, async_scheduling=asynchronous)
+    options = dict(max_model_len=720, num_gpu_blocks_override=145, async_scheduling=asynchronous)
     with Engine(model, plugins, **options) as engine:
         free, given, taken = engine.free_blocks, {}, set()
         for manager in engine.scheduler.kv_cache_manager.coordinator.single_type_managers:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,7 @@ from llm_variator.engine.blocks import Kept, Region
 from llm_variator.engine.cache.selected import Entries, HeadClass
 from llm_variator.engine.hooks.strips import View, attend_region
 from llm_variator.engine.plugin import CompressionPlugin
+from llm_variator.integrations.policy import Ratio
 from llm_variator.integrations.vllm.attkv import (
     CompressedAttention,
     CompressedImpl,
@@ -37,8 +38,9 @@ from llm_variator.integrations.vllm.attkv import (
     metadata_of,
 )
 from llm_variator.integrations.vllm.blocks import CompressedPromptSpec
-from llm_variator.integrations.vllm.heads import HeadStep, Keep, Reading
+from llm_variator.integrations.vllm.heads import HeadStep, Reading
 from llm_variator.integrations.vllm.plan import Layout
+from llm_variator.integrations.vllm.tables import kind_of
 
 # --- one step's metadata
 
@@ -52,7 +54,7 @@ class HeadMetadata(CPUAttentionMetadata):
     written: Tensor | None = None
     """(written,) which entries of the layer go to `slots`."""
     slots: Tensor | None = None
-    grouped: dict[int, Run] = dataclasses.field(default_factory=dict)
+    grouped: dict[Ratio, Run] = dataclasses.field(default_factory=dict)
     dense: Run | None = None
     dense_rows: Tensor | None = None
     """(queries of `dense`,) their rows in the flattened batch."""
@@ -216,7 +218,7 @@ class HeadwiseAttention(Attention):
     """A model's attention layer whose heads have a cache each."""
 
     variator_heads: list[HeadCache]
-    variator_scores: Mapping[int, Callable[[Tensor], Tensor]]
+    variator_scores: Mapping[Ratio, Callable[[Tensor], Tensor]]
     """Plugin -> the scores of keys in this layer, (b, n, d) -> (b, KV heads, n)."""
     variator_layer: int
     variator_input: Tensor | None = None
@@ -360,9 +362,16 @@ class SelectingAttention(CompressedAttention):
 
 
 def attach_heads(
-    attention: Any, plugins: Mapping[int, CompressionPlugin], layer: int, name: str, context: dict[str, Any]
+    attention: Any,
+    plugins: Mapping[Ratio, CompressionPlugin],
+    layer: int,
+    name: str,
+    context: dict[str, Any],
+    parted: Collection[tuple[int, int]] = (),
 ) -> SelectingAttention:
     """Subclass one self-attention in place, and give each of its KV heads a cache, in vLLM's forward `context`.
+
+    `parted`: the (layer, head) that are made a class of their own (`tables.cut_heads`).
 
     Raises:
         VariatorError: the platform's attention, or this model's, is not one that can hold entries.
@@ -372,15 +381,14 @@ def attach_heads(
     stock = inner.get_kv_cache_spec(get_current_vllm_config())
     assert type(stock) is FullAttentionSpec
     fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
-    merging = {k: plugin.at("kv", layer) for k, plugin in plugins.items()}
+    plans = {k: plugin.plan for k, plugin in plugins.items()}
     selects = {k: plugin.selects[layer] for k, plugin in plugins.items() if layer in plugin.selects}
-    ratios = tuple((k, site.k) for k, site in merging.items() if site)
     inner.__class__, inner.impl.__class__ = HeadwiseAttention, HeadImpl
     inner.variator_heads, inner.variator_layer = [], layer
     inner.variator_scores = {k: site.score for k, site in selects.items()}
     for head in range(inner.num_kv_heads):
-        keeps = tuple((k, Keep(site.ratios[head], site.block)) for k, site in selects.items())
-        spec = CompressedPromptSpec(**fields | {"num_kv_heads": 1}, ratios=ratios, keeps=keeps)
+        kind = kind_of(plans, layer, head)._asdict()
+        spec = CompressedPromptSpec(**fields | {"num_kv_heads": 1}, **kind, parted=(layer, head) in parted)
         cache = HeadCache(f"{inner.layer_name}.head_{head}", inner, spec)
         inner.variator_heads.append(cache)
         context[cache.name] = cache

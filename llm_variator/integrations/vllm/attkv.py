@@ -32,6 +32,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
+from llm_variator.integrations.policy import Ratio
 from llm_variator.integrations.vllm.blocks import CompressedPromptSpec
 from llm_variator.integrations.vllm.heads import Rows
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape, held, parts
@@ -59,7 +60,7 @@ class CompressedMetadata(CPUAttentionMetadata):
     layout: Layout | None = None
     slots: Tensor | None = None
     """(entries,) slot of every entry, in the layout's order."""
-    grouped: dict[int, Run] = dataclasses.field(default_factory=dict)
+    grouped: dict[Ratio, Run] = dataclasses.field(default_factory=dict)
     """By plugin: the queries of its groups."""
     dense: Run | None = None
     positions: Tensor | None = None
@@ -72,8 +73,8 @@ class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = settings_of(self.vllm_config)
-        self.ratios: Mapping[int, int] = dict(self.kv_cache_spec.ratios)
-        self.shapes: Mapping[int, Shape] = settings.shapes
+        self.ratios: Mapping[Ratio, int] = dict(self.kv_cache_spec.ratios)
+        self.shapes: Mapping[Ratio, Shape] = settings.shapes
         self.table = row_table(self.vllm_config)
 
     def build(
@@ -238,7 +239,7 @@ class CompressedBackend(CPUAttentionBackend):
 class EntryAttention(Attention):
     """vLLM's attention layer with our cache specification."""
 
-    variator_ratios: tuple[tuple[int, int], ...]
+    variator_ratios: tuple[tuple[Ratio, int], ...]
 
     def get_kv_cache_spec(self, vllm_config: Any) -> CompressedPromptSpec:
         """The stock specification under our type."""
@@ -252,7 +253,7 @@ class CompressedAttention(nn.Module):
     """Comes before a self-attention's own class: keys and values of groups from their merged states."""
 
     variator_name: str
-    variator_plugins: Mapping[int, CompressionPlugin]
+    variator_plugins: Mapping[Ratio, CompressionPlugin]
     variator_layer: int
     variator_cache: str
     """The layer of vLLM whose metadata tells how entries lie."""
@@ -279,7 +280,7 @@ class CompressedAttention(nn.Module):
         output, _ = host.o_proj(host.attn(query, key, value))
         return output
 
-    def _merges(self, layout: Layout) -> dict[int, Any]:
+    def _merges(self, layout: Layout) -> dict[Ratio, Any]:
         sites = {k: self.variator_plugins[k].at("kv", self.variator_layer) for k in layout.groups}
         return {k: site.compressor for k, site in sites.items() if site}
 
@@ -326,7 +327,7 @@ def metadata_of(layer_name: str) -> Any:
 
 
 def attach_attention(
-    attention: Any, plugins: Mapping[int, CompressionPlugin], layer: int, name: str
+    attention: Any, plugins: Mapping[Ratio, CompressionPlugin], layer: int, name: str
 ) -> CompressedAttention | None:
     """Subclass one self-attention in place.
 

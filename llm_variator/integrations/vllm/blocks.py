@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
+from llm_variator.integrations.policy import Ratio
 from llm_variator.integrations.vllm.heads import Keep
 
 SHORTENED = "variator_shortened"
@@ -85,21 +86,25 @@ class CompressedPromptSpec(FullAttentionSpec):
     Layers of the same `kind` share a block table, as vLLM's hybrid models have one for each kind of layer.
     """
 
-    ratios: tuple[tuple[int, int], ...] = ()
-    """(ratio a plugin is served under, tokens of an entry in these layers), where it compresses them."""
-    keeps: tuple[tuple[int, Keep], ...] = ()
-    """(ratio a plugin is served under, how it reduces a prompt), where this is one KV head and it keeps keys."""
+    ratios: tuple[tuple[Ratio, int], ...] = ()
+    """(what a plugin is served under, tokens of an entry in these layers), where it compresses them."""
+    keeps: tuple[tuple[Ratio, Keep], ...] = ()
+    """(what a plugin is served under, how it reduces a prompt), where this is one KV head and it keeps keys."""
+
+    parted: bool = False
+    """Whether this head belongs to a part of its class that is one of its own (`tables`)."""
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Layers hold equally many entries where this is the same."""
-        return self.ratios, self.keeps
+        return self.ratios, self.keeps, self.parted
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         """Of equal layers only; vLLM takes the AssertionError for "not uniform"."""
         assert len({spec.kind for spec in specs}) == 1, "these layers hold different numbers of entries"
-        return dataclasses.replace(super().merge(specs), ratios=specs[0].ratios, keeps=specs[0].keeps)
+        own = dict(zip(("ratios", "keeps", "parted"), specs[0].kind, strict=True))
+        return dataclasses.replace(super().merge(specs), **own)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
         """Whether all of them need the same number of slots."""

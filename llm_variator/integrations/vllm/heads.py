@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_variator.engine.blocks import Place, entries, pending, reduces
+from llm_variator.integrations.policy import Ratio
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape, held, parts
 
 
@@ -39,6 +40,22 @@ def kept(tokens: int, prompt: int, keep: Keep, head: int, tail: int) -> int:
 def reduced(prompt: int, keep: Keep, head: int, tail: int) -> bool:
     """Whether a head loses anything of a prompt; where not, its tokens are ordinary dense ones."""
     return keep.k > 1 and reduces(Place(head, tail), keep.block, prompt)
+
+
+def entries_of(
+    tokens: int,
+    prompt: int,
+    plugin: Ratio,
+    shape: Shape,
+    ratios: Mapping[Ratio, int],
+    keeps: Mapping[Ratio, Keep],
+) -> int:
+    """Entries of the first `tokens` tokens of a request with `plugin`, where this is how plugins merge or keep."""
+    if plugin in keeps:
+        return kept(tokens, prompt, keeps[plugin], shape.head, shape.tail)
+    if plugin in ratios:
+        return held(tokens, prompt, ratios[plugin], shape.head, shape.tail)
+    return tokens
 
 
 class Rows:
@@ -77,7 +94,7 @@ class Reading(NamedTuple):
 
     row: int
     """Of the batch."""
-    plugin: int
+    plugin: Ratio
     start: int
     """First row in the flattened batch."""
     entry: int
@@ -107,9 +124,9 @@ class HeadStep:
         self,
         chunks: Sequence[Chunk],
         rows: Sequence[int],
-        ratios: Mapping[int, int],
-        keeps: Mapping[int, Keep],
-        shapes: Mapping[int, Shape],
+        ratios: Mapping[Ratio, int],
+        keeps: Mapping[Ratio, Keep],
+        shapes: Mapping[Ratio, Shape],
         table: np.ndarray,
         block_size: int,
     ) -> None:

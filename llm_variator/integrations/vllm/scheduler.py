@@ -15,11 +15,11 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from llm_variator.integrations.policy import Load
+from llm_variator.integrations.policy import Load, Ratio
 from llm_variator.integrations.vllm.blocks import SHORTENED, CompressedPromptManager
-from llm_variator.integrations.vllm.heads import kept
+from llm_variator.integrations.vllm.heads import entries_of
 from llm_variator.integrations.vllm.metrics import count_request
-from llm_variator.integrations.vllm.plan import Shape, cut, held, settled
+from llm_variator.integrations.vllm.plan import Shape, cut, settled
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO, choice_of
 from llm_variator.integrations.vllm.settings import settings_of
 
@@ -32,8 +32,8 @@ class VariatorScheduler(Scheduler):
         self._settings = settings_of(self.vllm_config)
         self._shapes = self._settings.shapes
         self._policy = self._settings.make_policy() if self._shapes else None
-        self._ratios: dict[str, int] = {}
-        self._steps: deque[tuple[Any, Counter[int], float]] = deque()
+        self._ratios: dict[str, Ratio] = {}
+        self._steps: deque[tuple[Any, Counter[Ratio], float]] = deque()
         self._ended = 0.0
         self._shortened: defaultdict[str, dict[int, int]] = defaultdict(dict)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
@@ -53,7 +53,7 @@ class VariatorScheduler(Scheduler):
             count_request(k, request.num_prompt_tokens)
         super().add_request(request)
 
-    def _ratio(self, request: Any) -> int:
+    def _ratio(self, request: Any) -> Ratio:
         choice = choice_of(request.sampling_params.extra_args, self._settings.default)
         if request.resumable:
             return 0  # its prompt is still growing; the answer's metadata says so
@@ -62,7 +62,7 @@ class VariatorScheduler(Scheduler):
         return choice if choice in self._shapes else 0
 
     def _load(self, request: Any) -> Load:
-        queued: Counter[int] = Counter()
+        queued: Counter[Ratio] = Counter()
         for other in self.requests.values():
             unread = other.num_prompt_tokens - other.num_computed_tokens
             if unread > 0:
@@ -91,7 +91,7 @@ class VariatorScheduler(Scheduler):
         if self._shortened:
             setattr(output, SHORTENED, dict(self._shortened))
             self._shortened.clear()
-        read: Counter[int] = Counter()
+        read: Counter[Ratio] = Counter()
         for request_id, tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]  # its computed tokens include this step's already
             if tokens > 1 and request.num_computed_tokens - tokens < request.num_prompt_tokens:
@@ -116,13 +116,11 @@ class VariatorScheduler(Scheduler):
 
     def entries(self, request_id: str, tokens: int, spec: Any) -> int:
         """KV entries of a request's first `tokens` tokens in layers of this specification."""
-        k, ratios, keeps = self._ratios.get(request_id, 0), dict(spec.ratios), dict(spec.keeps)
-        if k not in ratios and k not in keeps:
+        k = self._ratios.get(request_id, 0)
+        if not k:
             return tokens
-        shape, prompt = self._shapes[k], self.requests[request_id].num_prompt_tokens
-        if k in keeps:
-            return kept(tokens, prompt, keeps[k], shape.head, shape.tail)
-        return held(tokens, prompt, ratios[k], shape.head, shape.tail)
+        prompt = self.requests[request_id].num_prompt_tokens
+        return entries_of(tokens, prompt, k, self._shapes[k], dict(spec.ratios), dict(spec.keeps))
 
     def scheduled(self, request_id: str) -> int:
         """Tokens of a request that are computed, or are being computed."""
@@ -132,7 +130,7 @@ class VariatorScheduler(Scheduler):
         """Note that a request is left so many blocks in a KV cache group, for the next step."""
         self._shortened[request_id][group] = blocks
 
-    def _salt(self, request: Any, k: int, shape: Shape) -> None:
+    def _salt(self, request: Any, k: Ratio, shape: Shape) -> None:
         """Blocks are shared only between requests that compute the same keys and values in them.
 
         The salt separates plugins. Behind the last group they depend on where the prompt ends as well, so there
