@@ -18,6 +18,8 @@ def engine(
 ) -> Any:
     """An engine for sequences of at most `longest` tokens; `options` are vLLM's."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # the pool is given in blocks; vLLM's default would want most of the machine's memory to be free
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     from vllm import LLM
 
     defaults: dict[str, Any] = dict(
