@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_decoder, prompts
 from peft import LoraConfig, inject_adapter_in_model
-from selecting import GREEDY, MAIN, add, close, make
+from selecting import CONFIGS, GREEDY, MAIN, add, close, make
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.engine.cache.naming import cache_of
@@ -64,18 +64,18 @@ def test_gradients_of_some_projections(where):
     trained = [parameter for name, parameter in model.base.named_parameters() if "lora_" in name]
     loss().backward()
     assert all(parameter.grad is not None for parameter in trained)
-    # against a difference quotient along one direction
+    # against a difference quotient along one direction; norms compute in fp32
     direction = [parameter.grad.sign() for parameter in trained]
     slope = sum(float((p.grad * d).sum()) for p, d in zip(trained, direction, strict=True))
     losses = []
     for side in (1, -1):
         with torch.no_grad():
             for parameter, way in zip(trained, direction, strict=True):
-                parameter += side * 1e-6 * way
+                parameter += side * 1e-4 * way
             losses.append(float(loss()))
             for parameter, way in zip(trained, direction, strict=True):
-                parameter -= side * 1e-6 * way
-    assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(slope, rel=1e-4)
+                parameter -= side * 1e-4 * way
+    assert (losses[0] - losses[1]) / 2e-4 == pytest.approx(slope, rel=2e-3)
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_cropping_tokens_that_wait_to_age():
 @torch.no_grad()
 def test_rows_that_end_apart_while_tokens_age():
     """A block that a row ends in keeps other tokens in every head: which of them are hidden, one mask cannot say."""
-    model = make("llama", AGES)
+    model = make("llama", CONFIGS["one ratio"] | {"decode_block": 4})
     model.base.generation_config.eos_token_id = 2
     ids, steps = prompts(24)[0].repeat(2, 1), 40
 
@@ -169,7 +169,7 @@ def test_rows_that_end_apart_while_tokens_age():
     context = model.compress(ids[:1])
     options = dict(max_new_tokens=steps, do_sample=False, pad_token_id=0, return_context=True)
     with pytest.raises(VariatorError, match="one by one"):
-        model.generate(ids[:, :3], context=context, logits_processor=[forced(6)], **options)
+        model.generate(ids[:, :3], context=context, logits_processor=[forced(7)], **options)
 
 
 @pytest.mark.parametrize(
