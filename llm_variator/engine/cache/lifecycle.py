@@ -116,7 +116,7 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
     stacked: list[Any] = []
     for parts in zip(*(cache.layers for cache in caches), strict=True):
         # rows that have read nothing yet still hold what an earlier plugin left, or what was read without one
-        like = max(filter(DynamicLayer.get_seq_length, parts), key=_unlike_dense)
+        like = max((part for part in parts if part.get_seq_length()), key=_unlike_dense)
         if isinstance(like, SelectedLayer):
             kept = [
                 part if isinstance(part, SelectedLayer) else SelectedLayer.of(part, len(like.counts))
