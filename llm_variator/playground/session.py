@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -64,7 +65,7 @@ class _Stop(StoppingCriteria):
         self._event = event
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return input_ids.new_full((len(input_ids),), self._event.is_set(), dtype=bool)
+        return input_ids.new_full((len(input_ids),), self._event.is_set(), dtype=torch.bool)
 
 
 class Playground:
@@ -147,7 +148,9 @@ class Playground:
             for token, figures in self._answer(context, question, document.chat):
                 tokens.append(token)
                 same, rest, place = parted(self.tokenizer, tokens, dense)
-                changes = dict(figures, same=same, parted=rest, same_tokens=place, state="writes")
+                changes: dict[str, Any] = dict(
+                    figures, same=same, parted=rest, same_tokens=place, state="writes"
+                )
                 panels[name] = dataclasses.replace(panels[name], **changes)
                 yield list(panels.values())
             dense = tokens if dense is None else dense

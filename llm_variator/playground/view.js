@@ -1,4 +1,4 @@
-// The document, each token shaded by the share of heads that hold it. Data: <script id="views">; no network.
+// The document, each token shaded by the share of heads that hold it. Data: the element "views"; no network.
 "use strict";
 const data = JSON.parse(document.getElementById("views").textContent);
 const unpacked = data.views.map(view => Uint8Array.from(atob(view.held), c => c.charCodeAt(0)));

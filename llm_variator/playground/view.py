@@ -66,7 +66,7 @@ class View:
     @property
     def share(self) -> float:
         """Entries held, of all tokens of all heads."""
-        return float(self.held.float().mean())
+        return float(self.held.double().mean())
 
     def data(self) -> dict[str, Any]:
         """As plain JSON. `held`: base64 of one bit per token, layer and head, the highest bit of a byte first."""
