@@ -53,8 +53,8 @@ def build(playground: Playground, title: str) -> Any:
                 text = gr.Textbox(label="Document", lines=10, max_lines=10, elem_id="text")
                 chat = gr.Checkbox(playground.has_template, label="as a chat", elem_id="chat")
             with gr.Column(scale=2):
-                file = gr.File(label=f"or a file ({', '.join(KINDS)})", elem_id="file", height=120)
-                saved = gr.File(label="or a saved context (.safetensors)", elem_id="saved", height=120)
+                file = gr.File(label=f"or a file ({', '.join(KINDS)})", elem_id="file", height=165)
+                saved = gr.File(label="or a saved context (.safetensors)", elem_id="saved", height=165)
         chosen = gr.CheckboxGroup(
             names, value=names[:2], label="Plugins beside the dense model", elem_id="plugins"
         )

@@ -186,6 +186,16 @@ def test_a_file_is_dropped(user, tmp_path):
     (tmp_path / "a.md").write_text("# The Ell\n\nA river.", encoding="utf-8")
     user.page.locator("#file input[type=file]").set_input_files(tmp_path / "a.md")
     expect(user.page.locator("#text textarea")).to_have_value("# The Ell\n\nA river.")
+    assert [*Path(os.environ["GRADIO_TEMP_DIR"]).rglob("a.md")], "uploads lie in the temporary folder"
+
+
+def test_a_file_that_is_too_large_is_refused(user, tmp_path):
+    """More than the megabyte that this server takes."""
+    (tmp_path / "large.txt").write_bytes(b"a" * 2_000_000)
+    user.page.locator("#file input[type=file]").set_input_files(tmp_path / "large.txt")
+    expect(user.page.get_by_text(re.compile("maximum|exceed|too large", re.IGNORECASE)).first).to_be_visible()
+    assert not [*Path(os.environ["GRADIO_TEMP_DIR"]).rglob("large.txt")]
+    assert user.page.locator("#text textarea").input_value() == ""
 
 
 def test_what_goes_wrong_is_a_sentence(user, tmp_path):
@@ -229,7 +239,7 @@ def test_two_users_wait_their_turn_and_keep_their_answers(browser, address, play
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_looks_right(width, scheme, browser, address):
-    user = User(browser, address, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    user = User(browser, address, viewport={"width": width, "height": 2400}, color_scheme=scheme)
     user.ask()
     expect(user.view.locator(".document span").first).to_be_visible()
     assert user.page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
@@ -238,6 +248,11 @@ def test_it_looks_right(width, scheme, browser, address):
     )
     light = [sum(map(int, re.findall(r"\d+", each)[:3])) for each in (colour, paper)]
     assert (light[0] < light[1]) == (scheme == "light"), (colour, paper)
+    inked = user.view.locator("body").evaluate(
+        "b => [getComputedStyle(b).color, getComputedStyle(b).backgroundColor].map(c => c.match(/\\d+/g)[0])"
+    )
+    assert (int(inked[0]) < int(inked[1])) == (scheme == "light"), inked
     if os.environ.get("SHOTS"):
+        user.page.wait_for_timeout(1000)  # the picture is drawn in a process of its own
         user.page.screenshot(path=Path(os.environ["SHOTS"]) / f"live-{width}-{scheme}.png", full_page=True)
     user.context.close()
