@@ -1,6 +1,6 @@
-"""Draw `playground.png`: an exported page as a browser shows it, without its times, which are of one machine.
+r"""Draw `playground.png`: an exported page as a browser shows it, without its times, which are of one machine.
 
-python -m llm_variator.playground --export page.html --prompt-file examples/long_prompt.txt --chat \\
+python -m llm_variator.playground --export page.html --prompt-file examples/long_prompt.txt --chat \
     --max-new-tokens 48 --repetitions 1
 python docs/figures/playground.py page.html
 """

@@ -243,5 +243,5 @@ class _Events:
 
     def _view(self, document: Document) -> str:
         pieces, views = self._playground.views(document)
-        page = html.escape(render.document(pieces, views, 0))
+        page = html.escape(render.document(pieces, views))
         return f'<iframe class="view" title="what is kept" sandbox="allow-scripts" srcdoc="{page}"></iframe>'

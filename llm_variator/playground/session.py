@@ -121,8 +121,8 @@ class Playground:
         return document.contexts[plugin]
 
     def views(self, document: Document) -> tuple[list[str], list[View]]:
-        """The document's pieces, and what each context that was read holds of them."""
-        contexts = list(document.contexts.values())
+        """The document's pieces, and what each context that was read holds of them, the dense one first."""
+        contexts = sorted(document.contexts.values(), key=lambda context: context.plugin is not None)
         ids = contexts[0].input_ids[0].tolist()
         return pieces(self.tokenizer, ids), [View.of(context) for context in contexts]
 

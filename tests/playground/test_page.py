@@ -248,6 +248,9 @@ def test_it_looks_right(width, scheme, browser, address):
     )
     light = [sum(map(int, re.findall(r"\d+", each)[:3])) for each in (colour, paper)]
     assert (light[0] < light[1]) == (scheme == "light"), (colour, paper)
+    assert user.view.locator("#plugins input:checked").input_value() == "keep", (
+        "the dense picture is all of one shade"
+    )
     inked = user.view.locator("body").evaluate(
         "b => [getComputedStyle(b).color, getComputedStyle(b).backgroundColor].map(c => c.match(/\\d+/g)[0])"
     )
