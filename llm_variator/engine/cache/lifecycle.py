@@ -89,6 +89,21 @@ def stores_of(layer: Any) -> list[DynamicLayer]:
     return [layer.store] if isinstance(layer, CompressedLayer) else []
 
 
+def columns_of(layer: Any, heads: int) -> list[Tensor]:
+    """Of every KV head of a cache layer (b or 1, entries): the column of each entry, `FILLER` where there is none.
+
+    `heads`: of a layer whose heads all hold the same.
+    """
+    if isinstance(layer, SelectedLayer):
+        return layer.head_columns()
+    if isinstance(layer, CompressedLayer):
+        return [layer.columns] * heads
+    if not layer.is_initialized:
+        return [torch.empty(1, 0, dtype=torch.long)] * heads
+    end = layer.get_seq_length()  # dense; of a sliding window the last ones
+    return [torch.arange(end - layer.keys.shape[-2], end, device=layer.keys.device)[None]] * heads
+
+
 @contextlib.contextmanager
 def released_on_error(cache: Cache) -> Iterator[None]:
     """Give back the blocks of `cache` at once if the block fails, not when the error is forgotten."""

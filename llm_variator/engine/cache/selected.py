@@ -249,6 +249,15 @@ class SelectedLayer(DynamicLayer):
         dense = torch.arange(self.tokens - rest, self.tokens, dtype=torch.int32, device=one.columns.device)
         return torch.cat((one.columns, dense.expand(*one.columns.shape[:2], -1)), dim=-1)
 
+    def head_columns(self) -> list[Tensor]:
+        """Of every head (b or 1, entries) int32: the column of each of its entries, `FILLER` where there is none."""
+        of = {
+            head: columns
+            for one in self.classes
+            for head, columns in zip(one.heads, self.columns(one).unbind(1), strict=True)
+        }
+        return [of[head] for head in sorted(of)]
+
     def held(self, one: HeadClass, rows: int = -1) -> Entries:
         """Keys and values of a class, those that all rows share expanded to so many; -1: as they are."""
         valid = None
