@@ -111,7 +111,9 @@ def attend_region(
         rows = slice(strip.start - begin, strip.end - begin)
         for own, reader in zip(heads, readers, strict=True):
             part = reader.attend(strip, rows).permute(0, 3, 1, 2, 4)
-            if out is query:  # as the model's code lays them out behind its attention, in the dtype of autocast
+            if (
+                out is query
+            ):  # as the model's code lays them out behind its attention, in the dtype of autocast
                 out = part.new_empty(len(query), queries, *query.shape[1:3], query.shape[4])
             out[:, rows].index_copy_(2, own, part)
     return out.permute(0, 2, 3, 1, 4)
