@@ -7,7 +7,7 @@ import reference_select as plain
 import torch
 from conftest import DECODERS, make_variator, pad, prompts
 from reference_select import Segment
-from test_select import CONFIGS, make, rule
+from selecting import CONFIGS, make, rule
 
 from llm_variator import CompressedContext, KVPool, VariatorConfig, VariatorError
 
