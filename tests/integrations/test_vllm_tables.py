@@ -53,4 +53,4 @@ def test_the_shipped_plugin():
     # 9, 16, 10, 10, 19, 14 and 12 heads of ratios 1 to 64: in threes 3 + 6 + 4 + 4 + 7 + 5 + 4 tables
     assert found == (3, 33, Kind((), (("kv4", Keep(16, 64)),)))
     plan = settings.plugins["kv4"].plan
-    assert [plan.selected[layer][head] for layer, head in parted] == [16] * 5
+    assert [plan.selected[layer][head] for layer, head in parted] == [16] * 3
