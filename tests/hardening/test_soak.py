@@ -60,7 +60,7 @@ class Work:
             randomise(self.model.add_plugin(name, config), seed=seed)
         self.model.save_pretrained(folder / "plugin")
         self.assistant = make_decoder("llama", num_hidden_layers=1)
-        self.pool = KVPool(blocks=64, block_size=8)
+        self.pool = KVPool(blocks=512, block_size=8)
         self.optimiser = torch.optim.Adam(self.model.plugin("default").parameters(), lr=1e-4)
 
     def ids(self) -> torch.Tensor:
@@ -74,9 +74,11 @@ class Work:
         self.model.generate(self.ids(), max_new_tokens=3, num_beams=2)
 
     def talk(self) -> None:
-        pool = self.random.choice([None, self.pool])
-        context = self.model.compress(self.ids(), pool=pool)
-        self.model.generate(self.ids(), context=context, max_new_tokens=2)
+        pool, chunk = self.random.choice([None, self.pool]), self.random.choice([None, 7])
+        rows = self.random.randint(1, 3)
+        documents, questions = ([self.ids()[0].tolist() for _ in range(rows)] for _ in range(2))
+        context = self.model.compress(documents, pool=pool, prefill_chunk_size=chunk)
+        self.model.generate(questions, context=context, max_new_tokens=2, prefill_chunk_size=chunk)
         context.free()
 
     def store(self) -> None:
