@@ -8,26 +8,20 @@ import pytest
 
 pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
 
-from vllm_engine import BOTH, make_model, make_plugin
+from vllm_engine import BOTH, HEADS, KEPT, make_byte_model, make_plugin
 
 from llm_variator.serve.measure import main as measure
-from llm_variator.sources.models import byte_tokenizer
-
-HEADS = [[4, 1], [2, 8], [16, 4]]
-SELECT = dict(sites=("kv",), compressor="select", block=16, dense_head=4, dense_tail=5, k_per_head=HEADS)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = make_model("llama", tmp_path_factory.mktemp("model"), vocab_size=259)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return make_byte_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def words(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugins")
-    kept = make_plugin(model, folder / "kv8", 8, **SELECT)
+    kept = make_plugin(model, folder / "kv8", 8, **KEPT)
     merged = make_plugin(model, folder / "k2", 2, **BOTH)
     return ["--model", model, "--k", "2", "--plugin", f"kv8={kept}", f"k2={merged}"]
 

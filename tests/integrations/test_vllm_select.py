@@ -7,15 +7,20 @@ import pytest
 pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
 
 from test_vllm_engine import random_prompts
-from vllm_engine import BOTH, Engine, expected, make_model, make_plugin, reference_model
+from vllm_engine import BOTH, HEADS, KEPT, Engine, expected, make_model, make_plugin, reference_model
 
 from llm_variator.errors import VariatorError
 
-HEADS = [[4, 1], [2, 8], [16, 4]]
-SELECT = dict(sites=("kv",), compressor="select", block=16, dense_head=4)
 PLUGINS = {
-    8: SELECT | dict(k_per_head=HEADS, dense_tail=5),
-    4: SELECT | dict(sites=("ffn", "kv"), compressor={"ffn": "weighted", "kv": "select"}, r=8, dense_tail=37),
+    8: KEPT,
+    4: KEPT
+    | dict(
+        sites=("ffn", "kv"),
+        compressor={"ffn": "weighted", "kv": "select"},
+        r=8,
+        dense_tail=37,
+        k_per_head=None,
+    ),
     2: BOTH,
 }
 LENGTHS = (1, 3, 9, 33, 37, 64, 117, 250, 333, 700)
@@ -154,7 +159,7 @@ def test_blocks(model, tmp_path):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_blocks_are_given_back(model, tmp_path, asynchronous):
     """Two blocks of 128 tokens are whole while a prompt is read; others need what they took, and get it."""
-    keeps = SELECT | dict(block=128, k_per_head=[[16, 64], [4, 16], [16, 16]], dense_tail=5)
+    keeps = KEPT | dict(block=128, k_per_head=[[16, 64], [4, 16], [16, 16]], dense_tail=5)
     plugins = {"k8": make_plugin(model, tmp_path / "k8", 8, **keeps)}
     prompts = random_prompts(*(390, 520, 160, 477, 650, 395, 264, 530))
     ks = [8, 8, 0, 8, 8, 8, 0, 8]

@@ -21,25 +21,25 @@ import pytest
 pytest.importorskip("vllm.v1", reason="vllm is not installed here: make test-vllm")
 
 import psutil
-from vllm_engine import FFN, expected, make_model, make_plugin, reference_model
+from vllm_engine import FFN, KEPT, expected, make_byte_model, make_plugin, reference_model
 
 from llm_variator.serve.measure import main as measure
 from llm_variator.sources.models import byte_tokenizer
 
+CHOICES = (0, 2, 4, "kv8")
 TEXT = "A long prompt of many words. " * 12
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = make_model("llama", tmp_path_factory.mktemp("model"), vocab_size=259)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return make_byte_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def plugins(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugins")
-    return {f"k{k}": make_plugin(model, folder / f"k{k}", k, **FFN) for k in (2, 4)}
+    merging = {f"k{k}": make_plugin(model, folder / f"k{k}", k, **FFN) for k in (2, 4)}
+    return merging | {"kv8": make_plugin(model, folder / "kv8", 8, **KEPT)}
 
 
 def free_port():
@@ -114,11 +114,9 @@ def left_behind(folder):
 def test_served_over_http_killed_and_served_again(model, plugins, tmp_path, folder):
     port, memory = free_port(), left_behind(folder)[2]
     ids = byte_tokenizer()(TEXT)["input_ids"]
-    wanted = dict(
-        zip((0, 2, 4), expected(reference_model(model, plugins), [ids] * 3, [0, 2, 4], 6), strict=True)
-    )
+    wanted = dict(zip(CHOICES, expected(reference_model(model, plugins), [ids] * 4, CHOICES, 6), strict=True))
     with server(model, plugins, port, folder) as (process, url):
-        for k in (0, 2, 4):
+        for k in CHOICES:
             status, answer = ask(url, model, k)
             assert status == 200
             assert answer["kv_transfer_params"] == {"variator_k": k}
@@ -126,10 +124,10 @@ def test_served_over_http_killed_and_served_again(model, plugins, tmp_path, fold
             assert [int(token.removeprefix("token_id:")) for token in tokens] == wanted[k]
         status, answer = ask(url, model, "auto")
         assert (status, answer["kv_transfer_params"]["variator_k"]) == (200, 0)
-        for wrong in (3, "two", -2, [2], 2.5):
+        for wrong in (3, "two", "kv2", 8, -2, [2], 2.5):
             status, answer = ask(url, model, wrong)
             assert status == 400
-            assert "variator_k must be one of 0, 2, 4" in answer["error"]["message"]
+            assert "variator_k must be one of 0, 2, 4, kv8" in answer["error"]["message"]
         assert ask(url, model, 2, prompt_logprobs=1)[0] == 400
         with urllib.request.urlopen(f"{url}/metrics") as page:
             counted = [
@@ -139,6 +137,7 @@ def test_served_over_http_killed_and_served_again(model, plugins, tmp_path, fold
             'variator_requests_total{k="0"} 2.0',
             'variator_requests_total{k="2"} 1.0',
             'variator_requests_total{k="4"} 1.0',
+            'variator_requests_total{k="kv8"} 1.0',
         ]
         text = tmp_path / "text.txt"
         text.write_text(TEXT * 20)

@@ -25,6 +25,8 @@ BLOCK = 32
 SHAPE = dict(vocab_size=211, hidden_size=128, intermediate_size=96, head_dim=32, max_position_embeddings=2048)
 FFN = dict(sites=("ffn",), r=8, k_per_layer=None, dense_head=4, dense_tail=5)
 BOTH = FFN | dict(sites=("ffn", "kv"))
+HEADS = [[4, 1], [2, 8], [16, 4]]
+KEPT = dict(sites=("kv",), compressor="select", block=16, dense_head=4, dense_tail=5, k_per_head=HEADS)
 
 
 def make_model(name: str, folder: Path, **overrides: int) -> str:
@@ -36,6 +38,15 @@ def make_model(name: str, folder: Path, **overrides: int) -> str:
                 parameter.fill_(1)
     model.save_pretrained(folder / name)
     return str(folder / name)
+
+
+def make_byte_model(folder: Path) -> str:
+    """A tiny decoder's folder with a tokenizer of bytes in it, as servers need."""
+    from llm_variator.sources.models import byte_tokenizer
+
+    model = make_model("llama", folder, vocab_size=259)
+    byte_tokenizer().save_pretrained(model)
+    return model
 
 
 def reference_model(model: str, plugins: Mapping[str, str | Path]) -> VariatorModel:
@@ -59,12 +70,12 @@ def make_plugin(model: str, folder: Path, k: int, **settings: Any) -> str:
 
 
 def expected(
-    variator: VariatorModel, prompts: Sequence[Sequence[int]], ks: Sequence[int], tokens: int
+    variator: VariatorModel, prompts: Sequence[Sequence[int]], ks: Sequence[int | str], tokens: int
 ) -> list:
-    """Greedy continuations, one prompt at a time."""
+    """Greedy continuations, one prompt at a time; `ks` as a request names them."""
     found = []
     for prompt, k in zip(prompts, ks, strict=True):
-        with variator.use_plugin(f"k{k}" if k else None):
+        with variator.use_plugin(k if isinstance(k, str) else f"k{k}" if k else None):
             ids = torch.tensor([list(prompt)])
             out = variator.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
         found.append(out[0, len(prompt) :].tolist())
