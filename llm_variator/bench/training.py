@@ -40,7 +40,6 @@ def train_rows(setting: Setting[Train]) -> list[dict[str, Any]]:
     """A step of distillation by the first plugin, and its parts."""
     settings = setting.settings
     name = setting.names[0]
-    _refuse_short(setting, name)
     total = 4 * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
     with bar(total, "train") as advance:
 
@@ -239,18 +238,4 @@ def check_memory_flags(settings: Memory) -> None:
         raise VariatorError(
             f"bench memory counts a layer as what three have more than two, and with {kept[0]} no layer is like the "
             "next: leave it out, and read the peak of bench train on a GPU"
-        )
-
-
-def _refuse_short(setting: Setting[Train], name: str) -> None:
-    """Raise where scores would get no gradient: prompts of fewer than two blocks stay dense."""
-    config = setting.model.plugins[name]
-    if not config.selects:
-        return
-    head, tail = config.ends
-    least = max(head + 2 * config.block, head + tail + 1)
-    if min(setting.settings.tokens) < least:
-        raise VariatorError(
-            f"bench train: prompts of fewer than {least} tokens stay dense with {name}, and train no score: "
-            "raise --tokens"
         )

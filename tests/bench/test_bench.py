@@ -358,7 +358,7 @@ def test_plot(tmp_path):
         (["prefill", "--plugins", "kept:1.5"], "between 0 and 1"),
         (["prefill", "--plugins", "kept:0.3", "--model", "tiny-bert"], "is for decoders"),
         *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("memory", "compare")),
-        (["train", "--plugins", "kept:0.3", "--tokens", "100"], "raise --tokens"),
+        (["train", "--plugins", "kept:0.3", "--tokens", "100"], "make it longer"),
         (["profile", "--model", "tiny-t5"], "bench profile is for decoders"),
     ],
 )
