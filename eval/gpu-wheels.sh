@@ -7,8 +7,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 FOLDER=${1:-runs/gpu-wheels}
 MOST=$((40 * 1024 * 1024))
-NAMES="accelerate annotated-doc gguf huggingface_hub iniconfig jinja2 jsonargparse markdown-it-py markupsafe mdurl
-	packaging peft platformdirs pluggy psutil pygments pytest pyyaml regex rich safetensors tokenizers tqdm transformers"
+NAMES="accelerate annotated-doc anyio certifi charset-normalizer click filelock fsspec gguf h11 hf-xet httpcore2 httpx2
+	huggingface_hub idna iniconfig jinja2 jsonargparse markdown-it-py markupsafe mdurl packaging peft platformdirs pluggy
+	psutil pygments pytest pyyaml regex requests rich safetensors shellingham tokenizers tqdm transformers truststore typer
+	typing-extensions urllib3"
 
 mkdir -p "$FOLDER"
 rm -f "$FOLDER"/*.whl

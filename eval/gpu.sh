@@ -7,11 +7,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TESTS=tests/engine/test_on_device.py
 if [[ " $* " == *" --dry "* ]]; then
-	MODELS=tiny-llama DEVICE=cpu SHORT=136 LONG="136 200" MANY=2 REPEAT=1 COMPILE="--backend eager --tokens 16 --steps 2"
+	MODELS=tiny-llama DEVICE=cpu SHORT=136 LONG="136 200" MANY=2 REPEAT=1 COMPILED="ffn,kv:4"
+	COMPILE="--backend eager --num-layers 1 --tokens 16 --steps 1"
 	PICK="bf16 and llama-short and not mha and plain_form and sdpa" STEPS="--steps 2"
 else
 	MODELS="llama-7b llama-3.1-8b" DEVICE=cuda SHORT=2048 LONG="2048 8192 32768" MANY="4 16" REPEAT=5
-	COMPILE="--tokens 2048 8192" PICK="" STEPS=""
+	COMPILED="ffn:2 ffn,kv:4" COMPILE="--tokens 2048 8192" PICK="" STEPS=""
 fi
 COMMON="--random-init --device $DEVICE --repetitions $REPEAT"
 PREFILL="--plugins ffn:2 ffn,kv:4 kept:0.25 --card"
@@ -29,7 +30,7 @@ table() {
 		echo "train-$m 300 bench train $c --plugins ffn,kv:2 --tokens $SHORT --batch-sizes 1 $MANY"
 		echo "train-kept-$m 300 bench train $c --plugins kept:0.25 --tokens $SHORT"
 		echo "train-nf4-$m 300 bitsandbytes:bench train $c --plugins ffn,kv:2 --quantize nf4 --dtype bfloat16 --tokens $SHORT"
-		for k in ffn:2 ffn,kv:4; do
+		for k in $COMPILED; do
 			echo "compile-$k-$m 450 bench compile $c $COMPILE --plugins $k"
 		done
 		echo "swap-$m 240 bench swap $c --tokens 1 $SHORT"
