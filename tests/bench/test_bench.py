@@ -359,7 +359,7 @@ def test_plot(tmp_path):
         (["prefill", "--plugins", "kept:0.3", "--model", "tiny-bert"], "is for decoders"),
         *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("memory", "compare")),
         (["train", "--plugins", "kept:0.3", "--tokens", "100"], "make it longer"),
-        (["profile", "--model", "tiny-t5"], "bench profile is for decoders"),
+        (["profile", "--model", "tiny-t5"], "is for decoders"),
     ],
 )
 def test_wrong_flags_get_one_clear_error(flags, message):
