@@ -1,4 +1,4 @@
-"""Run a tiny decoder with each kind of plugin on a device that does not exist: `python fake_device.py`.
+"""Run a tiny decoder with each kind of plugin on a device that does not exist, with `PYTHONPATH=.:tests`.
 
 Tensors have shapes and devices and no values (torch's FakeTensorMode). An operation between devices fails here as it
 would on a GPU, and so does one that asks a device for a value, for which a GPU would be waited for. Prints a line per
@@ -8,17 +8,13 @@ plugin: how many tensors our own code made of Python's numbers on the device, in
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
+from conftest import make_decoder
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-sys.path[:0] = [str(Path(__file__).parents[place]) for place in (2, 1)]
-
-from conftest import make_decoder
 
 from llm_variator import VariatorConfig, VariatorModel
 from llm_variator.engine.devices import places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from pathlib import Path
 def test_nothing_leaves_the_device_and_nothing_waits_for_it():
     """In a process of its own: a device is registered for good."""
     script = Path(__file__).with_name("fake_device.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=script.parents[2])
+    paths = os.pathsep.join(str(script.parents[place]) for place in (2, 1))
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     counts = {}
     for line in done.stdout.strip().splitlines():
