@@ -10,6 +10,7 @@
 # make kvpress  .venv-kvpress, where eval/kvpress_presses.py measures what the frontier compares with
 # make fuzz   20,000 generated settings, files, recipes and prompts; make soak  2,000 mixed calls; make kill  200 killed
 #             processes; each stores its figures in eval/results. `make test` runs a little of all three
+# make test-playground  the live page in a real browser, in an environment of its own
 # make clean  remove what the targets made (.venv, build outputs, runs)
 
 VENV     := .venv
@@ -24,6 +25,7 @@ OLDEST   := .venv-oldest
 NEWEST   := .venv-newest
 DOCS     := .venv-docs
 VLLM     := .venv-vllm
+PLAY     := .venv-playground
 VLLM_PIP := $(VLLM)/bin/python $(INSTALL)
 PROMPT   := examples/long_prompt.txt
 PLUGINS  := smollm2-135m/k2-ffn
@@ -37,7 +39,7 @@ FOUND = test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint docs lock test-matrix fuzz soak kill suite test-vllm kvpress clean
+.PHONY: demo test lint docs lock test-matrix fuzz soak kill suite test-vllm test-playground kvpress clean
 
 demo: $(VENV)/.demo
 	@echo "== Train a k=2 plugin on SmolLM2-135M: watch the loss fall"
@@ -60,6 +62,17 @@ lint: $(VENV)/.test
 
 docs: $(DOCS)/.done
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+test-playground: $(PLAY)/.done
+	$(PLAY)/bin/python -m pytest tests/playground
+
+# Beside what .venv holds: Gradio needs an older Pillow than the lock has.
+$(PLAY)/.done: $(VENV)/.test requirements/playground.txt
+	test -x $(PLAY)/bin/python || $(BIN)/python -m venv $(PLAY)
+	$(BIN)/python -c "import glob, sysconfig; open(glob.glob('$(PLAY)/lib/python*/site-packages')[0] \
+		+ '/others.pth', 'w').write(sysconfig.get_path('purelib'))"
+	$(PLAY)/bin/python $(INSTALL) --requirement requirements/playground.txt
+	@touch $@
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m pytest tests/hardening/test_fuzz.py --cases 20000 --result eval/results/hardening-fuzz.json
@@ -100,13 +113,16 @@ lock:
 	@$(FOUND)
 	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python $(INSTALL) --upgrade pip-tools
-	rm -f requirements/demo.txt requirements/test.txt requirements/docs.txt
+	rm -f requirements/demo.txt requirements/test.txt requirements/docs.txt requirements/playground.txt
 	for name in demo test; do \
 		extras=$$(test $$name = demo && echo "--extra train" || echo "--extra train --extra test -c requirements/demo.txt"); \
 		$(PIP_COMPILE) $$extras --output-file requirements/$$name.txt pyproject.toml requirements/base.in || exit 1; \
 		sed -i.orig 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/$$name.txt && rm requirements/$$name.txt.orig; done
 	.venv-lock/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 		print(*project['optional-dependencies']['docs'], sep='\n')" | $(PIP_COMPILE) --output-file requirements/docs.txt -
+	.venv-lock/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['playground'], 'playwright>=1.50', sep='\n')" \
+		| $(PIP_COMPILE) --output-file requirements/playground.txt -
 
 test-matrix: $(OLDEST)/.done $(VENV)/.test $(NEWEST)/.done
 	$(BIN)/python eval/matrix.py oldest=$(OLDEST) newest=$(NEWEST) locked=$(VENV) --output eval/results/test-matrix.json
@@ -161,5 +177,5 @@ suite: $(VENV)/.test
 		--limit $(LIMIT) --batch_size 8 $(if $(DATA),--data-dir $(DATA)) --output_path eval/results/smollm2-135m-offline.json
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(OLDEST) $(NEWEST) $(DOCS) .venv-kvpress .venv-lock build dist site *.egg-info runs
+	rm -rf $(VENV) $(VLLM) $(PLAY) $(OLDEST) $(NEWEST) $(DOCS) .venv-kvpress .venv-lock build dist site *.egg-info runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

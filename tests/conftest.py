@@ -27,6 +27,7 @@ HARDENING = {
     "kills": "of processes in all",
 }
 
+pytest.register_assert_rewrite("selecting")  # what it asserts says what was there
 torch.set_num_threads(1)  # tiny models, and pytest-xdist already fills the cores
 
 VOCAB = 97

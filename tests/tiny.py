@@ -1,4 +1,4 @@
-"""A tiny decoder with a byte tokenizer in a local folder, and short training runs on it."""
+"""A tiny decoder with a byte tokenizer in a local folder, and short runs of training on it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ SHORT = {
     "--dense-head": 1,
     "--device": "cpu",
 }
+FIT = {
+    "--sites": "kv",
+    "--compressor": "kv=select",
+    "--keep": 0.5,
+    "--block": 8,
+    "--dense-tail": 6,
+    "--fit-samples": 8,
+    "--fit-tokens": (60, 90),
+    "--calibrate-tokens": 96,
+    "--save-every": 3,
+    "--device": "cpu",
+}
 
 
 @functools.cache
@@ -45,7 +57,16 @@ def model_folder() -> str:
 
 def words(output: Path | None, *flags: str, **changes) -> list[str]:
     """The command line of a short run; `changes` are flags with underscores, None leaves one out."""
-    settings = {"--model": model_folder(), "--output": output} | SHORT
+    return _line(SHORT, output, flags, changes)
+
+
+def fit_words(output: Path | None, *flags: str, **changes) -> list[str]:
+    """Likewise of a short fit of scores."""
+    return _line(FIT, output, flags, changes)
+
+
+def _line(settings: dict, output: Path | None, flags: tuple[str, ...], changes: dict) -> list[str]:
+    settings = {"--model": model_folder(), "--output": output} | settings
     settings |= {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
     line = []
     for name, value in settings.items():

@@ -338,6 +338,8 @@ class Rows:
     def __init__(self, segment: Segment, dense: Sequence[bool] = (False,)) -> None:
         """`dense`: rows, or all, whose prompt is read like what comes behind one."""
         self.width, device = segment.width, segment.device
+        self.uniform = segment.uniform_prompt is not None
+        """Whether all rows look the same, without padding."""
         if segment.uniform_prompt is not None:
             self.prompts = [0 if dense[0] else min(segment.uniform_prompt, self.width)]
             """Prompt tokens of every row; one number where rows are the same."""
@@ -360,11 +362,6 @@ class Rows:
             pad_sequence([part[side] for part in parts], batch_first=True, padding_value=FILLER).to(device)
             for side in (0, 1)
         )
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all rows look the same."""
-        return len(self.prompts) == 1
 
     def prompt(self, x: Tensor) -> Tensor:
         """(b, heads, n, d) -> (b, heads, P, d)."""

@@ -25,7 +25,7 @@ from torch import nn
 from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, BaseSignature, VariatorConfig
 from llm_variator.engine.files import write_atomically
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor, KeyScore
-from llm_variator.engine.plan import Plan, Ratios
+from llm_variator.engine.plan import Plan
 from llm_variator.errors import VariatorError
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class CompressionPlugin(nn.Module):
         super().__init__()
         self.plan, self.config = plan, plan.config
         config, ratios = plan.config, plan.ratios
-        _check_size(config, ratios, dim)
+        _check_size(plan, dim)
         for site, layers in ratios.items():
             self.add_module(
                 site, nn.ModuleDict({str(i): SiteLayers(config, site, dim, k) for i, k in layers.items()})
@@ -243,17 +243,19 @@ def _ratios_of_heads(layers: Iterable[tuple[int, ...]]) -> str:
     )
 
 
-def _check_size(config: VariatorConfig, ratios: Ratios, dim: int) -> None:
+def _check_size(plan: Plan, dim: int) -> None:
     """A slip in k must not end in the operating system's out-of-memory killer: W_c has k²d weights."""
-    count = 0
-    for site, layers in ratios.items():
+    config = plan.config
+    count = config.score_fits * (dim + 1) * sum(map(len, plan.selected.values()))
+    for site, layers in plan.ratios.items():
         if config.compressor_of(site) == "weighted":
             count += sum(k * k * dim for k in layers.values())
         if config.decompressor == "adapter" and site not in ("kv", "cross"):
             count += 3 * config.r * dim * len(layers)
     if 4 * count > psutil.virtual_memory().available:
         raise VariatorError(
-            f"the plugin would have {count:,} parameters, more than the free memory holds: choose a smaller k or r"
+            f"the plugin would have {count:,} parameters, more than the free memory holds: choose a smaller k, r or "
+            "score_fits"
         )
 
 

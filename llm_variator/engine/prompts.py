@@ -39,7 +39,8 @@ def check_generation(
     selects = plugin is not None and bool(plugin.selects)
     for name, what in _UNSUPPORTED.items():
         if selects and drafts(host, kwargs) and not setting(host, kwargs, "assistant_early_exit"):
-            _check_drafts(host, kwargs)
+            assert plugin is not None
+            _check_drafts(host, plugin, kwargs)
         elif setting(host, kwargs, name):
             raise VariatorError(
                 f"{what} ({name}) does not work with a compressed prompt; leave it out or disable the plugin"
@@ -71,8 +72,13 @@ def drafts(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
     return any(setting(host, kwargs, name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
 
 
-def _check_drafts(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+def _check_drafts(host: PreTrainedModel, plugin: CompressionPlugin, kwargs: Mapping[str, Any]) -> None:
     """Refuse what cannot work with guesses behind a prompt of which keys and values are kept."""
+    if plugin.config.decode_block is not None:
+        raise VariatorError(
+            "assisted and prompt-lookup decoding take back tokens that decode_block may have reduced: leave out one of "
+            "the two"
+        )
     assistant, mask = kwargs.get("assistant_model"), kwargs.get("attention_mask")
     if assistant is not None and (
         not isinstance(assistant, PreTrainedModel) or getattr(assistant, ATTACHED, False)
@@ -86,9 +92,11 @@ def _check_drafts(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
             "with a plugin, assisted and prompt-lookup decoding need token ids that are read in one pass: leave out "
             "inputs_embeds and prefill_chunk_size"
         )
-    if isinstance(mask, Tensor) and not bool(mask.all()):
+    rows = len(kwargs["input_ids"]) if isinstance(kwargs.get("input_ids"), Tensor) else 1
+    if rows > 1 or (isinstance(mask, Tensor) and not bool(mask.all())):
         raise VariatorError(
-            "with a plugin, assisted and prompt-lookup decoding take one row without padding: remove it"
+            "with a plugin, assisted and prompt-lookup decoding take one row without padding: generate row by row, "
+            "each without its padding"
         )
 
 

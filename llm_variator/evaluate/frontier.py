@@ -22,7 +22,7 @@ from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import alternatives, questions
 from llm_variator.evaluate.exchange import ExternalResult, export, read_external
-from llm_variator.evaluate.rows import TextRow, answer_row, text_row
+from llm_variator.evaluate.rows import TextRow, answer_row, pair_rows, text_row
 from llm_variator.evaluate.show import markdown, plot, print_tables
 from llm_variator.measures.conditions import Condition, Dense, NoContext, WithPlugin, mean_merge
 from llm_variator.measures.loading import load_variator
@@ -112,6 +112,11 @@ class Settings(flags.Stored, flags.BaseModel):
         ("seen", "hidden"),
         "seen: the prompt ends with the question; hidden: the question comes after the prompt",
     )
+    question_context: PositiveInt | None = flag(
+        None,
+        "ask all of them on one passage: as many paragraphs of one article as make prompts of so many tokens "
+        "(default: each on its own paragraph)",
+    )
     shots: Natural = flag(3, "answered examples before each question")
     repetitions: Natural = flag(5, "timings of reading a prompt, in turns; 0: none")
     work: Path = flag(
@@ -167,8 +172,9 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
                 "context": text.context,
                 "windows": len(text.windows),
                 "rows": [dataclasses.asdict(row) for row in found],
+                "pairs": _pairs(conditions, whole, {one.label: one.texts[number] for one in others}),
             }
-            for text, found in zip(texts, rows, strict=True)
+            for number, (text, found, whole) in enumerate(zip(texts, rows, measured, strict=True))
         ],
         "configs": {c.label: c.config.to_dict() for c in conditions if isinstance(c, WithPlugin)},
         "read_from_cache": store.found,
@@ -178,12 +184,14 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
         origin, asked = quiz.examples[0].origin, quiz.asked[place]
         theirs = {one.label: one.answers[place] for one in others if place in one.answers}
         figures["questions" if place == "seen" else "hidden_questions"] = {
-            "data": f"{origin.name}: {origin.describe(len(quiz.examples))}",
+            "data": f"{origin.name}: {origin.describe(len(quiz.examples))}"
+            + ", on one passage" * (settings.question_context is not None),
             "form": settings.question_form,
             "shots": settings.shots,
             "mean_prompt_tokens": statistics.fmean(len(question.prompt) for question in asked),
             "mean_answer_tokens": statistics.fmean(len(question.gold) for question in asked),
             "rows": _answer_rows(quiz.examples, found | theirs, found[conditions[0].label], tokenizer),
+            "pairs": _pairs(conditions, found, theirs),
         }
     print_tables(figures)
     if settings.json:
@@ -257,9 +265,17 @@ def _text(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: str, con
 
 
 def _quiz(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Quiz:
-    examples = questions.load_questions(settings.data_dir, settings.questions)
     shots = questions.load_shots(settings.data_dir, settings.shots) if settings.shots else []
     encode = partial(questions.encode_question, tokenizer, form=settings.question_form, shots=shots)
+    most = settings.question_context
+    if most is None:
+        examples = questions.load_questions(settings.data_dir, settings.questions)
+    else:
+        examples = questions.load_joined(
+            settings.data_dir,
+            settings.questions,
+            lambda example: len(encode(example, hidden=True).prompt) <= most,
+        )
     return Quiz(
         examples,
         {
@@ -355,6 +371,16 @@ def _text_rows(
         text_row(one.label, one.texts[number], found[dense], costs[dense], costs[dense]) for one in others
     ]
     return rows
+
+
+def _pairs(
+    conditions: Sequence[Condition],
+    found: Mapping[str, Continuation] | Mapping[str, Answers],
+    theirs: Mapping[str, Continuation] | Mapping[str, Answers],
+) -> list[dict[str, Any]]:
+    """The plugins beside what was measured elsewhere."""
+    plugins = {one.label: found[one.label] for one in conditions if isinstance(one, WithPlugin)}
+    return [dataclasses.asdict(row) for row in pair_rows(plugins, theirs, found[conditions[0].label])]
 
 
 def _answer_rows(

@@ -29,7 +29,9 @@ from llm_variator.sources.models import hub_reachable, load_config, plugin_folde
 TASKS = Path(__file__).parents[2] / "eval" / "tasks"
 """The tasks of this repository; an installed package comes without them."""
 DEFAULT_MODEL = "smollm2-135m"
-_OURS = ("plugin", "k", "data_dir", "compare", "prompt_tokens", "repetitions")
+_OURS = ("plugin", "k", "keep", "data_dir", "compare", "prompt_tokens", "repetitions")
+_PLUGIN = ("plugin", "k", "keep")
+"""Those of a run with one plugin."""
 _POSITIVE, _NATURAL = get_args(PositiveInt)[1], get_args(Natural)[1]
 
 
@@ -39,6 +41,7 @@ class Settings:
 
     plugin: str | None
     k: int | None
+    keep: float | None
     data_dir: Path | None
     compare: str | None
     prompt_tokens: tuple[int, ...]
@@ -84,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         help="without --plugin: an untrained one that merges k vectors by their mean",
     )
     add(
+        "--keep",
+        type=float,
+        help="without --plugin: an untrained one that keeps this share of each block's keys, the first of them: 0.5, "
+        "0.25, ...",
+    )
+    add(
         "--data-dir",
         type=Path,
         help=f"local copies TASK/SPLIT.parquet (default: ${DATA_DIR_VARIABLE}, else the hub)",
@@ -92,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--compare",
         metavar="LIST",
         help="a table instead of one run: none (the base model), hf (lm-eval's own model type), NAME (a plugin), "
-        "LABEL=PLUGIN or LABEL=K (untrained, by means), separated by commas; with --output_path FILE.json it is stored "
-        "as FILE.json, FILE.md and FILE.png",
+        "LABEL=PLUGIN, LABEL=K (untrained, by means) or LABEL=0.25 (untrained, the first quarter of each block kept), "
+        "separated by commas; with --output_path FILE.json it is stored as FILE.json, FILE.md and FILE.png",
     )
     add(
         "--prompt-tokens",
@@ -122,9 +131,10 @@ def read(argv: Sequence[str]) -> Settings:
     ours = {name: theirs.pop(name) for name in _OURS}
     settings = Settings(**ours | {"prompt_tokens": tuple(ours["prompt_tokens"])}, theirs=theirs)
     if settings.compare and (
-        settings.plugin or settings.k or {"plugin", "k"} & set(theirs["model_args"] or ())
+        any(getattr(settings, name) is not None for name in _PLUGIN)
+        or set(_PLUGIN) & set(theirs["model_args"] or ())
     ):
-        raise VariatorError("--compare names all plugins itself; leave out plugin and k")
+        raise VariatorError("--compare names all plugins itself; leave out plugin, k and keep")
     return settings
 
 
@@ -196,10 +206,10 @@ def _run(settings: Settings) -> None:
     elif model is None or model not in model_registry:
         arguments["pretrained"] = model or DEFAULT_MODEL
         model = model_type(arguments["pretrained"])
-    given = {name: getattr(settings, name) for name in ("plugin", "k")}
+    given = {name: getattr(settings, name) for name in _PLUGIN}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not model.startswith("variator"):
-        raise VariatorError(f"--plugin and --k need a model of ours, not lm-eval's {model!r}")
+        raise VariatorError(f"--plugin, --k and --keep need a model of ours, not lm-eval's {model!r}")
     arguments |= given
     if theirs["use_cache"]:
         theirs["use_cache"] = cache_file(theirs["use_cache"], model, arguments)

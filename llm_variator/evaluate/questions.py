@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -27,6 +29,11 @@ def read_articles(data_dir: Path | None) -> list[str]:
     Raises:
         VariatorError: the data set is neither in the data folder nor on the hub.
     """
+    return ["\n\n".join(paragraphs) for paragraphs in _articles(data_dir)]
+
+
+def _articles(data_dir: Path | None) -> list[list[str]]:
+    """The paragraphs of each article, every one once."""
     folder = data_folder(data_dir)
     local = folder is not None and (folder / "squad" / "validation.parquet").is_file()
     columns = []
@@ -35,7 +42,7 @@ def read_articles(data_dir: Path | None) -> list[str]:
         columns.append(read_documents(source, folder))
     rows = zip(*columns, strict=True)
     return [
-        "\n\n".join(dict.fromkeys(text.strip() for _, text in part))
+        [*dict.fromkeys(text.strip() for _, text in part)]
         for _, part in groupby(rows, key=lambda row: row[0])
     ]
 
@@ -43,6 +50,46 @@ def read_articles(data_dir: Path | None) -> list[str]:
 def load_questions(data_dir: Path | None, count: int) -> list[Example]:
     """`count` development questions, drawn at random, always the same ones."""
     return load_examples("squad", "validation", data_dir=data_dir, limit=count)
+
+
+def load_joined(data_dir: Path | None, count: int, fits: Callable[[Example], bool]) -> list[Example]:
+    """`count` development questions on one passage: the first paragraphs of an article, as many as it `fits`.
+
+    The article is the one with the most questions; they are drawn at random, always the same ones.
+
+    Raises:
+        VariatorError: the whole article fits, or too few questions are on what does.
+    """
+    asked: dict[str, list[Example]] = {}
+    for example in load_examples("squad", "validation", data_dir=data_dir):
+        asked.setdefault(example.inputs["context"], []).append(example)
+
+    paragraphs = max(
+        _articles(data_dir), key=lambda article: sum(len(asked.get(text, ())) for text in article)
+    )
+
+    def on(number: int, example: Example) -> Example:
+        return dataclasses.replace(
+            example, inputs={**example.inputs, "context": "\n".join(paragraphs[:number])}
+        )
+
+    def questions(number: int) -> list[Example]:
+        return [example for text in paragraphs[:number] for example in asked.get(text, ())]
+
+    whole = len(paragraphs)
+    longer = (n for n in range(whole) if not fits(on(n + 1, questions(whole)[0])))
+    if (number := next(longer, None)) is None:
+        raise VariatorError(
+            f"the {whole} paragraphs of the article with the most questions do not fill one context: ask for a shorter "
+            "--question-context"
+        )
+    if len(found := questions(number)) < count:
+        raise VariatorError(
+            f"{number} of the article's {whole} paragraphs fit, with {len(found)} questions on them, {count} are "
+            "wanted: ask for a longer --question-context, or fewer --questions"
+        )
+    places = sorted(random.Random(0).sample(range(len(found)), count))
+    return [on(number, found[place]) for place in places]
 
 
 def load_shots(data_dir: Path | None, count: int) -> list[Example]:

@@ -22,12 +22,16 @@ class Entry:
     """Shipped name, folder or hub id."""
     k: int | None = None
     """Of an untrained plugin that merges by means."""
+    keep: float | None = None
+    """Of an untrained plugin that keeps the first keys of every block: their share."""
 
     @property
     def described(self) -> str:
         """What it is, in words."""
         if self.k is not None:
             return f"untrained, means, k={self.k}"
+        if self.keep is not None:
+            return f"untrained, the first of every block kept, keep={self.keep:g}"
         return self.plugin or ("lm-eval's own model type" if self.label == HF else "the base model")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from llm_variator.measures.operations import Cost
 from llm_variator.measures.quality import (
@@ -68,6 +69,49 @@ class AnswerRow:
     """Share of the prompts' KV entries, of 1."""
     kv_bytes: float
     """Share of their bytes, of 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRow:
+    """A plugin less a condition measured elsewhere that holds about as many bytes: below 0 the plugin is better."""
+
+    condition: str
+    other: str
+    nats: float
+    """Mean of the paired differences per token, of true continuations or gold answers."""
+    nats_error: float | None
+    """Its standard error, over windows or questions."""
+    kv_bytes: float
+    """Share of the dense model's bytes, of 1."""
+    other_kv_bytes: float
+
+
+EQUAL = 0.1
+"""Conditions whose bytes differ by no more than this share of them are compared with each other."""
+
+
+def pair_rows(
+    ours: Mapping[str, Continuation | Answers],
+    theirs: Mapping[str, Continuation | Answers],
+    dense: Continuation | Answers,
+) -> list[PairRow]:
+    """Every one of `ours` less every one of `theirs` that holds about as many bytes, on the same tokens."""
+    rows = []
+    whole = _bytes(dense)
+    for (label, one), (other, two) in itertools.product(ours.items(), theirs.items()):
+        if abs(_bytes(one) - _bytes(two)) <= EQUAL * _bytes(one):
+            nats, error = difference_per_token(_nats(one), _nats(two))
+            rows.append(PairRow(label, other, nats, error, _bytes(one) / whole, _bytes(two) / whole))
+    return rows
+
+
+def _bytes(found: Continuation | Answers) -> float:
+    return sum(found.bytes) if isinstance(found, Answers) else found.bytes
+
+
+def _nats(found: Continuation | Answers) -> list[list[float]]:
+    """By window or question; of a window only the mean is known."""
+    return found.nats if isinstance(found, Answers) else [[mean] for mean in found.nats]
 
 
 def text_row(

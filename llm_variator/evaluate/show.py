@@ -18,6 +18,7 @@ ANSWER_COLUMNS = (
     "condition", "exact match", "F1", "above dense", "same answer", "gold nats/token", "above dense",
     "KV entries", "KV bytes",
 )  # fmt: skip
+PAIR_COLUMNS = ("plugin", "beside", "nats/token", "KV bytes", "KV bytes beside")
 PLACES = {
     "questions": "the question in the prompt",
     "hidden_questions": "the question after the prompt, which is read without it",
@@ -80,6 +81,17 @@ def answer_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def pair_cells(row: Mapping[str, Any]) -> list[str]:
+    """One row of `PAIR_COLUMNS`."""
+    return [
+        row["condition"],
+        row["other"],
+        _difference(row["nats"], row["nats_error"], 4),
+        f"{row['kv_bytes']:.3f}",
+        f"{row['other_kv_bytes']:.3f}",
+    ]
+
+
 def print_tables(figures: Mapping[str, Any]) -> None:
     """All tables, to stdout."""
     for title, columns, rows in _tables(figures):
@@ -135,14 +147,19 @@ def plot(path: Path, figures: Mapping[str, Any]) -> None:
 
 def _tables(figures: Mapping[str, Any]) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:
     for text in figures["texts"]:
-        yield text_title(figures, text), TEXT_COLUMNS, [text_cells(row) for row in text["rows"]]
+        title = text_title(figures, text)
+        yield title, TEXT_COLUMNS, [text_cells(row) for row in text["rows"]]
+        yield from _pairs(title, text)
     for key in PLACES:
         if key in figures:
-            yield (
-                answer_title(figures, key),
-                ANSWER_COLUMNS,
-                [answer_cells(row) for row in figures[key]["rows"]],
-            )
+            title, answers = answer_title(figures, key), figures[key]
+            yield title, ANSWER_COLUMNS, [answer_cells(row) for row in answers["rows"]]
+            yield from _pairs(title, answers)
+
+
+def _pairs(title: str, figures: Mapping[str, Any]) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:
+    if pairs := figures.get("pairs"):  # stored figures of before have none
+        yield f"{title}: plugins less others of about as many bytes", PAIR_COLUMNS, [*map(pair_cells, pairs)]
 
 
 def _difference(value: float, error: float | None, digits: int) -> str:

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import logging
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ from llm_variator.sources.models import model_source, shipped_plugins
 if TYPE_CHECKING:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
+_SHARE = re.compile(r"0?\.\d+")
+
 
 def parse_entries(text: str, model: str) -> list[Entry]:
     """`none,k2,mine=runs/k4,k4=4` -> entries.
@@ -53,6 +56,8 @@ def _parse_entry(part: str, model: str) -> Entry:
         if int(value) < 1:
             raise VariatorError(f"--compare {part!r}: the ratio must be at least 1")
         return Entry(label, k=int(value))
+    if given and _SHARE.fullmatch(value):
+        return Entry(label, keep=float(value))
     name = value if given else label
     shipped = shipped_plugins()
     if f"{model}/{name}" in shipped:
@@ -61,7 +66,8 @@ def _parse_entry(part: str, model: str) -> Entry:
         return Entry(label if given else Path(name).name, plugin=name)
     raise VariatorError(
         f"--compare: no plugin {name!r} is shipped for {model} (shipped are: {', '.join(shipped)}); write "
-        f"{label}=FOLDER for one of yours, or {label}=K for an untrained one of ratio K"
+        f"{label}=FOLDER for one of yours, {label}=K for an untrained one of ratio K, or {label}=0.25 for an "
+        "untrained one that keeps a quarter"
     )
 
 
@@ -142,6 +148,8 @@ def _evaluate_all(comparison: Comparison, console: Console) -> tuple[Any, dict[s
             lm.variator.load_plugin(entry.plugin, entry.label)
         elif entry.k is not None:
             lm.variator.add_plugin(entry.label, harness.mean_config(entry.k))
+        elif entry.keep is not None:
+            lm.variator.add_plugin(entry.label, harness.kept_config(entry.keep))
     runs: dict[str, dict[str, Any]] = {}
     for entry in entries:
         console.print(f"== {entry.label}: {entry.described}", highlight=False)

@@ -32,7 +32,7 @@ CPU_TOKENS_PER_BATCH = 16_384
 OURS = frozenset({"rolling_context", "rolling_stride", "tie_head"})
 """Arguments of the model types that `hf` does not know, beside those of the plugin."""
 
-_MERGE_FIELDS = ("sites", "dense_head", "dense_tail")
+_FIELDS = ("sites", "dense_head", "dense_tail")
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit")
 
 
@@ -45,8 +45,10 @@ class VariatorLM(HFLM):
         plugin: shipped name, folder or hub id; "none" or nothing: the base model.
         plugin_name: the plugin's name in the `VariatorModel`.
         k: without `plugin`, an untrained plugin that merges k vectors into their mean; with one, must be its k.
-        sites, dense_head, dense_tail: of that untrained plugin (see `VariatorConfig`); several sites as
-            "ffn+kv", which is the default.
+        keep: without `plugin`, an untrained one that merges nothing and keeps this share, a half, a quarter, ..., of
+            the keys and values between the dense ends: the first of every block, what any scores have to beat.
+        sites, dense_head, dense_tail: of such an untrained plugin (see `VariatorConfig`); several sites as
+            "ffn+kv", which is the default of `k`; `keep` knows "kv" alone.
         tie_head: tie a T5's own output head to its embeddings, as `hf` of lm-eval 0.4.13 does with transformers 5;
             its scores are then those of `hf`, but not of the checkpoint.
         rolling_context, rolling_stride: tokens; see `loglikelihood_rolling`.
@@ -71,6 +73,7 @@ class VariatorLM(HFLM):
         plugin: str | None = None,
         plugin_name: str = "default",
         k: int | None = None,
+        keep: float | None = None,
         sites: str | Sequence[str] | None = None,
         dense_head: int | None = None,
         dense_tail: int | None = None,
@@ -81,9 +84,7 @@ class VariatorLM(HFLM):
         **kwargs: Any,
     ) -> None:
         plugin = None if plugin in (None, "", "none") else plugin
-        config = _merge_config(
-            plugin, k, dict(zip(_MERGE_FIELDS, (sites, dense_head, dense_tail), strict=True))
-        )
+        config = _untrained(plugin, k, keep, dict(zip(_FIELDS, (sites, dense_head, dense_tail), strict=True)))
         if logits_cache and (plugin or config):
             raise VariatorError(
                 "logits_cache=True merges requests of the same text wherever their contexts end, but that decides "
@@ -274,18 +275,22 @@ def _is_untied(model: Any) -> bool:
     return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
-def _merge_config(plugin: str | None, k: int | None, fields: Mapping[str, Any]) -> VariatorConfig | None:
+def _untrained(
+    plugin: str | None, k: int | None, keep: float | None, fields: Mapping[str, Any]
+) -> VariatorConfig | None:
     """The untrained plugin that the arguments describe, None where they describe none."""
     given = {name: value for name, value in fields.items() if value is not None}
-    if plugin or k is None:
+    if keep is not None and (plugin or k is not None):
+        raise VariatorError("keep describes an untrained plugin alone: leave out plugin and k, or keep")
+    if plugin or (k is None and keep is None):
         if given:
             raise VariatorError(
-                f"{', '.join(given)}: these describe an untrained plugin, give k with them and no plugin"
+                f"{', '.join(given)}: these describe an untrained plugin, give k or keep with them and no plugin"
             )
         return None
     if isinstance(given.get("sites"), str):
         given["sites"] = tuple(given["sites"].split("+"))
-    return mean_config(k, **given)
+    return mean_config(k, **given) if k is not None else kept_config(keep, **given)
 
 
 def mean_config(k: int, **fields: Any) -> VariatorConfig:
@@ -293,6 +298,21 @@ def mean_config(k: int, **fields: Any) -> VariatorConfig:
     return VariatorConfig(
         **{"k": k, "sites": ("ffn", "kv"), "compressor": "mean", "decompressor": "copy", **fields}
     )
+
+
+def kept_config(keep: float | None, **fields: Any) -> VariatorConfig:
+    """An untrained plugin: of every block its first keys and values are kept, the same share in all heads.
+
+    Raises:
+        VariatorError: a share that is not a half, a quarter, and so on, down to one key of a block.
+    """
+    shares = {2.0**-power: 2**power for power in range(1, VariatorConfig.block.bit_length())}
+    if keep not in shares:
+        raise VariatorError(
+            f"keep={keep!r}: heads of an untrained plugin keep one of {', '.join(map(str, shares))}; for another "
+            "share fit scores, python -m llm_variator.train --sites kv --compressor kv=select --keep SHARE"
+        )
+    return VariatorConfig(**{"k": shares[keep], "sites": ("kv",), "compressor": "select", **fields})
 
 
 def _check_ratio(plugin: str, k: int | None, config: VariatorConfig) -> None:

@@ -178,7 +178,7 @@ def compare(
                 kv_bytes=caches[name].bytes,
                 kv_ratio=caches[name].bytes / caches[None].bytes,
                 cross_entropy=cross_entropy,
-                same_tokens=_common_prefix(texts[name].tokens, dense.tokens),
+                same_tokens=common_prefix(texts[name].tokens, dense.tokens),
                 text=texts[name].text,
             )
         )
@@ -214,6 +214,7 @@ def print_comparison(rows: Sequence[Comparison], prompt_tokens: int, max_new_tok
         console.print(Panel(Text(row.text), title=row.plugin, title_align="left"))
 
 
-def _common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
+def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens are equal before the first difference."""
     pairs = zip(ours, theirs, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -120,25 +121,30 @@ def answer(
     Args:
         model: in evaluation mode.
         condition: how to read a prompt; a question after it is dense.
-        questions: to answer.
+        questions: to answer; a prompt that the next one shares is not read again.
         tokens: at most so many in a greedy answer.
         stop: the first of these tokens ends it, and belongs to it.
     """
     found = Answers([], [], [], [])
-    for question in questions:
-        ids, after, gold = (
-            torch.tensor([part], dtype=torch.long, device=model.device)
-            for part in (question.prompt, question.after, question.gold)
-        )
-        prompt = condition.read(model, ids)
-        found.entries.append(prompt.entries())
-        found.bytes.append(prompt.bytes())
-        if question.after:
-            follow(model, prompt, after)
-        logits = _after(model, prompt.clone(), gold)[0].float()
-        found.nats.append(F.cross_entropy(logits, gold[0], reduction="none").tolist())
-        found.tokens.append(greedy(model, prompt, tokens, stop)[0].tolist())
+    for ids, group in groupby(questions, key=lambda question: question.prompt):
+        asked = list(group)
+        shared = condition.read(model, _row(ids, model))
+        entries, held = shared.entries(), shared.bytes()
+        for number, question in enumerate(asked, 1):
+            prompt = shared.clone() if number < len(asked) else shared
+            if question.after:
+                follow(model, prompt, _row(question.after, model))
+            gold = _row(question.gold, model)
+            logits = _after(model, prompt.clone(), gold)[0].float()
+            found.nats.append(F.cross_entropy(logits, gold[0], reduction="none").tolist())
+            found.tokens.append(greedy(model, prompt, tokens, stop)[0].tolist())
+            found.entries.append(entries)
+            found.bytes.append(held)
     return found
+
+
+def _row(ids: Sequence[int], model: VariatorModel) -> Tensor:
+    return torch.tensor([list(ids)], dtype=torch.long, device=model.device)
 
 
 @torch.inference_mode()

@@ -64,14 +64,15 @@ class Missing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
-    """One number to read first."""
+class Choice:
+    """A plugin to use, for whom, and why."""
 
-    label: str
-    number: Number
-    note: str
-    dense: Number | None = None
-    """The same of the dense model, where the number is not relative to it."""
+    need: str
+    plugin: str
+    facts: Sequence[tuple[Number, str]]
+    """Numbers, each with the words behind it."""
+    where: str
+    """What they were measured on."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 from llm_variator.engine.files import write_atomically
 from llm_variator.measures import plots
+from llm_variator.report.labels import beside
 
 INK, LINE = "#1f2328", "#d5dae1"
 PALETTE = ("#1f6fb2", "#c2570c", "#2f7d4f", "#7a4fb0", "#b3262e", "#0e7490", "#8a6d3b", "#5f6b7a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FORMATS = ("svg", "png")
 _WIDTH, _HEIGHT, _LEGEND_LINE = 4.6, 3.0, 0.22  # inches
+_LABEL = 8.5  # points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Series:
     high: Sequence[float] = ()
     colour: int | None = None
     """Place in the palette; by default the series' own place."""
+    errors: Sequence[float | None] = ()
+    """Standard error of each point's y, where it is known."""
+    labels: Sequence[str] = ()
+    """Written beside each point."""
+    steps: bool = False
+    """A line that changes its height at the points only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +56,10 @@ class Drawing:
     levels: Sequence[tuple[str, float, int]] = ()
     """Horizontal lines: label, value, place in the palette."""
     ticks: Sequence[float] = ()
+    linear_below: float | None = None
+    """Draw y logarithmically, but linearly between 0 and this."""
+    height: float = _HEIGHT
+    """In inches, without the legend."""
 
 
 _STYLE: Any = {
@@ -58,6 +71,7 @@ _STYLE: Any = {
 
 
 def _figure(drawing: Drawing) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
@@ -65,7 +79,7 @@ def _figure(drawing: Drawing) -> Any:
     labels = [each.label for each in drawing.series] + [level[0] for level in drawing.levels]
     columns = max(1, min(4, entries, 66 // (max(map(len, labels), default=1) + 6)))
     lines = -(-entries // columns)
-    figure = Figure(figsize=(_WIDTH, _HEIGHT + _LEGEND_LINE * lines), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, drawing.height + _LEGEND_LINE * lines), layout="constrained")
     axes = figure.subplots()
     for place, series in enumerate(drawing.series):
         _add(axes, series, place if series.colour is None else series.colour)
@@ -78,7 +92,9 @@ def _figure(drawing: Drawing) -> Any:
     if drawing.ticks:
         axes.set_xticks(drawing.ticks)
         axes.xaxis.set_minor_locator(NullLocator())
-    if drawing.logy:
+    if drawing.linear_below is not None:
+        _half_logarithmic(axes, drawing.linear_below)
+    elif drawing.logy:
         axes.set_yscale("log")
     elif drawing.from_zero:
         axes.set_ylim(bottom=0)
@@ -86,7 +102,39 @@ def _figure(drawing: Drawing) -> Any:
         loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, handlelength=1.6,
         columnspacing=1.2, borderpad=0.1,
     )  # fmt: skip
+    named = [
+        pair for each in drawing.series for pair in zip(each.points, each.labels, strict=bool(each.labels))
+    ]
+    if named:
+        axes.margins(x=0.12, y=0.06)
+        figure.set_dpi(72)
+        FigureCanvasAgg(figure)  # measures texts
+        figure.draw_without_rendering()  # so that limits and layout stand
+        beside(axes, [point for point, _ in named], [label for _, label in named], _LABEL, _lines(drawing))
     return figure
+
+
+def _lines(drawing: Drawing) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """What stands in the way of labels: error bars and steps."""
+    found = []
+    for series in drawing.series:
+        for (x, y), error in zip(series.points, series.errors, strict=False):
+            found.append(((x, y - (error or 0.0)), (x, y + (error or 0.0))))
+        if series.steps:
+            for (x, y), (x1, y1) in itertools.pairwise(series.points):
+                found += [((x, y), (x1, y)), ((x1, y), (x1, y1))]
+    return found
+
+
+def _half_logarithmic(axes: Any, linear_below: float) -> None:
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+    axes.set_yscale("symlog", linthresh=linear_below, linscale=0.6)
+    marks = [0.0, *(linear_below * step * 10**n for n in range(6) for step in (1, 3))]
+    axes.yaxis.set_major_locator(FixedLocator(marks))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _add(axes: Any, series: Series, place: int) -> None:
@@ -97,7 +145,11 @@ def _add(axes: Any, series: Series, place: int) -> None:
     style = {"linestyle": ("--" if series.dashed else "-") if series.line else "none", "linewidth": 1.6}
     style |= {"marker": "" if (series.dashed or many) and series.line else marker, "markersize": 6}
     style |= {"markerfacecolor": "none"} if hollow else {}
+    style |= {"drawstyle": "steps-post", "linewidth": 1.0, "alpha": 0.6} if series.steps else {}
     axes.plot(xs, ys, color=colour, label=series.label, **style)
+    if any(series.errors):
+        spans = [error or 0.0 for error in series.errors]
+        axes.errorbar(xs, ys, yerr=spans, fmt="none", ecolor=colour, elinewidth=0.8, capsize=2, alpha=0.55)
     if series.low and series.high:
         axes.fill_between(xs, series.low, series.high, color=colour, alpha=0.18, linewidth=0)
 

@@ -1,12 +1,14 @@
-"""The section on what plugins have learned, from `analyze merge`; and results that no other section shows."""
+"""What plugins have learned, from `analyze merge`; results that no other section shows; superseded ones."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 
 from llm_variator.report.blocks import Cell, Chart, Missing, Section, Table
 from llm_variator.report.charts import Drawing, Series
 from llm_variator.report.drawings import Drawings
+from llm_variator.report.frontier_parts import superseded_tables
 from llm_variator.report.results import Node, Number, Result
 
 _COMMAND = (
@@ -159,18 +161,35 @@ def rest_section(results: Sequence[Result], shown: Collection[str]) -> Section |
     blocks: list[Table | Chart | Missing] = []
     for result in results:
         if result.name not in shown:
-            numbers = _numbers(result.figures, ())
-            if numbers:
-                lines: list[list[Cell]] = [[name, number] for name, number in numbers[:_MOST]]
-                more = len(numbers) - _MOST
-                notes = [f"{more} further numbers are in the file."] if more > 0 else []
-                title = result.name.removesuffix(".json")
-                blocks.append(Table(title, ["", ""], lines, notes, [result.name], folded=True))
+            blocks += _leftovers(result)
     if not blocks:
         return None
     return Section(
         "rest", "Further results", "Contexts, serving, training runs and checks, as stored.", blocks
     )
+
+
+def _leftovers(result: Result) -> list[Table]:
+    """The numbers of one file by their names in it; none for a file without numbers."""
+    numbers = _numbers(result.figures, ())
+    if not numbers:
+        return []
+    lines: list[list[Cell]] = [[name, number] for name, number in numbers[:_MOST]]
+    more = len(numbers) - _MOST
+    notes = [f"{more} further numbers are in the file."] if more > 0 else []
+    return [Table(result.name.removesuffix(".json"), ["", ""], lines, notes, [result.name], folded=True)]
+
+
+def superseded_section(results: Sequence[Result]) -> Section:
+    """What newer files replace, each with the file that holds now."""
+    blocks: list[Table | Chart | Missing] = []
+    for result in results:
+        if result.superseded_by:
+            note = f"Superseded by {result.superseded_by}."
+            for each in superseded_tables(result) or _leftovers(result):
+                blocks.append(dataclasses.replace(each, notes=[note, *each.notes]))
+    lead = "Measured on plugins or code that newer results replace. Nothing above takes a number from here."
+    return Section("superseded", "Superseded", lead, blocks)
 
 
 def _numbers(node: Node, path: tuple[str, ...]) -> list[tuple[str, Number]]:

@@ -11,12 +11,14 @@ from typing import Any
 import jinja2
 
 import llm_variator
-from llm_variator.report.blocks import Chart, Missing, Section, Table
+from llm_variator.report.blocks import Chart, Choice, Missing, Section, Table
+from llm_variator.report.choice import RULE, choices
 from llm_variator.report.drawings import Drawings
-from llm_variator.report.inside_parts import inside_section, rest_section
+from llm_variator.report.frontier_parts import frontier_section
+from llm_variator.report.inside_parts import inside_section, rest_section, superseded_section
 from llm_variator.report.paper_parts import figures_section, tables_section
 from llm_variator.report.results import Problem, Result
-from llm_variator.report.user_parts import cards, frontier_section, operations_section, speed_section
+from llm_variator.report.user_parts import operations_section, speed_section, tasks_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +45,38 @@ def build(results: Sequence[Result], problems: Sequence[Problem], *, folder: str
     A section that a strange file breaks is shown as missing, with the reason; the others are not touched.
     """
     drawings = Drawings()
+    current = [result for result in results if not result.superseded_by]
     parts: list[tuple[str, Callable[[], Section]]] = [
-        ("Quality against cost", lambda: frontier_section(results, drawings)),
-        ("Speed against its bound", lambda: speed_section(results, drawings)),
-        ("Figures of the paper", lambda: figures_section(results, drawings)),
-        ("Tables of the paper", lambda: tables_section(results)),
-        ("Inside a plugin", lambda: inside_section(results, drawings)),
-        ("Operations by arithmetic", lambda: operations_section(results)),
+        ("Quality against cost", lambda: frontier_section(current, drawings)),
+        ("Tasks of lm-eval", lambda: tasks_section(current)),
+        ("Speed against its bound", lambda: speed_section(current, drawings)),
+        ("Figures of the paper", lambda: figures_section(current, drawings)),
+        ("Tables of the paper", lambda: tables_section(current)),
+        ("Inside a plugin", lambda: inside_section(current, drawings)),
+        ("Operations by arithmetic", lambda: operations_section(current)),
     ]
     sections = [_guarded(title, make) for title, make in parts]
     shown = {name for section in sections for block in section.blocks for name in _sources(block)}
-    rest = rest_section(results, shown)
+    rest = rest_section(current, shown)
     if rest is not None:
         sections.append(rest)
+    if len(current) < len(results):
+        sections.append(_guarded("Superseded", lambda: superseded_section(results)))
+    chosen: Sequence[Choice] = ()
+    no_choice = "no text was read with a shipped plugin"
+    try:
+        chosen = choices(current)
+    except Exception as error:  # as in `_guarded`
+        no_choice = f"{type(error).__name__}: {error}"
     html = (
         _environment()
         .get_template("page.html.j2")
         .render(
             version=llm_variator.__version__,
             written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
-            cards=cards(results),
+            choices=chosen,
+            no_choice=no_choice,
+            rule=RULE,
             sections=sections,
             sources=[_source(result) for result in results],
             problems=problems,
@@ -96,6 +110,7 @@ def _source(result: Result) -> Source:
         parts.append(f"{machine['memory_gib'].number} GiB")
     parts += [node.text for node in machine["gpu"]]
     facts = [
+        ("superseded by", result.superseded_by),
         ("machine", ", ".join(filter(None, parts))),
         ("versions", versions),
         ("seed", "" if root["seed"].number is None else f"{root['seed'].number}"),

@@ -108,21 +108,40 @@ class Result:
         return self.root["figures"]
 
     @property
+    def superseded_by(self) -> str:
+        """The file whose figures hold in place of this one's, as this one says; empty for a current result."""
+        return self.root["superseded_by"].text
+
+    @property
     def title(self) -> str:
         """A table's title; empty for other results."""
         return self.figures["title"].text
 
 
 def read_results(folder: Path) -> tuple[list[Result], list[Problem]]:
-    """All .json files in `folder`, by name: results, and what could not be read as one."""
-    results, problems = [], []
+    """All .json files in `folder`: current results by name, then superseded ones; and what could not be read as one.
+
+    A file that says it is superseded by one that is not there, or not current itself, is a problem: nobody could
+    tell which figures hold.
+    """
+    results: list[Result] = []
+    problems: list[Problem] = []
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         found = _read(file)
         if isinstance(found, Problem):
             problems.append(found)
         else:
             results.append(found)
-    return results, problems
+    current = {result.name for result in results if result.root["superseded_by"].value is None}
+    shown = [result for result in results if result.name in current]
+    for result in results:
+        if result.superseded_by in current:
+            shown.append(result)
+        elif result.name not in current:
+            said = result.root["superseded_by"].value
+            reason = f'"superseded_by" is {said!r}, which is no current result in this folder: name the file that holds'
+            problems.append(Problem(result.name, reason))
+    return shown, problems
 
 
 def _read(file: Path) -> Result | Problem:

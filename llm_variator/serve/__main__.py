@@ -36,7 +36,8 @@ class Settings:
     model: str = flag(REQUIRED, "alias, local folder or hub id")
     plugin: tuple[str, ...] = flag(
         (),
-        "plugins by ratio: k2=FOLDER k4=HUB_ID; shipped are " + ", ".join(shipped_plugins()),
+        "plugins by ratio, those that keep keys also by a name: k2=FOLDER kv4=HUB_ID; shipped are "
+        + ", ".join(shipped_plugins()),
         metavar="kN=PLUGIN",
     )
     default_k: Choice = flag(

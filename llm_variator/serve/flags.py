@@ -11,15 +11,15 @@ from typing import Annotated, Any
 from llm_variator.cli import flag
 from llm_variator.cli.values import Names, PositiveInt
 from llm_variator.errors import VariatorError
-from llm_variator.integrations.vllm.rows import AUTO
+from llm_variator.integrations.vllm.rows import AUTO, KEPT
 
 
 def choice(value: Any) -> int | str:
-    """0, a ratio, or "auto"."""
-    if value == AUTO:
-        return AUTO
+    """0, a ratio, a name, or "auto"."""
+    if value == AUTO or KEPT.fullmatch(str(value)):
+        return str(value)
     if not str(value).isdecimal():
-        raise ArgumentTypeError(f'expected 0, a ratio or "auto", got {value!r}')
+        raise ArgumentTypeError(f'expected 0, a ratio, a name (kv4) or "auto", got {value!r}')
     return int(value)
 
 
@@ -32,7 +32,9 @@ class Plugins:
 
     model: str = flag("smollm2-135m", "alias, local folder or hub id")
     k: tuple[PositiveInt, ...] = flag((2, 4), "ratios")
-    plugin: tuple[str, ...] = flag((), "trained plugins of some ratios", metavar="kN=PLUGIN")
+    plugin: tuple[str, ...] = flag(
+        (), "trained plugins of some ratios, or with names of their own", metavar="kN=PLUGIN"
+    )
     sites: Names = flag(("ffn", "kv"), "of untrained plugins: ffn or ffn,kv")
     dense_tail: PositiveInt = flag(64, "dense last tokens of untrained plugins")
     dtype: str = flag("float32", "of the model, as vLLM calls it")

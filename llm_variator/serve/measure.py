@@ -1,14 +1,14 @@
-"""`python -m llm_variator.serve.measure`: what plugins save inside vLLM.
+"""`python -m llm_variator.serve.measure`: what plugins save inside vLLM, and whether answers stay the same.
 
 `prefill` times one long prompt at each ratio, interleaved, beside the bound that the operations set; `blocks`
-counts KV blocks and requests in a small pool; `load` sends rising arrivals to a server, which it starts with vLLM's
-flags after a bare `--`. Plugins that are not given are untrained: they cost what trained ones do.
+counts KV blocks and requests in a small pool, beside vLLM without plugins; `answers` compares tokens with the Hugging
+Face path; `load` sends rising arrivals to a server, which it starts with vLLM's flags after a bare `--`. Plugins that
+are not given are untrained: they cost what trained ones do.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -25,18 +25,17 @@ from llm_variator import cli
 from llm_variator.cli import flag, flags
 from llm_variator.cli.values import PositiveInt
 from llm_variator.config import CONFIG_FILE, VariatorConfig
-from llm_variator.errors import VariatorError
-from llm_variator.integrations.vllm.arguments import engine_arguments
-from llm_variator.integrations.vllm.rows import ARGUMENT
+from llm_variator.integrations.vllm.rows import ratio_of
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.results import write_result
 from llm_variator.measures.timing import Case, interleaved, ratio
 from llm_variator.model import VariatorModel
-from llm_variator.serve.flags import Plugins, parse_plugins, split
+from llm_variator.serve.answers import Answers, measure_answers
+from llm_variator.serve.blocks import Peak, block_bytes, in_use, table_count
+from llm_variator.serve.engine import SEED, engine, generate, vllm_version
+from llm_variator.serve.flags import Choice, Plugins, parse_plugins, split
 from llm_variator.serve.load import Load, measure_load
 from llm_variator.sources.models import load_config, load_model, plugin_folder
-
-SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +59,14 @@ class Blocks(flags.Stored, Prompts):
     """KV blocks and requests."""
 
     requests: PositiveInt = flag(8, "prompts at once")
-    pool: PositiveInt | None = flag(None, "blocks of the small pool; default: two dense prompts'")
+    pool: PositiveInt | None = flag(None, "dense blocks of the small pool; default: two dense prompts'")
+    chunk: PositiveInt | None = flag(None, "tokens that a step reads; default: all prompts at once")
 
 
-def read(argv: Sequence[str] | None = None) -> Prefill | Blocks | Load:
+def read(argv: Sequence[str] | None = None) -> Prefill | Blocks | Answers | Load:
     """The settings that a command line, with its recipe, gives."""
-    settings: Prefill | Blocks | Load = cli.read_command(
-        {"prefill": Prefill, "blocks": Blocks, "load": Load},
+    settings: Prefill | Blocks | Answers | Load = cli.read_command(
+        {"prefill": Prefill, "blocks": Blocks, "answers": Answers, "load": Load},
         split(argv)[0],
         prog="python -m llm_variator.serve.measure",
         text="Measure what plugins save inside vLLM.",
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 figures = measure_prefill(settings, plugins)
             case Blocks():
                 figures = measure_blocks(settings, plugins)
+            case Answers():
+                figures = measure_answers(settings, plugins)
             case Load():
                 figures = measure_load(settings, plugins, server_flags)
     print(json.dumps(figures, indent=2))
@@ -109,40 +111,6 @@ def make_plugins(settings: Plugins, folder: str) -> dict[str, str]:
     return plugins
 
 
-def engine(settings: Prompts, plugins: dict[str, str], **options: Any) -> Any:
-    """A vLLM engine in this process."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM
-
-    defaults: dict[str, Any] = dict(
-        dtype=settings.dtype,
-        max_model_len=settings.tokens + 64,
-        block_size=settings.block_size,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        distributed_executor_backend="uni",
-        seed=SEED,
-    )
-    return LLM(**engine_arguments(settings.model, plugins, **(defaults | options)))
-
-
-def vllm_version() -> str:
-    """Of vLLM as installed."""
-    import vllm
-
-    return str(vllm.__version__)
-
-
-def generate(llm: Any, prompts: list[list[int]], k: int, tokens: int) -> list[Any]:
-    """Greedy continuations at one ratio."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args={ARGUMENT: k}
-    )
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-
-
 def random_prompts(vocabulary: int, tokens: int, count: int) -> list[list[int]]:
     """Prompts of random tokens, distinct from the first on."""
     generator = torch.Generator().manual_seed(SEED)
@@ -156,24 +124,28 @@ def measure_prefill(settings: Prefill, plugins: dict[str, str]) -> dict[str, Any
         settings,
         plugins,
         max_num_batched_tokens=settings.tokens,
+        longest=settings.tokens + 64,
+        block_size=settings.block_size,
         max_num_seqs=1,
         enforce_eager=not settings.compile,
-        num_gpu_blocks_override=2 * (settings.tokens + 64) // settings.block_size,
+        num_gpu_blocks_override=table_count(settings.model, plugins)
+        * (2 * (settings.tokens + 64) // settings.block_size),
     )
-    ratios = [0, *settings.k]
+    names = {ratio_of(name): plugin for name, plugin in plugins.items()}
+    ratios: list[Choice] = [0, *names]
     prompts = random_prompts(config.vocab_size, settings.tokens, (settings.repetitions + 1) * len(ratios))
     fresh = partial(next, iter(prompts))
 
-    def answering(k: int) -> Case:
-        return Case(lambda prompt: generate(llm, [prompt], k, 1), prepare=fresh)
+    def answering(k: Choice) -> Case:
+        return Case(lambda prompt: generate(llm, [prompt], [k], 1), prepare=fresh)
 
     seconds = interleaved({k: answering(k) for k in ratios}, settings.repetitions)
     stack = Stack.of(config)
     dense = prefill(stack, settings.tokens).total
     middle = {k: statistics.median(times) for k, times in seconds.items()}
 
-    def bound(k: int) -> float:
-        plugin = VariatorConfig.from_json(plugin_folder(plugins[f"k{k}"]) / CONFIG_FILE)
+    def bound(k: Choice) -> float:
+        plugin = VariatorConfig.from_json(plugin_folder(names[k]) / CONFIG_FILE)
         return prefill(stack, settings.tokens, plugin).total / dense
 
     return {
@@ -188,65 +160,76 @@ def measure_prefill(settings: Prefill, plugins: dict[str, str]) -> dict[str, Any
         "threads": torch.get_num_threads(),
         "seconds": {str(k): times for k, times in seconds.items()},
         "median_seconds": {str(k): value for k, value in middle.items()},
-        "share_of_dense": {str(k): ratio(seconds[k], seconds[0]).median for k in settings.k},
-        "share_of_operations": {str(k): bound(k) for k in settings.k},
+        "share_of_dense": {str(k): ratio(seconds[k], seconds[0]).median for k in names},
+        "share_of_operations": {str(k): bound(k) for k in names},
     }
 
 
 def measure_blocks(settings: Blocks, plugins: dict[str, str]) -> dict[str, Any]:
-    """Peak KV blocks of several long prompts, and how many fit at once into a small pool; exact counts."""
+    """Peak KV blocks of several long prompts, and how many fit at once into a small pool; exact counts.
+
+    Plugins with several block tables have smaller blocks than vLLM without plugins: they are compared with its blocks,
+    and its small pool, by their bytes.
+    """
     config = load_config(settings.model)
     prompts = random_prompts(config.vocab_size, settings.tokens, settings.requests)
     each = -(-(settings.tokens + 64) // settings.block_size)
-    small = settings.pool or 2 * each + 1
-    figures: dict[str, Any] = {"model": settings.model, "vllm": vllm_version()}
+    pool = settings.pool or 2 * each + 1
+    tables = table_count(settings.model, plugins)
+    served = {"without_plugins": {}, "": plugins} if tables > 1 else {"": plugins}
+    figures: dict[str, Any] = {
+        "model": settings.model,
+        "vllm": vllm_version(),
+        "plugin": list(settings.plugin),
+    }
     figures |= {"dense_tail": settings.dense_tail, "tokens": settings.tokens, "requests": settings.requests}
-    figures |= {"block_size": settings.block_size, "small_pool": small, "peak_blocks": {}, "concurrent": {}}
-    for pool in (settings.requests * each + 8, small):
-        llm = engine(
-            settings,
-            plugins,
-            max_num_seqs=settings.requests,
-            max_num_batched_tokens=settings.requests * settings.tokens,  # all at once: nobody ends before
-            num_gpu_blocks_override=pool,
-            enforce_eager=True,
-        )
-        cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
-        if len(cache.coordinator.single_type_managers) > 1:
-            raise VariatorError(
-                "blocks are counted of one block table: give plugins whose KV cache has one ratio in all layers"
-            )
-        for k in (0, *settings.k):
-            free = cache.block_pool.get_num_free_blocks()
-            blocks, requests = _peaks(llm, cache, prompts, k)
-            if cache.block_pool.get_num_free_blocks() != free:
-                raise RuntimeError(f"blocks were lost at ratio {k}")
-            if pool == small:
-                figures["concurrent"][str(k)] = requests
-            else:
-                figures["peak_blocks"][str(k)] = blocks
-        llm.llm_engine.engine_core.shutdown()
-    peak = figures["peak_blocks"]
-    return figures | {"times_fewer_blocks": {str(k): peak["0"] / peak[str(k)] for k in settings.k}}
+    figures |= {"block_size": settings.block_size, "chunk": settings.chunk}
+    pool_bytes = None
+    for name, folders in served.items():
+        count = tables if folders else 1
+        blocks, size = _peaks(settings, folders, prompts, count * (settings.requests * each + 8))
+        pool = pool if pool_bytes is None else pool_bytes // size
+        pool_bytes = pool * size
+        small, _ = _peaks(settings, folders, prompts, pool)
+        counts: dict[str, Any] = {"block_tables": count, "block_bytes": size, "small_pool": pool}
+        counts["peak_blocks"] = {k: peak.blocks for k, peak in blocks.items()}
+        counts["concurrent"] = {k: peak.requests for k, peak in small.items()}
+        figures |= {name: counts} if name else counts
+    dense, peaks = figures.get("without_plugins", figures), figures["peak_blocks"]
+    most = dense["peak_blocks"]["0"] * dense["block_bytes"]
+    return figures | {
+        "share_of_dense_bytes": {k: count * figures["block_bytes"] / most for k, count in peaks.items()},
+        "times_fewer_blocks": {k: peaks["0"] / count for k, count in peaks.items() if k != "0"},
+    }
 
 
-def _peaks(llm: Any, cache: Any, prompts: list[list[int]], k: int) -> tuple[int, int]:
-    manager = cache.coordinator.single_type_managers[0]
-    allocate, blocks, requests = manager.allocate_new_blocks, 0, 0
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal blocks, requests
-        found = allocate(*args, **kwargs)
-        held = [len(own) for own in manager.req_to_blocks.values() if own]
-        blocks, requests = max(blocks, sum(held)), max(requests, len(held))
-        return found
-
-    manager.allocate_new_blocks = counting
-    try:
-        generate(llm, prompts, k, 16)
-    finally:
-        manager.allocate_new_blocks = allocate
-    return blocks, requests
+def _peaks(
+    settings: Blocks, plugins: dict[str, str], prompts: list[list[int]], pool: int
+) -> tuple[dict[str, Peak], int]:
+    """The peak at every ratio in a pool of so many blocks, and the bytes of a block."""
+    llm = engine(
+        settings,
+        plugins,
+        longest=settings.tokens + 64,
+        block_size=settings.block_size,
+        max_num_seqs=settings.requests,
+        # by default all at once: nobody ends before
+        max_num_batched_tokens=settings.chunk or settings.requests * settings.tokens,
+        num_gpu_blocks_override=pool,
+        enforce_eager=True,
+    )
+    cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    found = {}
+    ratios: list[Choice] = [0, *map(ratio_of, plugins)]
+    for k in ratios:
+        free = cache.block_pool.get_num_free_blocks()
+        with in_use(cache) as found[str(k)]:
+            generate(llm, prompts, [k] * len(prompts), 16)
+        if cache.block_pool.get_num_free_blocks() != free:
+            raise RuntimeError(f"blocks were lost at ratio {k}")
+    size = block_bytes(cache)
+    llm.llm_engine.engine_core.shutdown()
+    return found, size
 
 
 if __name__ == "__main__":

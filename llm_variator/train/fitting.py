@@ -54,7 +54,7 @@ def fit_scores(settings: Settings, argv: Sequence[str], started: float, result: 
         fits = {name: moments.solve(name) for name in moments.present()}
         explained = fitting.explained(fits)
         fitting.choose(fits)
-        if config.k_per_head is None:
+        if fitting.asks_for_ratios:
             fitting.calibrate()
     model = fitting.model()
     kept = fitting.kept()
@@ -112,6 +112,11 @@ class _Fitting:
             block=self._config.block,
             dense_layers=len(self.watch.layers) - len(self._chosen),
         )
+        if settings.k is not None and self._config.k_per_head is None:  # one ratio for all heads
+            k = self._config.k["kv"] if isinstance(self._config.k, Mapping) else self._config.k
+            same = [[k if layer in self._chosen else 1] * self.watch.heads for layer in range(self._count)]
+            self._config = dataclasses.replace(self._config, k_per_head=same)
+        self._check_ratios()
         self._samples = self._read(settings.fit_samples + HELD_OUT, settings.fit_tokens, settings.seed)
         positions = getattr(host_of(base).config, "max_position_embeddings", None)
         if positions is not None and self._samples.longest > positions:
@@ -120,6 +125,20 @@ class _Fitting:
                 f"the model has {positions} positions: make contexts shorter"
             )
         self.names = _names(self._config.score_fits, questions=self._samples.has_questions)
+
+    @property
+    def asks_for_ratios(self) -> bool:
+        """Whether they are not given."""
+        return self._config.k_per_head is None
+
+    def _check_ratios(self) -> None:
+        """Refuse before the fit what would be refused after it."""
+        if not self.asks_for_ratios:
+            VariatorModel(self._base, self._config).unload()
+        elif self._settings.keep == 1:
+            raise VariatorError("--keep 1 keeps everything, and there is nothing to fit: keep less")
+        else:
+            self._budget.least(len(self._chosen), self.watch.heads)
 
     def _read(self, count: int, lengths: Sequence[int], seed: int) -> Samples:
         return Samples(

@@ -62,6 +62,22 @@ class Budget:
         """Whether `ratios` keep no more than what is asked, at every length."""
         return all(self.share(ratios, length) <= self.keep for length in self.lengths)
 
+    def least(self, layers: int, heads: int) -> Tensor:
+        """Ratios (layers, heads) that keep as little as there can be.
+
+        Raises:
+            VariatorError: the dense ends, and one key of every block, are more than what is asked.
+        """
+        most = torch.full((layers, heads), self._block)
+        if not self.holds(most):
+            share = max(self.share(most, length) for length in self.lengths)
+            raise VariatorError(
+                f"--keep {self.keep:g} is too little: dense ends, dense layers and one key of every {self._block} are "
+                f"already {share:.3f} of the entries; keep more, or give longer --calibrate-tokens or a smaller "
+                "--dense-tail"
+            )
+        return most
+
     def ratios(self, costs: Tensor) -> Tensor:
         """Ratios (layers, heads), powers of two up to the block, of the least sum of costs that the budget allows.
 
@@ -78,13 +94,7 @@ class Budget:
             """Where an entry costs `price` too; of equal sums that of fewer entries."""
             return 2 ** (len(powers) - 1 - (costs + price * entries_of).flip(-1).argmin(-1))
 
-        most = self._block * torch.ones(costs.shape[:2], dtype=torch.long)
-        if not self.holds(most):
-            share = max(self.share(most, length) for length in self.lengths)
-            raise VariatorError(
-                f"--keep {self.keep:g} is too little: dense ends and one key of every {self._block} are already "
-                f"{share:.3f} of the entries; keep more, or give longer --calibrate-tokens or a smaller --dense-tail"
-            )
+        self.least(*costs.shape[:2])
         scale = max(float(costs.max()), 1e-300)
         low, high = 1e-12 * scale, 1e6 * scale
         for _ in range(_HALVINGS):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from conftest import randomise
 from tiny import model_folder
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.bench.contexts.__main__ import main, read
-from llm_variator.bench.contexts.setting import words
+from llm_variator.bench.contexts.setting import build_model, words
 from llm_variator.sources.models import load_model
 
 CONFIG = VariatorConfig(k=3, sites=("ffn", "kv"), r=4, dense_head=2, dense_tail=5)
@@ -106,14 +107,30 @@ def test_decode(tmp_path, plugin):
     assert 2 + 5 + 83 // 3 <= figures["ageing"]["entries"][0] <= figures["bound"]
 
 
+@pytest.mark.parametrize("more", [[], ["--mixed"]])
 @pytest.mark.parametrize("which", ["plugin", "chooser"])
-def test_pool(tmp_path, request, which):
+def test_pool(tmp_path, request, which, more):
     plugin = request.getfixturevalue(which)
     sizes = ["--context", 20, "--documents", 2, "--sessions", 6, "--operations", 25, "--block-size", 4]
-    figures = measure(tmp_path, plugin, "pool", *sizes, "--blocks", 2000)
+    figures = measure(tmp_path, plugin, "pool", *sizes, "--blocks", 2000, *more)
+    assert figures["plugins"] == 1 + len(more)
     assert sum(figures["operations"].values()) == 25
     assert figures["wrong_answers"] == figures["blocks_left_after_all_are_freed"] == 0
     assert figures["peak_blocks"] < figures["peak_blocks_without_sharing"]
+
+
+def test_an_untrained_plugin_that_keeps_keys():
+    line = ["pool", "--model", model_folder(), "--random-init", "--untrained", "keeps"]
+    model = build_model(read(line))
+    assert model.plugins["plugin"].k_per_head == ((2, 4),) * 3
+    document = model.compress([[*range(3, 90)]])
+    plain = document.cache.layers[0].classes
+    with torch.no_grad():
+        for own in model.plugin("plugin").selects.values():
+            own.score.weight.zero_()
+    first = model.compress([[*range(3, 90)]]).cache.layers[0].classes
+    assert [one.entries for one in plain] == [one.entries for one in first]
+    assert not all(torch.equal(a.columns, b.columns) for a, b in zip(plain, first, strict=True))
 
 
 @pytest.mark.parametrize("which", ["plugin", "chooser"])

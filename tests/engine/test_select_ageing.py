@@ -8,35 +8,25 @@ import pickle
 
 import pytest
 import reference_ageing_select as plain
+import selecting
 import torch
 from conftest import make_decoder, pad, prompts
 from reference_select import Segment
-from test_select import FULL, LAYERS, STEP, choose, close, config_for, first, held, make, rule, slides
+from selecting import FEW, FULL, LAYERS, STEP, choose, close, config_for, first, held, make, rule, slides
 from transformers import DynamicCache
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.engine.cache import SelectedLayer
 
 CONFIGS = {
-    "short tail": dict(block=4, dense_head=2, dense_tail=3, decode_block=4, ratios=((2, 4), (4, 2), (4, 1))),
-    "long tail": dict(block=4, dense_head=0, dense_tail=10, decode_block=8, ratios=((4, 4), (2, 2), (1, 4))),
-    "dense layer": dict(block=8, dense_head=4, dense_tail=1, decode_block=8, ratios=((8, 2), (1, 1), (4, 8))),
+    "short tail": dict(selecting.CONFIGS["short tail"], decode_block=4),
+    "long tail": dict(selecting.CONFIGS["long tail"], decode_block=8),
+    "dense layer": dict(selecting.CONFIGS["dense layer"], decode_block=8),
     "no tail": dict(block=4, dense_head=1, dense_tail=0, decode_block=12, ratios=((1, 4), (4, 2), (2, 4))),
-    "ffn": dict(
-        block=4,
-        dense_head=2,
-        dense_tail=3,
-        decode_block=4,
-        ratios=((2, 4), (4, 2), (4, 4)),
-        k={"ffn": 3, "kv": 4},
-        sites=("ffn", "kv"),
-        compressor={"ffn": "weighted", "kv": "select"},
-        r=5,
-    ),
+    "ffn": dict(selecting.CONFIGS["ffn"], decode_block=4),
 }
 MAIN = CONFIGS["short tail"]
 ANSWER = dict(do_sample=False, max_new_tokens=24)
-FEW = ("llama", "gemma3")
 
 
 def pytest_generate_tests(metafunc):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DECODERS, make_decoder, pad, prompts
-from test_select import CONFIGS, FEW, FULL, GREEDY, MAIN, add, check_steps, close, expected, first, make
+from selecting import CONFIGS, FEW, FULL, GREEDY, MAIN, add, check_steps, close, expected, first, make
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import QuantizedLayer
 
@@ -281,7 +281,7 @@ def test_what_guesses_refuse():
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(VariatorError, match="cannot go on from a cache or a context"):
         model.generate(torch.cat((ids, ids), 1), past_key_values=cache, **guess)
-    with pytest.raises(ValueError, match="batch_size = 1"):
+    with pytest.raises(VariatorError, match="take one row without padding: generate row by row"):
         model.generate(ids.repeat(2, 1), **guess)
     model.add_plugin("merged", VariatorConfig(k=2, sites=("kv",))).double()
     with model.use_plugin("merged"), pytest.raises(VariatorError, match="prompt-lookup decoding"):

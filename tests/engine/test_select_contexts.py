@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 import zlib
 
 import pytest
@@ -14,7 +13,7 @@ from conftest import DECODERS, pad, prompts
 from reference_select import Segment
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_select import CONFIGS, FEW, FULL, GREEDY, MAIN, add, check_steps, make, rule
+from selecting import CONFIGS, FEW, FULL, GREEDY, MAIN, add, check_steps, make, rule
 
 from llm_variator import CompressedContext, KVPool, PoolExhaustedError, VariatorConfig, VariatorError
 from llm_variator.engine.cache import SelectedLayer
@@ -450,50 +449,6 @@ def test_exhaustion_leaves_everything_as_it_was():
     assert torch.equal(model.generate(question, context=other, **GREEDY), expected)
     context.free()
     other.free()
-    assert pool.report().used == 0
-
-
-@torch.no_grad()
-def test_interleaved_sessions_over_shared_documents():
-    """Random extends, forks, frees and questions; each session equals one that shares nothing."""
-    model = make("llama")
-    add(model, "swapped", SWAPPED)
-    pool, rng = KVPool(4000, block_size=4), random.Random(0)
-    documents = prompts(*(rng.randint(20, 40) for _ in range(4)))
-    shared = [model.compress(row, pool=pool) for row in documents]
-    sessions = [(context.fork(), [row]) for context, row in zip(shared, documents, strict=True)]
-    for step in range(80):
-        context, history = rng.choice(sessions)
-        action = rng.choice(["extend", "fork", "free", "ask", "bits"])
-        if action == "extend" and len(history) < 4:
-            more = prompts(rng.randint(1, 25), seed=step)[0]
-            longer = context.extend(more, prefill_chunk_size=rng.choice([None, 7]))
-            sessions.append((longer, [*history, more]))
-        elif action == "fork":
-            sessions.append((context.fork(), history))
-        elif action == "free" and len(sessions) > 4:
-            sessions = [session for session in sessions if session[0] is not context]
-            context.free()
-        elif action == "ask":
-            alone = model.compress(history[0])
-            for more in history[1:]:
-                alone = alone.extend(more)
-            question = prompts(rng.randint(1, 20), seed=step)[0]
-            with model.use_plugin(rng.choice(["default", "swapped", None])):
-                expected = model.generate(question, context=alone, **GREEDY)
-                assert torch.equal(model.generate(question, context=context, **GREEDY), expected)
-        elif action == "bits":
-            used = pool.report().used
-            context.quantised(8)
-            assert pool.report().used == used
-        living = [*shared, *(session for session, _ in sessions)]
-        stores = [one.store for each in living for layer in selected(each) for one in layer.classes]
-        gc.collect()
-        references = [block for store in stores for table in store.tables for block in table]
-        report = pool.report()
-        assert (report.references, report.used) == (len(references), len(set(references)))
-    for context in [*shared, *(session for session, _ in sessions)]:
-        context.free()
     assert pool.report().used == 0
 
 

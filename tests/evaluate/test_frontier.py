@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pyarrow as pa
@@ -10,14 +11,17 @@ import pytest
 import torch
 from conftest import randomise
 from tiny import model_folder
-from tiny_tasks import write_tasks
+from tiny_tasks import LINES, write_tasks
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.engine.groups import split
 from llm_variator.evaluate import frontier, questions
 from llm_variator.evaluate.__main__ import main, read
+from llm_variator.evaluate.rows import pair_rows
+from llm_variator.measures.conditions import WithPlugin
 from llm_variator.measures.metrics import continuation_cross_entropy
 from llm_variator.measures.operations import Stack, prefill
+from llm_variator.measures.quality import Answers, Continuation
 from llm_variator.sources.corpora import EMBEDDED, read_documents, read_windows, spread
 from llm_variator.sources.models import load_model, load_tokenizer
 from llm_variator.sources.tasks import load_examples
@@ -261,6 +265,75 @@ def test_questions(model, plugin, data, tmp_path, capsys):
     assert seen["questions"] == about
 
 
+@pytest.fixture(scope="module")
+def article(tmp_path_factory):
+    """One article of five paragraphs with two questions on each, behind one of a single paragraph."""
+    folder = write_tasks(tmp_path_factory.mktemp("article"), "squad", validation=11)
+    file = folder / "squad" / "validation.parquet"
+    columns = pq.read_table(file).to_pydict()
+    columns["title"] = ["a", *["b"] * 10]
+    columns["context"] = ["a red boat"] + [f"{LINES[i % 2]} number {i}" for i in range(5) for _ in range(2)]
+    columns["answers"] = [{"text": [text.split()[1]], "answer_start": [4]} for text in columns["context"]]
+    pq.write_table(pa.table(columns), file)
+    return folder
+
+
+def test_many_questions_on_one_passage(model, plugin, article, tmp_path, monkeypatch):
+    tokenizer, shots = load_tokenizer(model_folder()), questions.load_shots(article, 1)
+    shot, passage = (
+        f"{shots[0].decoder_prompt} {shots[0].answer}",
+        [f"{LINES[i % 2]} number {i}" for i in (0, 1, 2)],
+    )
+    wanted = f"{shot}\n\nContext: " + "\n".join(passage)
+    size, reads = len(tokenizer(wanted)["input_ids"]), []
+    read = WithPlugin.read
+    monkeypatch.setattr(WithPlugin, "read", lambda self, *args: reads.append(args[1]) or read(self, *args))
+    flags = [
+        "--data",
+        "--plugin",
+        f"k3={plugin}",
+        "--also",
+        "--questions",
+        4,
+        "--shots",
+        1,
+        "--data-dir",
+        article,
+    ]
+    flags += ["--question-place", "hidden", "--question-context"]
+    result = frontier_of(tmp_path, *flags, size + 9)["figures"]
+    about = result["hidden_questions"]
+    assert about["data"].endswith(", on one passage")
+    assert about["mean_prompt_tokens"] == size
+    (ids,) = reads
+    assert tokenizer.decode(ids[0]) == wanted
+
+    # each question by itself, in one pass
+    examples = questions.load_joined(article, 4, lambda one: one.inputs["context"].count("\n") < 3)
+    assert len({one.inputs["question"] for one in examples}) == 4
+    total = count = 0
+    for example in examples:
+        rest = f"\nQuestion: {example.inputs['question']}\nAnswer:"
+        after, gold = tokenizer(rest)["input_ids"], tokenizer(f"{example.continuation}\n")["input_ids"]
+        whole = torch.tensor([ids[0].tolist() + after + gold])
+        with torch.no_grad():
+            logits = model(whole, prompt_length=size).logits[0, -len(gold) - 1 : -1].double()
+        total -= float(logits.log_softmax(-1)[range(len(gold)), gold].sum())
+        count += len(gold)
+    row = next(row for row in about["rows"] if row["condition"] == "k3")
+    assert row["gold_nats"] == pytest.approx(total / count, abs=1e-5)
+    assert row["kv_entries"] == pytest.approx(split(size, 3, 2, 5).entries / size)
+
+    wrongs = {
+        5: "0 of the article's 5 paragraphs fit, with 0 questions",
+        size - 9: "2 of the article's 5 paragraphs fit, with 4 questions on them, 5 are wanted",
+        10_000: "the 5 paragraphs .* do not fill one context",
+    }
+    for wrong, message in wrongs.items():
+        with pytest.raises(VariatorError, match=message):
+            frontier_of(tmp_path, *flags, wrong, "--questions", 5)
+
+
 def test_prompts_of_questions(data):
     tokenizer = load_tokenizer(model_folder())
     (example, *_) = load_examples("squad", "validation", data_dir=data)
@@ -365,6 +438,7 @@ def test_figures_of_another_environment(plugin, data, tmp_path):
     assert (row["condition"], row["kv_entries"], row["operations"], row["prefill"]) == ("press", 0.5, 1, None)
     assert row["above_dense"] == pytest.approx(9 - dense)
     assert row["greedy_agreement"] == 1
+    assert not both["texts"][0]["pairs"], "the press holds as many bytes as dense"
     row = both["hidden_questions"]["rows"][-1]
     assert (row["condition"], row["gold_nats"]) == ("press", 2)
     assert both["questions"]["rows"] == figures["questions"]["rows"]
@@ -373,6 +447,27 @@ def test_figures_of_another_environment(plugin, data, tmp_path):
     there.write_text("{}")
     with pytest.raises(VariatorError, match="not a file of measurements"):
         frontier_of(tmp_path, "--elsewhere", there, *flags)
+
+
+def test_pairs_are_of_the_same_tokens_and_about_as_many_bytes():
+    """By hand: two questions, 3 and 1 tokens; their errors are those of a ratio of sums."""
+    ours = Answers([], [[1.0, 1.0, 1.0], [2.0]], [], [50, 50])
+    theirs = Answers([], [[2.0, 2.0, 2.0], [2.0]], [], [54, 54])
+    larger = Answers([], [[0.0] * 3, [0.0]], [], [56, 56])
+    dense = Answers([], [[0.0] * 3, [0.0]], [], [100, 100])
+    (row,) = pair_rows({"ours": ours}, {"theirs": theirs, "larger": larger}, dense)
+    rest = [-3 + 0.75 * 3, 0 + 0.75 * 1]
+    assert dataclasses.asdict(row) == {
+        "condition": "ours",
+        "other": "theirs",
+        "nats": -0.75,
+        "nats_error": pytest.approx((2 * sum(r * r for r in rest)) ** 0.5 / 4),
+        "kv_bytes": 0.5,
+        "other_kv_bytes": 0.54,
+    }
+    windows = [Continuation([a, b], [], [], 1, size) for a, b, size in ((1.0, 4.0, 5.0), (2.0, 2.0, 5.5))]
+    (row,) = pair_rows({"ours": windows[0]}, {"theirs": windows[1]}, windows[0])
+    assert (row.nats, row.nats_error) == (0.5, pytest.approx(1.5))  # of -1 and 2
 
 
 @pytest.mark.parametrize(

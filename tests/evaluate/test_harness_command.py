@@ -238,7 +238,7 @@ def test_a_hub_task_without_network(data, monkeypatch, tmp_path):
 def test_entries(tmp_path):
     (tmp_path / "mine").mkdir()
     folder = str(tmp_path / "mine")
-    assert parse_entries(f"none, k2,four=4,{folder},x={folder},y=a/b,hf", "smollm2-135m") == [
+    assert parse_entries(f"none, k2,four=4,{folder},x={folder},y=a/b,hf,kept=0.25", "smollm2-135m") == [
         Entry("none"),
         Entry("k2", plugin="smollm2-135m/k2"),
         Entry("four", k=4),
@@ -246,6 +246,7 @@ def test_entries(tmp_path):
         Entry("x", plugin=folder),
         Entry("y", plugin="a/b"),
         Entry("hf"),
+        Entry("kept", keep=0.25),
     ]
     for wrong in ("", "a=0", "k2"):
         with pytest.raises(VariatorError, match="--compare"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,12 +15,51 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator import CompressedContext, VariatorConfig, VariatorError, VariatorModel
 from llm_variator.engine.hooks import host_of
 
-CONFIG = VariatorConfig(k={"ffn": 2, "kv": 3}, sites=("ffn", "kv"), r=3, dense_head=1, dense_tail=2)
-GREEDY = dict(max_new_tokens=3, do_sample=False)
+GREEDY = dict(max_new_tokens=4, do_sample=False)  # three of them are read
 NAMES = ("first", "second")
+
+
+class Form(NamedTuple):
+    """A kind of plugin, and what the heads of the first layer hold after 23 tokens and three generated ones."""
+
+    config: VariatorConfig
+    entries: float
+
+
+_BOTH = dict(sites=("ffn", "kv"), r=3, dense_head=1)
+FORMS = {
+    # head, groups of three, the rest with the tail
+    "merges": Form(VariatorConfig(k={"ffn": 2, "kv": 3}, dense_tail=2, **_BOTH), 1 + 6 + 4 + 3),
+    # of four blocks of four and one of three, one head keeps 2 each, the other 1 each
+    "keeps": Form(
+        VariatorConfig(
+            k={"ffn": 2, "kv": 4},
+            compressor={"ffn": "weighted", "kv": "select"},
+            k_per_head=((2, 4), (4, 1)),
+            block=4,
+            score_fits=2,
+            dense_tail=3,
+            **_BOTH,
+        ),
+        1 + (10 + 5) / 2 + 3 + 3,
+    ),
+    # of nine blocks of two and one of one, and of the two oldest of a window of six, one each
+    "keeps and ages": Form(
+        VariatorConfig(
+            sites=("kv",),
+            compressor="select",
+            k_per_head=((2, 2), (1, 2)),
+            block=2,
+            dense_head=1,
+            dense_tail=3,
+            decode_block=2,
+        ),
+        1 + 10 + 1 + 4,
+    ),
+}
 
 
 def fresh() -> nn.Module:
@@ -34,9 +74,10 @@ def lora(name: str) -> LoraConfig:
 class Life:
     """A `VariatorModel` on a tiny decoder, through whatever is done to it."""
 
-    def __init__(self, start: str, folder: Path) -> None:
-        """`start`: how adapters came before wrapping: "plain", "peft" (a PEFT model), "injected"."""
+    def __init__(self, start: str, form: str, folder: Path) -> None:
+        """`start`: how adapters came before wrapping: "plain", "peft" (a PEFT model), "injected"; `form` of `FORMS`."""
         self.folder = folder
+        self.config, self.entries = FORMS[form]
         self.adapters: dict[str, LoraConfig] = {}
         self.plugin = "default"
         self.context = None
@@ -47,18 +88,18 @@ class Life:
         elif start == "injected":
             self.adapters["first"] = lora("first")
             base = inject_adapter_in_model(lora("first"), base, adapter_name="first")
-        self.model = VariatorModel(base, CONFIG)
+        self.model = VariatorModel(base, self.config)
         randomise(self.model.plugin())
 
     # --- what is done
 
     def wrap_again(self) -> None:
         with pytest.raises(VariatorError, match="already has"):
-            VariatorModel(self.model.base, CONFIG)
+            VariatorModel(self.model.base, self.config)
 
     def wrap_anew(self) -> None:
         weights = self.model.plugin().state_dict()
-        self._become(VariatorModel(self.model.unload(), CONFIG))
+        self._become(VariatorModel(self.model.unload(), self.config))
         self.plugin = "default"
         self.model.plugin().load_state_dict(weights, assign=True)
 
@@ -75,7 +116,7 @@ class Life:
             ids = prompts(19)[0]
             assert torch.equal(base(input_ids=ids).logits, self.model(ids).logits)
         self.plugin = "default"
-        again = VariatorModel(base, CONFIG)
+        again = VariatorModel(base, self.config)
         again.plugin().load_state_dict(copy.deepcopy(weights), assign=True)
         self._leave(again)
 
@@ -135,7 +176,7 @@ class Life:
             self.model.delete_plugin(idle)
         else:
             self.plugin = idle
-            self.model.add_plugin(idle, CONFIG)
+            self.model.add_plugin(idle, self.config)
             self.model.set_plugin(idle)
             randomise(self.model.plugin(), seed=2)
 
@@ -161,6 +202,16 @@ class Life:
     def compress(self) -> None:
         self.context = self.model.compress(prompts(23)[0])
 
+    def context_in_a_file(self) -> None:
+        if self.context is None:
+            return
+        file = self.folder / "context.safetensors"
+        try:
+            self.context.save(file)
+            self.context = CompressedContext.load(file, self.model)
+        except VariatorError:  # another function than it was made with; tokens that wait to be reduced
+            return
+
     # --- what must hold then
 
     def check(self) -> str:
@@ -173,7 +224,7 @@ class Life:
         dense = base(input_ids=ids).logits
         with self.model.disable_plugin():
             assert torch.equal(self.model(ids).logits, dense)
-        anew = VariatorModel(base, CONFIG)
+        anew = VariatorModel(base, self.config)
         anew.plugin().load_state_dict(copy.deepcopy(self.model.plugin().state_dict()), assign=True)
         expected = anew(ids).logits
         assert torch.equal(self.model(ids).logits, expected)
@@ -181,7 +232,7 @@ class Life:
         answer = anew.generate(ids, **GREEDY)
         assert torch.equal(self.model.generate(ids, **GREEDY), answer)
         held = self.model.kv_cache_report().layers[0]
-        assert held.entries == 1 + 6 + 4 + 2  # head, groups of three, the rest with the tail, two generated
+        assert held.entries == self.entries
         if self.context is not None:
             try:
                 out = self.model.generate(question, context=self.context, **GREEDY)
@@ -251,4 +302,5 @@ DEEDS = [
     Life.save_and_load,
     Life.train_a_step,
     Life.compress,
+    Life.context_in_a_file,
 ]

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import make_variator, prompts
+from lives import FORMS
 
 from llm_variator import VariatorConfig, VariatorError, cli
 from llm_variator.cli import flags
@@ -166,3 +167,36 @@ def test_a_context_whose_header_was_written_by_hand(tmp_path):
         write(**changes)
         with pytest.raises(VariatorError, match=r"context\.safetensors"):
             CompressedContext.load(file, model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_single_row_with_padding(form, side):
+    """With kept keys its padding was read, as if all of its columns were tokens: wrong without a cache."""
+    model = make_variator("llama", FORMS[form].config, num_hidden_layers=2).double()
+    for row in prompts(1, 5, 30):
+        padding = torch.zeros(1, 3, dtype=torch.long)
+        parts = [(padding, torch.zeros_like(padding)), (row, torch.ones_like(row))]
+        ids, mask = (
+            torch.cat(part, dim=1) for part in zip(*parts[:: 1 if side == "left" else -1], strict=True)
+        )
+        for options in ({}, {"use_cache": False}, {"prompt_length": row.shape[1] // 2}):
+            alone = model(row, **options).logits
+            found = model(ids, attention_mask=mask, **options).logits[mask.bool()]
+            torch.testing.assert_close(found, alone[0], atol=1e-5, rtol=0)
+        new = dict(max_new_tokens=5, do_sample=False)
+        alone = model.generate(row, **new)[:, -5:]
+        assert torch.equal(model.generate(ids, attention_mask=mask, **new)[:, -5:], alone)
+
+
+def test_scores_larger_than_memory():
+    config = VariatorConfig(sites=("kv",), compressor="select", score_fits=10**12)
+    with pytest.raises(VariatorError, match="free memory"):
+        make_variator("llama", config)
+
+
+def test_guesses_for_several_rows():
+    model = make_variator("llama", FORMS["keeps"].config, num_hidden_layers=2)
+    with pytest.raises(VariatorError, match="generate row by row"):
+        model.generate(prompts(9)[0].repeat(2, 1), prompt_lookup_num_tokens=2, max_new_tokens=2)

@@ -15,20 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, make_variator, prompts
+from conftest import VOCAB, make_variator, pad, prompts
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from lives import DEEDS, Life
+from lives import DEEDS, FORMS, Life
 from safetensors.torch import load_file
 
 from llm_variator import VariatorConfig, VariatorError, cli
 from llm_variator.config import ACTIVATIONS, COMPRESSORS, CONFIG_FILE, DECOMPRESSORS, SITES, BaseSignature
 from llm_variator.engine.contexts import CompressedContext
+from llm_variator.engine.plan import Plan
 from llm_variator.sources.models import byte_tokenizer
 from llm_variator.train.__main__ import read
 from llm_variator.train.settings import Settings
 
 ACCEPTED, REFUSED = "accepted", "refused"  # a VariatorError
+KEEPS = "accepted, keeps keys"
 CPU_SECONDS = 30  # of one generated case; more is a hang. Processor time: the machine may be busy
 
 
@@ -88,7 +90,8 @@ LIKELY = {
     "k": st.integers(1, 9) | st.dictionaries(st.sampled_from(SITES), small, max_size=3),
     "sites": some_sites | some_sites.map(tuple) | st.sampled_from(SITES),
     "r": st.integers(1, 70),
-    "compressor": st.sampled_from(COMPRESSORS),
+    "compressor": st.sampled_from(COMPRESSORS)
+    | st.dictionaries(st.sampled_from(SITES), st.sampled_from(COMPRESSORS), max_size=2),
     "decompressor": st.sampled_from(DECOMPRESSORS),
     "activation": st.sampled_from(ACTIVATIONS),
     "layers": st.none() | st.lists(small, max_size=4),
@@ -97,6 +100,9 @@ LIKELY = {
     "dense_head": st.none() | small,
     "dense_tail": st.none() | small,
     "decode_block": st.none() | small,
+    "k_per_head": st.none() | st.lists(st.lists(small, max_size=3), max_size=4),
+    "block": small,
+    "score_fits": small,
     "base": st.none()
     | st.fixed_dictionaries(
         {"name": scalars, "model_type": scalars, "hidden_size": scalars, "num_layers": scalars}
@@ -105,9 +111,33 @@ LIKELY = {
 }
 likely = st.fixed_dictionaries({}, optional=LIKELY)
 odd = st.dictionaries(st.sampled_from(sorted(LIKELY)) | st.text(max_size=3), anything, max_size=4)
-settings_ = st.builds(lambda a, b, which: {**a, **(b if which else {})}, likely, odd, st.booleans())
+powers = st.sampled_from([1, 2, 4, 8, 64])
+keeping = st.sampled_from(
+    [
+        {"sites": "kv", "compressor": "select"},
+        {"sites": ["kv"], "compressor": {"kv": "select"}},
+        {"sites": ["kv", "ffn"], "compressor": {"ffn": "mean", "kv": "select"}},
+    ]
+)
+of_heads = {
+    "k": powers,
+    "k_per_head": st.none() | st.lists(st.tuples(powers, powers), min_size=2, max_size=3),
+    "block": powers,
+    "score_fits": st.integers(1, 4),
+    "layers": LIKELY["layers"],
+    "dense_head": LIKELY["dense_head"],
+    "dense_tail": LIKELY["dense_tail"],
+    "decode_block": st.none() | powers | small,
+}
+kept = st.builds(dict.__or__, keeping, st.fixed_dictionaries({}, optional=of_heads))
+settings_ = st.builds(
+    lambda a, b, which: {**a, **(b if which else {})},
+    likely | kept,
+    odd,
+    st.sampled_from([False, False, True]),
+)
 
-SIGNATURE = BaseSignature("base", "llama", 32, 3)
+SIGNATURE, KV_HEADS = BaseSignature("base", "llama", 32, 3), 2
 
 
 def check_settings(values) -> str:
@@ -125,7 +155,16 @@ def check_settings(values) -> str:
         for layer in range(SIGNATURE.num_layers):
             ratio = resolved.ratio(site, layer)
             assert ratio is None or ratio >= 1
-    return ACCEPTED
+    try:
+        plan = Plan.of(config, SIGNATURE, decoder=True, slides=lambda layer: layer == 1, kv_heads=KV_HEADS)
+    except VariatorError:
+        return REFUSED
+    for layer, ratios in plan.selected.items():
+        assert layer != 1
+        assert len(ratios) == KV_HEADS
+        assert max(ratios) > 1
+        assert all(config.block % k == 0 for k in ratios)
+    return KEEPS if plan.selected else ACCEPTED
 
 
 def check_keywords(values) -> str:
@@ -204,19 +243,21 @@ def json_change(draw):
 
 
 class Files:
-    """A tiny model with the files of its plugin and of a context, to damage and load again."""
+    """A tiny model with the files of its plugin and of its contexts, to damage and load again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, config: VariatorConfig, folder: Path) -> None:
         self.folder = folder
-        config = VariatorConfig(k={"ffn": 2, "kv": 3}, sites=("ffn", "kv"), r=3, dense_head=1)
         self.model = make_variator("llama", config, num_hidden_layers=2)
         self.model.save_pretrained(folder / "plugin")
         self.plugin = {file.name: file.read_bytes() for file in (folder / "plugin").iterdir()}
         self.weights = load_file(folder / "plugin" / "variator.safetensors")
         self.file = folder / "context.safetensors"
         context = self.model.compress(prompts(17)[0])
-        context.save(self.file)
-        self.context = self.file.read_bytes()
+        ragged = self.model.compress(pad(prompts(17, 3, 12), "left"))
+        self.contexts = []
+        for each in (context, context.quantised(8), context.quantised(4), ragged):
+            each.save(self.file)
+            self.contexts.append(self.file.read_bytes())
 
     def load_plugin(self, name: str, content: bytes) -> str:
         file = self.folder / "plugin" / name
@@ -227,7 +268,11 @@ class Files:
             return REFUSED
         finally:
             file.write_bytes(self.plugin[name])
-        self.model.delete_plugin("again")
+        try:
+            with self.model.use_plugin("again"):
+                self.model.generate(prompts(12)[0], max_new_tokens=1)
+        finally:
+            self.model.delete_plugin("again")
         return ACCEPTED
 
     def load_context(self, content: bytes, verify: bool) -> str:
@@ -240,54 +285,69 @@ class Files:
         return ACCEPTED
 
 
+SAVED = {"merges": FORMS["merges"].config, "keeps": FORMS["keeps"].config}
+
+
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Files:
-    return Files(tmp_path_factory.mktemp("fuzz"))
+def files(tmp_path_factory) -> dict[str, Files]:
+    return {form: Files(config, tmp_path_factory.mktemp("fuzz")) for form, config in SAVED.items()}
+
+
+saved = st.sampled_from(sorted(SAVED))
+which = st.integers(0, 3)  # of the contexts
 
 
 @pytest.mark.parametrize("name", ["variator.safetensors", CONFIG_FILE])
 def test_damaged_plugin(fuzz, files, name):
-    check = lambda how: files.load_plugin(name, damaged(files.plugin[name], how))  # noqa: E731
-    fuzz(check, damage, share=0.05, little=15)
+    def check(form, how) -> str:
+        return files[form].load_plugin(name, damaged(files[form].plugin[name], how))
+
+    fuzz(check, saved, damage, share=0.05, little=15)
 
 
 def test_plugin_with_other_settings(fuzz, files):
-    def check(change) -> str:
-        content = json.dumps(change(json.loads(files.plugin[CONFIG_FILE])))
-        return files.load_plugin(CONFIG_FILE, content.encode())
+    def check(form, change) -> str:
+        content = json.dumps(change(json.loads(files[form].plugin[CONFIG_FILE])))
+        return files[form].load_plugin(CONFIG_FILE, content.encode())
 
-    fuzz(check, json_change(), share=0.1, little=25)
+    fuzz(check, saved, json_change(), share=0.1, little=25)
 
 
 def test_plugin_with_another_header(fuzz, files):
     name = "variator.safetensors"
-    check = lambda change: files.load_plugin(name, header_changed(files.plugin[name], change))  # noqa: E731
-    fuzz(check, json_change(), share=0.05, little=15)
+
+    def check(form, change) -> str:
+        return files[form].load_plugin(name, header_changed(files[form].plugin[name], change))
+
+    fuzz(check, saved, json_change(), share=0.05, little=15)
 
 
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"k":' * 50_000, '{"k": ' + "9" * 5000 + "}", '{"k": 9999999}']
 )
 def test_plugin_with_settings_that_exhaust(files, text):
-    assert files.load_plugin(CONFIG_FILE, text.encode()) == REFUSED
+    assert files["merges"].load_plugin(CONFIG_FILE, text.encode()) == REFUSED
 
 
 def test_damaged_context(fuzz, files):
-    fuzz(lambda how: files.load_context(damaged(files.context, how), True), damage, share=0.05, little=15)
+    def check(form, number, how) -> str:
+        return files[form].load_context(damaged(files[form].contexts[number], how), True)
+
+    fuzz(check, saved, which, damage, share=0.05, little=15)
 
 
 def test_context_with_another_header(fuzz, files):
     """Signed anew, as somebody would who wrote it on purpose."""
 
-    def check(change, verify) -> str:
+    def check(form, number, change, verify) -> str:
         def edit(header):
             facts = json.dumps(change(json.loads(header["__metadata__"]["context"])))
             header["__metadata__"] = {"context": facts, "checksum": str(zlib.crc32(facts.encode()))}
             return header
 
-        return files.load_context(header_changed(files.context, edit), verify)
+        return files[form].load_context(header_changed(files[form].contexts[number], edit), verify)
 
-    fuzz(check, json_change(), st.booleans(), share=0.05, little=20)
+    fuzz(check, saved, which, json_change(), st.booleans(), share=0.05, little=20)
 
 
 # --- recipes and flags
@@ -363,10 +423,8 @@ def test_flags(fuzz):
 
 
 @cache
-def model():
-    made = make_variator(
-        "llama", VariatorConfig(k=2, sites=("ffn", "kv"), r=3), num_hidden_layers=2, vocab_size=259
-    )
+def model(form: str):
+    made = make_variator("llama", FORMS[form].config, num_hidden_layers=2, vocab_size=259)
     made.skip_unread = True
     return made
 
@@ -397,58 +455,86 @@ def batch(draw):
     return tokens, mask, prompt
 
 
-def check_forward(values) -> str:
+def alone(tokens, mask):
+    """Each row that has no hole, which would move the positions behind it: its number and its own columns."""
+    for row, own in enumerate(tokens.new_ones(tokens.shape).bool() if mask is None else mask.bool()):
+        columns = own.nonzero().squeeze(-1)
+        if len(columns) and columns[-1] - columns[0] == len(columns) - 1:
+            yield row, columns
+
+
+same = partial(torch.testing.assert_close, atol=1e-3, rtol=1e-3)
+
+
+def check_forward(form, values) -> str:
     tokens, mask, prompt = values
     try:
         with torch.no_grad():
-            logits = model()(tokens, attention_mask=mask, prompt_length=prompt).logits
+            logits = model(form)(tokens, attention_mask=mask, prompt_length=prompt).logits
     except VariatorError:
         return REFUSED
     assert logits.shape[:2] == tokens.shape
-    assert bool(
-        logits[tokens.new_ones(tokens.shape).bool() if mask is None else mask.bool()].isfinite().all()
-    )
+    real = tokens.new_ones(tokens.shape).bool() if mask is None else mask.bool()
+    assert bool(logits[real].isfinite().all())
+    for row, columns in alone(tokens, mask) if prompt is None else ():
+        with torch.no_grad():
+            same(logits[row, columns], model(form)(tokens[row : row + 1, columns]).logits[0])
     return ACCEPTED
 
 
-def check_generate(values, options) -> str:
+def check_generate(form, values, options) -> str:
     tokens, mask, _ = values
+    told = dict(max_new_tokens=2, return_dict_in_generate=True, output_logits=True)
     try:
-        out = model().generate(tokens, attention_mask=mask, max_new_tokens=2, **options)
+        out = model(form).generate(tokens, attention_mask=mask, **told, **options)
     except VariatorError:
         return REFUSED
     rows = options.get("num_return_sequences", 1) * len(tokens)
-    assert out.shape == (rows, tokens.shape[1] + 2)
+    assert out.sequences.shape == (rows, tokens.shape[1] + 2)
+    for row, columns in alone(tokens, mask) if rows == len(out.logits[0]) == len(tokens) else ():
+        same(out.logits[0][row], model(form).generate(tokens[row : row + 1, columns], **told).logits[0][0])
     return ACCEPTED
 
 
+forms = st.sampled_from(sorted(FORMS))
+
+
 def test_forward(fuzz):
-    fuzz(check_forward, batch(), share=0.04, little=20)
+    """Rows that are accepted in a batch are read as they are alone."""
+    fuzz(check_forward, forms, batch(), share=0.04, little=20)
 
 
 def test_generate(fuzz):
     options = st.sampled_from(
-        [{}, {"prefill_chunk_size": 3}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}]
+        [
+            {},
+            {"prefill_chunk_size": 3},
+            {"num_beams": 2},
+            {"do_sample": True, "num_return_sequences": 2},
+            {"prompt_lookup_num_tokens": 2},
+        ]
     )
-    fuzz(check_generate, batch(), options, share=0.02, little=15)
+    fuzz(check_generate, forms, batch(), options, share=0.02, little=15)
 
 
-def check_text(what, question, folder: Path) -> str:
+def check_text(form, what, question, bits) -> str:
     try:
-        context = model().compress(what, tokenizer=tokenizer())
-        out = model().generate(question, context=context, max_new_tokens=1)
+        context = model(form).compress(what, tokenizer=tokenizer())
+        if bits is not None:
+            context = context.quantised(bits)
+        out = model(form).generate(question, context=context, max_new_tokens=1)
     except VariatorError:
         return REFUSED
     assert out.ndim == 2
     return ACCEPTED
 
 
-def test_text_and_messages(fuzz, tmp_path):
+def test_text_and_messages(fuzz):
     text = st.text(max_size=12)
     message = st.dictionaries(st.sampled_from(["role", "content"]) | text, text | anything, max_size=3)
     chat = st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": text}), min_size=1, max_size=2)
     what = st.one_of(text, chat, st.lists(text, max_size=3), st.lists(message, max_size=2), anything)
-    fuzz(partial(check_text, folder=tmp_path), what, what, share=0.03, little=20)
+    fuzz(check_text, forms, what, what, st.sampled_from([None, 4, 8]), share=0.03, little=20)
 
 
 # --- what is done to a wrapped model
@@ -457,8 +543,8 @@ deeds = st.lists(st.sampled_from(DEEDS), min_size=1, max_size=6)
 starts = st.sampled_from(["plain", "peft", "injected"])
 
 
-def check_life(start, done, folder: Path) -> str:
-    life = Life(start, folder)
+def check_life(start, form, done, folder: Path) -> str:
+    life = Life(start, form, folder)
     for deed in done:
         deed(life)
     with torch.no_grad():
@@ -467,7 +553,7 @@ def check_life(start, done, folder: Path) -> str:
 
 def test_lives(fuzz, tmp_path):
     """In any order: wrapped again, copied, pickled, moved, adapted, switched, trained; then computed anew."""
-    fuzz(partial(check_life, folder=tmp_path), starts, deeds, share=0.05, little=25)
+    fuzz(partial(check_life, folder=tmp_path), starts, forms, deeds, share=0.05, little=25)
 
 
 def test_as_many_cases_as_asked_for(request, figures):

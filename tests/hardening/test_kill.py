@@ -84,7 +84,7 @@ def test_saving_a_plugin(request, figures, processes, tmp_path):
     kills = (request.config.getoption("kills") or 8) // 4
     folder = tmp_path / "plugin"
     killer = Killer(processes, victims.saves, folder)
-    own = victims.model()
+    own = victims.model("merges")
     while killer.kills < kills:
         assert killer.strike(longest=SAVING)
         saved = load_file(folder / "variator.safetensors")
@@ -96,32 +96,34 @@ def test_saving_a_plugin(request, figures, processes, tmp_path):
     figures["plugin"] = {"kills": killer.kills, "saves": killer.done.value}
 
 
-def test_saving_a_context(request, figures, processes, tmp_path):
-    kills = (request.config.getoption("kills") or 8) // 4
+@pytest.mark.parametrize("form", victims.CONFIGS)
+def test_saving_a_context(request, figures, processes, tmp_path, form):
+    kills = (request.config.getoption("kills") or 8) // 8
     file = tmp_path / "context.safetensors"
-    killer = Killer(processes, victims.saves_contexts, file)
-    own = victims.model()
+    killer = Killer(processes, victims.saves_contexts, file, form)
+    own = victims.model(form)
     while killer.kills < kills:
         assert killer.strike(longest=SAVING)
         context = CompressedContext.load(file, own)
         assert context.input_ids.shape[1] in (100 + (killer.done.value + more) % 300 for more in (0, 1))
         own.generate([[5, 6]], context=context, max_new_tokens=1)
-    figures["context"] = {"kills": killer.kills, "saves": killer.done.value}
+    figures[f"context of a plugin that {form}"] = {"kills": killer.kills, "saves": killer.done.value}
 
 
-def test_training_and_resuming(request, figures, processes, tmp_path):
+@pytest.mark.parametrize("victim", [victims.trains, victims.fits])
+def test_a_run_and_its_resumption(request, figures, processes, tmp_path, victim):
     """However often it is killed, a run ends with the very weights of one that was left alone."""
-    kills = (request.config.getoption("kills") or 8) // 2
+    kills = (request.config.getoption("kills") or 8) // 4
     whole = tmp_path / "whole"
     whole.mkdir()
-    alone = Killer(processes, victims.trains, whole, model_folder())
+    alone = Killer(processes, victim, whole, model_folder())
     assert not alone.strike(longest=PATIENCE), "left alone, it ends by itself"
     expected = load_file(whole / "variator.safetensors")
     total = runs = 0
     while total < kills:
         folder = tmp_path / f"run-{runs}"
         folder.mkdir()
-        killer = Killer(processes, victims.trains, folder, model_folder())
+        killer = Killer(processes, victim, folder, model_folder())
         killer.random.seed(runs)
         attempt = 0
         while killer.strike(longest=alone.used * (0.7 + 0.1 * attempt)):  # it must end some day
@@ -131,5 +133,12 @@ def test_training_and_resuming(request, figures, processes, tmp_path):
         found = load_file(folder / "variator.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
-    figures["training"] = {"kills": total, "runs that ended with the same weights": runs}
-    figures["kills"] = sum(part.get("kills", 0) for part in figures.values() if isinstance(part, dict))
+    figures[victim.__name__] = {"kills": total, "runs that ended with the same weights": runs}
+
+
+def test_as_many_kills_as_asked_for(request, figures):
+    asked = request.config.getoption("kills")
+    if asked is None:
+        pytest.skip("a number is asked for with --kills")
+    figures["kills"] = sum(part["kills"] for part in figures.values() if isinstance(part, dict))
+    assert figures["kills"] >= asked

@@ -131,6 +131,20 @@ def test_compressed_scores_and_texts(compressed):
         assert text == compressed.tok_decode(own.tolist()).split("\n\n")[0]
 
 
+def test_kept_without_training():
+    """The first quarter of each block: what a model that is told so scores, and fewer entries than dense."""
+    lm = decoder(keep=0.25, dense_head=1, dense_tail=3)
+    config = lm.variator.plugins["default"]
+    assert (config.compressor, config.sites, config.k, config.dense_head) == ("select", ("kv",), 4, 1)
+    pair = ("Some words to be read. " * 9, " yes")
+    [(value, _)] = log_likelihoods(lm, [pair])
+    assert value == pytest.approx(teacher_forced(lm, *pair), abs=1e-4)
+    prompt = len(lm.tok_encode(pair[0]))
+    held = lm.variator.kv_cache_report().layers[0].entries
+    assert held < prompt - 64
+    assert abs(value - log_likelihoods(decoder(), [pair])[0][0]) > 1e-4
+
+
 def test_order_and_batch_size_do_not_matter(compressed):
     expected = dict(zip(PAIRS, log_likelihoods(compressed), strict=True))
     for seed in range(20):
@@ -289,6 +303,10 @@ def test_untrained_plugin_by_k():
         (dict(plugin="nowhere"), "nowhere"),
         (dict(dense_tail=3), "dense_tail: these describe an untrained plugin"),
         (dict(k=0), "k must be"),
+        (dict(keep=0.3), "--keep SHARE"),
+        (dict(keep=1), "keep=1"),
+        (dict(keep=0.5, k=2), "leave out plugin and k, or keep"),
+        (dict(keep=0.5, sites="ffn"), "select"),
         (dict(k=2, sites="ffm"), "site must be one of"),
         (dict(rolling_context=0), "rolling_context must be"),
         (dict(backend="seq2seq"), "--model variator$"),

@@ -206,3 +206,44 @@ def test_hysteresis_changes_less_often_than_none():
         return sum(a[2] != b[2] for a, b in itertools.pairwise(run))
 
     assert changes(hold_seconds=10.0, release=0.5) < changes(hold_seconds=0.0, release=1.0) / 3
+
+
+def named(**options):
+    """Keys and values kept in a third of the cache, and two that merge: as SmolLM2's are served."""
+    costs = {"kv4": 0.95, 2: 0.6, 4: 0.4}
+    shares = {"kv4": 0.33, 2: 0.51, 4: 0.26}
+    return LoadPolicy(
+        ("kv4", 2, 4),
+        **dict(target_seconds=1.0, window_seconds=0.001, tokens_per_second=1000.0, clock=Clock())
+        | dict(costs=costs, shares=shares)
+        | options,
+    )
+
+
+def test_names_are_tried_in_their_order():
+    # 1,000, 1,052 and 1,666 tokens take a second
+    lengths = (1000, 1001, 1052, 1053, 1666, 1667, 9000)
+    assert [named().choose(Load(n)) for n in lengths] == [0, "kv4", "kv4", 2, 2, 4, 4]
+    with pytest.raises(VariatorError, match="needs costs and shares of kv4"):
+        LoadPolicy(("kv4", 2))
+
+
+def test_what_scarce_memory_leaves():
+    scarce = {"free_kv": 0.05}
+    lengths = (10, 1052, 1053, 9000)
+    assert [named().choose(Load(n, **scarce)) for n in lengths] == ["kv4", "kv4", 4, 4]
+    # where nothing saves memory, what is read fastest leaves first
+    ffn = LoadPolicy((2, 4), costs=COSTS, shares={2: 1.0, 4: 1.0}, tokens_per_second=1000.0)
+    assert ffn.choose(Load(10, **scarce)) == 4
+
+
+def test_a_held_ratio_that_memory_does_not_allow_is_left_at_once():
+    clock = Clock()
+    held = named(clock=clock, hold_seconds=5.0)
+    assert held.choose(Load(1500)) == 2
+    clock.now = 1.0
+    assert held.choose(Load(100)) == 2  # too soon for less
+    clock.now = 1.5
+    assert held.choose(Load(100, free_kv=0.05)) == "kv4"
+    clock.now = 2.0
+    assert held.choose(Load(1500, free_kv=0.05)) == 4

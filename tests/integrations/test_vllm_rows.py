@@ -22,6 +22,7 @@ from llm_variator.integrations.vllm.plan import Chunk
 from llm_variator.integrations.vllm.rows import Request, tracker_path
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.state_v2 import VariatorModelState
+from llm_variator.integrations.vllm.worker import shorten
 
 
 def config():
@@ -63,6 +64,8 @@ def test_the_class_is_named_by_what_it_accepts():
     assert getattr(rows_v1, found.__name__) is found  # so that it can be pickled by name
     (other,) = _load_logitsprocs_by_fqcns([tracker_path(2, (2,))])
     assert (other.default, other.served) == (2, (2,))
+    (named,) = _load_logitsprocs_by_fqcns([tracker_path("kv4", (2, "kv4"))])
+    assert (named.default, named.served) == ("kv4", (2, "kv4"))
     for wrong in ("RowTracker_two_0", "RowTracker_", "Other"):
         with pytest.raises(AttributeError):
             getattr(rows_v1, wrong)
@@ -99,3 +102,19 @@ def test_rows_of_the_v2_runner(monkeypatch):
     batch.req_ids = ["dummy", "dummy"]  # a warm-up batch uses the indices of live requests
     state.prepare_attn(batch)
     assert table.prepared == [Chunk(0, 1, 8, 0, 0), Chunk(1, 12, 0, 0, 0)]
+
+
+def test_blocks_that_a_request_gave_back():
+    tables = [SimpleNamespace(num_blocks_per_row=np.array([9, 5, 4])) for _ in range(2)]
+    runner = SimpleNamespace(
+        requests={"a": SimpleNamespace(block_ids=([1, 2, 3], [4, 5, 6, 7])), "b": None},
+        input_batch=SimpleNamespace(req_id_to_index={"a": 2}, block_table=tables),
+    )
+    shorten(runner, {"a": {1: 2}, "ended": {0: 1}})
+    assert runner.requests["a"].block_ids == ([1, 2, 3], [4, 5])
+    assert [table.num_blocks_per_row.tolist() for table in tables] == [[9, 5, 4], [9, 5, 2]]
+    del runner.input_batch.req_id_to_index["a"]  # it sits out a step
+    shorten(runner, {"a": {0: 1}})
+    assert runner.requests["a"].block_ids == ([1], [4, 5])
+    with pytest.raises(RuntimeError, match="3 blocks are to be left of 2"):
+        shorten(runner, {"a": {1: 3}})

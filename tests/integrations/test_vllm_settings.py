@@ -14,7 +14,7 @@ from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.integrations.policy import LoadPolicy
 from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
 from llm_variator.integrations.vllm.plan import Chunk, Shape
-from llm_variator.integrations.vllm.rows import Request, RowTable, check_choice
+from llm_variator.integrations.vllm.rows import Request, RowTable, check_choice, tracker_path
 from llm_variator.integrations.vllm.settings import Settings
 from llm_variator.serve.__main__ import main
 from llm_variator.sources.models import load_config, load_model
@@ -74,8 +74,6 @@ def test_refused_plugins(plugins, tmp_path):
         read({"k2": plugins(2, sites=("attention",))})
     with pytest.raises(VariatorError, match="decode_block"):
         read({"k2": plugins(2, sites=("kv",), decode_block=8)})
-    with pytest.raises(VariatorError, match='"select" does not run in vLLM yet: choose'):
-        read({"k2": plugins(2, sites=("kv",), compressor="select")})
     with pytest.raises(VariatorError, match="not found"):
         read({"k2": str(tmp_path)})
     with pytest.raises(VariatorError, match="num_layers"):
@@ -158,7 +156,53 @@ def test_refused_engines(plugins):
         )
 
 
+def test_plugins_that_keep_keys(plugins):
+    some = dict(sites=("kv",), compressor="select", k_per_head=[[4, 1], [2, 2], [1, 1]], dense_tail=70)
+    found = read({"k4": plugins(4, **some), "k2": plugins(2, sites=("kv",))})
+    assert found.served == (4, 2)
+    assert found.selects
+    assert found.compresses_kv
+    assert not read({"k2": plugins(2, sites=("kv",))}).selects
+    assert found.shapes[4] == Shape(4, 70, ())
+    uncached = SimpleNamespace(enable_prefix_caching=False, cache_dtype="auto")
+    found.check_engine(engine(cache_config=uncached))
+    cases = {
+        "prefix caching": dict(),
+        "tensor or pipeline parallelism": dict(parallel_config=parallel(tensor_parallel_size=2)),
+        "quantised KV cache": dict(
+            cache_config=SimpleNamespace(enable_prefix_caching=False, cache_dtype="fp8")
+        ),
+        "disable_hybrid": dict(scheduler_config=scheduler(disable_hybrid_kv_cache_manager=True)),
+        "another worker": dict(parallel_config=parallel(worker_cls="auto")),
+    }
+    for message, changes in cases.items():
+        with pytest.raises(VariatorError, match=message):
+            found.check_engine(engine(**{"cache_config": uncached} | changes) if changes else engine())
+
+
+def test_a_plugin_that_keeps_keys_beside_another_of_its_ratio(plugins):
+    some = dict(
+        sites=("kv",), compressor="select", k_per_head=[[4, 1], [2, 2], [1, 1]], dense_tail=1, block=64
+    )
+    folders = {"k4": plugins(4, sites=("kv",)), "kv4": plugins(2, **some), "k2": plugins(2, sites=("ffn",))}
+    found = read(folders, default="kv4")
+    assert found.served == (4, "kv4", 2)
+    assert found.default == "kv4"
+    policy = found.make_policy()
+    assert isinstance(policy, LoadPolicy)
+    assert policy.ratios == (0, "kv4", 2, 4)
+    # of 1,024 tokens: head 4 and tail 1; 1,019 in 15 blocks of 64 and one of 59, in six heads of these ratios
+    entries = sum(4 + 1 + 15 * 64 // k + -(-59 // k) for k in (4, 1, 2, 2, 1, 1)) / 6
+    assert policy.shares["kv4"] == pytest.approx(entries / 1024)
+    assert policy.shares[2] == 1.0
+    assert policy.costs["kv4"] == found.costs["kv4"] < 1.0
+    with pytest.raises(VariatorError, match="keeps no keys and values: serve it as k2, not as kv2"):
+        read({"kv2": plugins(2)})
+    assert tracker_path("auto", found.served).endswith(":RowTracker_auto_0_4_kv4_2")
+
+
 def test_choices():
+    assert check_choice("kv4", ("kv4", 2)) == "kv4"
     assert [check_choice(choice, (2, 4)) for choice in (0, 1, 2, 4, "auto")] == [0, 0, 2, 4, "auto"]
     for wrong in (3, -1, 2.0, True, "2", None, [2]):
         with pytest.raises(VariatorError, match="must be one of 0, 2, 4"):

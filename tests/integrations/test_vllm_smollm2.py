@@ -61,6 +61,13 @@ def test_ffn_and_kv(both, prompts):
     check(both, prompts, [range(8), ORDER], max_model_len=1800, num_gpu_blocks_override=60)
 
 
+def test_kept_keys(prompts, tmp_path):
+    """The shipped plugin that keeps keys, whose tail is longer than a block, beside a random one that merges."""
+    k4 = make_plugin("smollm2-135m", tmp_path / "k4", 4, **BOTH)
+    plugins = {"k2": "smollm2-135m/kv4", "k4": k4}
+    check(plugins, prompts, [range(8), ORDER], max_model_len=1800, num_gpu_blocks_override=1500)
+
+
 def test_ratios_by_layer(prompts, tmp_path):
     """A shipped plugin with FFNs at 1 and 16, and a random one that compresses every other KV cache."""
     layers = {"ffn": [1, 2, 8] * 10, "kv": [1, 4] * 15}

@@ -15,6 +15,7 @@ from browser import NAMES, browsing, find_browser, look
 from llm_variator import VariatorError
 from llm_variator.report.__main__ import main
 from llm_variator.report.charts import Drawing, Series, inline, save
+from llm_variator.report.labels import beside
 from llm_variator.report.paper_parts import paper
 from llm_variator.report.results import Node, Problem, read_results
 
@@ -206,6 +207,134 @@ def test_all_tables_and_figures_of_the_paper_have_a_place(tmp_path):
     assert empty.count(">missing<") > 20
 
 
+# --- which results hold
+
+
+def frontier(
+    losses: dict, *, date: str, by: str | None = None, command: str = "", f1: dict | None = None
+) -> dict:
+    def row(name, loss):
+        return {"condition": name, "above_dense": loss, "above_dense_error": 0.01, "operations": 1 - loss,
+                "kv_entries": 0.5 + loss}  # fmt: skip
+
+    figures: dict = {
+        "model": "m",
+        "continuation": 8,
+        "texts": [{"data": "d", "context": 9, "windows": 2, "rows": [row(n, v) for n, v in losses.items()]}],
+    }
+    if f1:
+        rows = [
+            {"condition": n, "f1": 20 + v, "f1_above_dense": v, "f1_above_dense_error": 2.0}
+            for n, v in f1.items()
+        ]
+        figures["questions"] = {"data": "q", "rows": rows}
+    return {"figures": figures, "date": date, "command": command} | ({"superseded_by": by} if by else {})
+
+
+def of(tmp_path, **files: dict) -> str:
+    (tmp_path / "results").mkdir()
+    for name, content in files.items():
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return write_page(tmp_path / "results", tmp_path)
+
+
+def part(page: str, anchor: str) -> str:
+    start = page.index(f'<section id="{anchor}"')
+    return page[start : page.index("</section>", start)]
+
+
+def test_superseded_results_are_shown_last_and_decide_nothing(tmp_path):
+    """`a` comes first by name, and its plugin loses less than the current one: still nothing is read from it."""
+    plugin = "smollm2-135m/k2"
+    page = of(
+        tmp_path,
+        a=frontier({"dense": 0.0, plugin: 0.031}, date="2026-01-02", by="b.json"),
+        b=frontier({"dense": 0.0, plugin: 0.123}, date="2026-01-01"),
+    )
+    origins = [
+        number["data-file"] for number in Numbers(page[: page.index('<section id="superseded"')]).found
+    ]
+    assert set(origins) == {"b.json"}
+    assert "+0.123" in page[: page.index("</header>")]
+    last = part(page, "superseded")
+    assert "+0.031" in last
+    assert "Superseded by b.json." in last
+    assert page.index('id="superseded"') > page.index('id="operations"')
+
+
+@pytest.mark.parametrize("by", ["nowhere.json", "a.json", "c.json", 7, ""])
+def test_a_result_superseded_by_nothing_current_is_a_problem(by, tmp_path, capsys):
+    both = {"dense": 0.0, "smollm2-135m/k2": 0.2}
+    page = of(
+        tmp_path,
+        a=frontier(both, date="1") | {"superseded_by": by},
+        c=frontier(both, date="1", by="b.json"),
+        b=frontier(both, date="2"),
+    )
+    assert "not shown: a.json" in capsys.readouterr().out
+    assert "which is no current result in this folder" in page
+
+
+def test_conditions_of_all_files_are_one_frontier_the_newest_counts_and_a_conflict_is_told(tmp_path):
+    page = of(
+        tmp_path,
+        a=frontier({"dense": 0.0, "x": 0.3, "y": 0.1}, date="2026-01-01"),
+        b=frontier({"dense": 0.0, "x": 0.2, "z": 0.4}, date="2026-01-02"),
+    )
+    quality = part(page, "quality")
+    assert quality.count("<figure") == 2  # against compute, against memory
+    assert quality.count("<table>") == 1
+    assert re.findall(r'scope="row">([^<]+)', quality) == ["dense", "y", "x", "z"]
+    assert "+0.200" in quality
+    assert "+0.300" not in quality
+    assert "x is 0.300 in a.json, and 0.200 in the newer b.json, which is shown" in quality
+
+
+def test_a_shipped_plugin_is_itself_under_any_label(tmp_path):
+    page = of(
+        tmp_path,
+        a=frontier(
+            {"dense": 0.0, "mine": 0.1}, date="1", command="python -m x --plugin mine=smollm2-135m/kv4"
+        ),
+        b=frontier({"dense": 0.0, "smollm2-135m/kv4": 0.1}, date="2"),
+    )
+    rows = re.findall(r'scope="row">([^<]+)', part(page, "quality"))
+    assert rows == ["dense", "smollm2-135m/kv4"]
+
+
+def test_choices_keep_answers_where_answers_matter(tmp_path):
+    """By hand: k4 is cheapest, but its answers are 5 standard errors below; of the rest kv4 has the smaller cache."""
+    losses = {"dense": 0.0, "smollm2-135m/k2": 0.3, "smollm2-135m/kv4": 0.2, "smollm2-135m/k4": 0.4}
+    f1 = {"dense": 0.0, "smollm2-135m/k2": -3.9, "smollm2-135m/kv4": -4.0, "smollm2-135m/k4": -10.0}
+    content = frontier(losses, date="1", f1=f1)
+    head = of(tmp_path, a=content).partition("</header>")[0]
+    assert re.findall(r'class="value">([^<]+)', head) == ["k2", "kv4", "k4"]
+
+
+def test_what_was_not_asked_is_not_recommended_for_answers(tmp_path):
+    head = of(tmp_path, a=frontier({"dense": 0.0, "smollm2-135m/k2": 0.3}, date="1")).partition("</header>")[
+        0
+    ]
+    assert re.findall(r'class="label">([^<]+)', head) == ["Cheapest, for text that only goes on"]
+
+
+def test_the_page_says_of_the_shipped_plugins_what_the_readme_says(page):
+    """The README's table by hand, against the first screen."""
+    head = page[: page.index("</header>")]
+    assert re.findall(r'class="value">([^<]+)', head) == ["k2-ffn", "kv4", "k8"]
+    assert ">35.8</a>" in head, "of questions in the prompt; the README gives those that come after it"
+    for figure in ("+0.023", "0.652", "29.1", "+0.004", "0.415"):
+        assert f">{figure}</a>" in head
+        assert figure in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "+0.031" not in page[: page.index('<section id="superseded"')]
+
+
+def test_stored_results_of_earlier_plugins_say_so():
+    results, problems = read_results(STORED)
+    assert problems == []
+    assert {r.name for r in results if "earlier" in r.name} <= {r.name for r in results if r.superseded_by}
+
+
 # --- broken and strange files
 
 
@@ -312,6 +441,22 @@ def test_inline_drawing_takes_the_pages_colours():
     assert not re.search(r"[\s;:]#[0-9a-f]{6}", svg), "a colour that dark mode cannot change"
     assert all(found.startswith("one-") for found in re.findall(r'id="([^"]+)"', svg))
     assert svg == inline(DRAWING), "the same result must give the same page"
+
+
+def test_labels_cover_no_other_label_and_no_point():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), dpi=72)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    axes = figure.subplots()
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    points = [(x, y) for x in (2, 5) for y in (3, 3.2, 3.4, 3.6)]
+    beside(axes, points, [f"label {i}" for i in range(8)], 8)
+    boxes = [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
+    assert len(boxes) == 8
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(box.contains(*axes.transData.transform(point)) for box in boxes for point in points)
 
 
 def test_saved_drawings_are_whole_files(tmp_path):

@@ -53,9 +53,11 @@ def test_settings_from_flags_and_a_recipe(tmp_path):
         choices=(0, "auto"), tokens=(40,), policy={"target_seconds": 0.5}, plugin=("k2=a", "k4=b")
     )
     assert read(words) == settings
-    assert read(["load", "--choices", "0", "auto"]).choices == (0, "auto")
+    assert read(["load", "--choices", "0", "kv4", "auto"]).choices == (0, "kv4", "auto")
     assert read(["prefill", "--k", "2", "--sites", "ffn"]) == Prefill(k=(2,), sites=("ffn",))
-    with pytest.raises(VariatorError, match="--choices: expected 0, a ratio or \"auto\", got 'two'"):
+    with pytest.raises(
+        VariatorError, match="--choices: expected 0, a ratio, a name \\(kv4\\) or \"auto\", got 'two'"
+    ):
         read(["load", "--choices", "0", "two"])
     with pytest.raises(VariatorError, match="--requests"):
         read(["prefill", "--requests", "3"])

@@ -13,7 +13,7 @@ import torch
 from conftest import DECODERS, make_decoder, make_encoder
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import model_folder
+from tiny import fit_words, model_folder
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -371,27 +371,9 @@ def test_too_little_text_is_refused(tmp_path, squad):
 
 # --- the command
 
-RUN = {
-    "--sites": "kv",
-    "--compressor": "kv=select",
-    "--keep": 0.5,
-    "--block": 8,
-    "--dense-tail": 6,
-    "--fit-samples": 8,
-    "--fit-tokens": (60, 90),
-    "--calibrate-tokens": 96,
-    "--save-every": 3,
-    "--device": "cpu",
-}
-
 
 def run(output, *flags, **changes):
-    settings = RUN | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    line = ["--model", changes.get("model") or model_folder(), "--output", str(output)]
-    for name, value in settings.items():
-        if value is not None and name != "--model":
-            line += [name, *map(str, value if isinstance(value, tuple) else (value,))]
-    main([*line, *flags])
+    main(fit_words(output, *flags, **changes))
     return json.loads((output / "training.json").read_text())["figures"]
 
 

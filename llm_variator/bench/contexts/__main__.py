@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps(part(model, settings)))
             return
         figures = _FIGURES[type(settings)](model, settings)
-    plugin = "untrained k=2" if settings.random_init else settings.plugin
+    plugin = settings.plugin
+    if settings.random_init:
+        plugin = "untrained, keeps keys" if settings.untrained == "keeps" else "untrained k=2"
     figures = {"model": settings.model, "plugin": plugin, "dtype": settings.dtype, **figures}
     print(json.dumps(figures, indent=2))
     if settings.json:

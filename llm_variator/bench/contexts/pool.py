@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from llm_variator.bench.contexts.setting import GREEDY, Documents, Figures, stretches
+from llm_variator.bench.contexts.setting import GREEDY, Documents, Figures, stretches, untrained
 from llm_variator.cli import flag
 from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.cache import KVPool
+from llm_variator.engine.contexts import CompressedContext
 from llm_variator.model import VariatorModel
 
 
@@ -21,46 +23,85 @@ class Pool(Documents):
     context: PositiveInt = 64
     documents: PositiveInt = flag(10, "how many")
     sessions: PositiveInt = flag(100, "most at a time")
-    operations: PositiveInt = flag(2000, "random extends, forks, frees and questions")
+    operations: PositiveInt = flag(
+        2000, "random reads, extends, forks, frees, questions and batches of questions"
+    )
+    mixed: bool = flag(False, "every other context by an untrained plugin that merges, in the same pool")
     blocks: PositiveInt = flag(60000, "in the pool")
     block_size: PositiveInt = flag(16, "entries in a block")
 
 
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One context twice: in the pool, and sharing nothing."""
+
+    plugin: str
+    paged: CompressedContext
+    plain: CompressedContext
+
+    def forked(self) -> Session:
+        """Once more."""
+        return replace(self, paged=self.paged.fork())
+
+    def extended(self, more: Tensor) -> Session:
+        """With `more` behind both."""
+        return replace(self, paged=self.paged.extend(more), plain=self.plain.extend(more))
+
+
 def pool(model: VariatorModel, settings: Pool) -> Figures:
-    """Random order of extend, fork, free and question; every answer against contexts outside the pool."""
+    """Operations in random order; every answer against contexts outside the pool."""
     rng, shared = random.Random(settings.seed), KVPool(settings.blocks, settings.block_size)
+    plugins = ["plugin", "merging"] if settings.mixed else ["plugin"]
+    if settings.mixed:
+        untrained(model, "merging", keeps=False)
     (text,) = stretches(settings, settings.documents * settings.context + 4096)
-    documents = [text[:, i * settings.context :][:, : settings.context] for i in range(settings.documents)]
-    first = [(model.compress(row, pool=shared), model.compress(row)) for row in documents]
-    sessions = [(paged.fork(), plain) for paged, plain in first]
-    counts = {"extend": 0, "fork": 0, "free": 0, "ask": 0}
+
+    def piece() -> Tensor:
+        start = rng.randrange(text.shape[1] - 32)
+        return text[:, start : start + rng.randint(1, 24)]
+
+    def made(number: int) -> Session:
+        row = text[:, number * settings.context :][:, : settings.context]
+        name = plugins[number % len(plugins)]
+        with model.use_plugin(name):
+            return Session(name, model.compress(row, pool=shared), model.compress(row))
+
+    first = [made(number) for number in range(settings.documents)]
+    sessions = [session.forked() for session in first]
+    counts = dict.fromkeys(("make", "extend", "fork", "free", "ask", "ask three"), 0)
     wrong, peak = 0, shared.report()
     for _ in range(settings.operations):
-        paged, plain = session = rng.choice(sessions)
+        session = rng.choice(sessions)
         action = rng.choice(sorted(counts))
         if action == "free" and len(sessions) <= settings.documents:
             action = "fork"
-        if action in ("fork", "extend") and len(sessions) >= settings.sessions:
+        if action in ("make", "fork", "extend") and len(sessions) >= settings.sessions:
             action = "free"
         counts[action] += 1
-        start = rng.randrange(text.shape[1] - 32)
-        piece = text[:, start : start + rng.randint(1, 24)]
-        if action == "extend":
-            sessions.append((paged.extend(piece), plain.extend(piece)))
+        if action == "make":
+            sessions.append(made(rng.randrange(settings.documents)))
+        elif action == "extend":
+            sessions.append(session.extended(piece()))
         elif action == "fork":
-            sessions.append((paged.fork(), plain))
+            sessions.append(session.forked())
         elif action == "free":
             sessions = [each for each in sessions if each is not session]
-            paged.free()
+            session.paged.free()
         else:
-            answers = [
-                model.generate(piece, context=context, max_new_tokens=4, **GREEDY) for context in session
-            ]
+            question = piece()
+            if action == "ask three":
+                question = torch.cat([question, *(piece()[:, :1].expand_as(question) for _ in range(2))])
+            with model.use_plugin(session.plugin):
+                answers = [
+                    model.generate(question, context=context, max_new_tokens=4, **GREEDY)
+                    for context in (session.paged, session.plain)
+                ]
             wrong += not torch.equal(*answers)
         peak = max(peak, shared.report(), key=lambda report: report.references)
-    for context in [*(paged for paged, _ in first), *(paged for paged, _ in sessions)]:
-        context.free()
+    for session in [*first, *sessions]:
+        session.paged.free()
     return {
+        "plugins": len(plugins),
         "operations": counts,
         "wrong_answers": wrong,
         "peak_blocks": peak.used,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from llm_variator.cli.values import PositiveInt
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.cache import CompressedLayer
 from llm_variator.engine.contexts import CompressedContext
+from llm_variator.engine.plan import kv_heads
 from llm_variator.measures.loading import load_variator
 from llm_variator.measures.timing import Case, interleaved
 from llm_variator.model import VariatorModel
@@ -37,6 +38,10 @@ class Settings(flags.Stored, flags.BaseModel):
     dtype: str = flag("float32", "of base model and plugin")
     plugin: str = flag(
         "smollm2-135m/k2", "shipped name, folder or hub id; with --random-init an untrained one"
+    )
+    untrained: Literal["merges", "keeps"] = flag(
+        "merges",
+        "what the plugin of --random-init does: merge tokens, or keep keys and values by random scores",
     )
     data: str = flag(EMBEDDED, "text, named as in llm_variator.train", metavar="SOURCE")
     data_dir: Path | None = flag(None, "folder of local data sets (default: $VARIATOR_DATA)", metavar="DIR")
@@ -75,12 +80,30 @@ def build_model(settings: Settings) -> VariatorModel:
     model = load_variator(settings)
     decode_block = getattr(settings, "decode_block", None)
     if settings.random_init:
-        config = VariatorConfig(k=2, sites=("ffn", "kv"), decode_block=decode_block)
-        model.add_plugin("plugin", config).to(model.dtype)
+        untrained(model, "plugin", keeps=settings.untrained == "keeps", decode_block=decode_block)
     else:
         model.load_plugin(settings.plugin, "plugin", decode_block=decode_block)
     model.set_plugin("plugin")
     return model
+
+
+def untrained(model: VariatorModel, name: str, *, keeps: bool, decode_block: int | None = None) -> None:
+    """Add a plugin that merges every two tokens, or one whose heads keep a half, a quarter and an eighth in turn."""
+    if not keeps:
+        merging = VariatorConfig(k=2, sites=("ffn", "kv"), decode_block=decode_block)
+        model.add_plugin(name, merging).to(model.dtype)
+        return
+    heads = range(kv_heads(model.config))
+    config = VariatorConfig(
+        sites=("kv",),
+        compressor="select",
+        k_per_head=[[2 << head % 3 for head in heads]] * model.config.num_hidden_layers,
+        block=16,
+        decode_block=decode_block,
+    )
+    plugin = model.add_plugin(name, config).to(model.dtype)
+    for own in plugin.selects.values():
+        torch.nn.init.normal_(own.score.weight)
 
 
 def stretches(settings: Settings, *lengths: int) -> list[Tensor]:

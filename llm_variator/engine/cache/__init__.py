@@ -3,6 +3,7 @@
 from llm_variator.engine.cache.layer import CompressedLayer
 from llm_variator.engine.cache.lifecycle import (
     adopt,
+    columns_of,
     expand,
     fork,
     is_compressed,
@@ -23,6 +24,7 @@ __all__ = [
     "PoolExhaustedError",
     "SelectedLayer",
     "adopt",
+    "columns_of",
     "expand",
     "fork",
     "is_compressed",

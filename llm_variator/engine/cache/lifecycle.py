@@ -89,6 +89,21 @@ def stores_of(layer: Any) -> list[DynamicLayer]:
     return [layer.store] if isinstance(layer, CompressedLayer) else []
 
 
+def columns_of(layer: Any, heads: int) -> list[Tensor]:
+    """Of every KV head of a cache layer (b or 1, entries): the column of each entry, `FILLER` where there is none.
+
+    `heads`: of a layer whose heads all hold the same.
+    """
+    if isinstance(layer, SelectedLayer):
+        return layer.head_columns()
+    if isinstance(layer, CompressedLayer):
+        return [layer.columns] * heads
+    if not layer.is_initialized:
+        return [torch.empty(1, 0, dtype=torch.long)] * heads
+    end = layer.get_seq_length()  # dense; of a sliding window the last ones
+    return [torch.arange(end - layer.keys.shape[-2], end, device=layer.keys.device)[None]] * heads
+
+
 @contextlib.contextmanager
 def released_on_error(cache: Cache) -> Iterator[None]:
     """Give back the blocks of `cache` at once if the block fails, not when the error is forgotten."""
@@ -115,16 +130,19 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
     order = torch.cat(list(rows)).argsort()
     stacked: list[Any] = []
     for parts in zip(*(cache.layers for cache in caches), strict=True):
-        like = next(part for part in parts if part.get_seq_length())
+        # rows that have read nothing yet still hold what an earlier plugin left, or what was read without one
+        like = max((part for part in parts if part.get_seq_length()), key=_unlike_dense)
         if isinstance(like, SelectedLayer):
             kept = [
-                part if isinstance(part, SelectedLayer) else SelectedLayer(len(like.counts)) for part in parts
+                part if isinstance(part, SelectedLayer) else SelectedLayer.of(part, len(like.counts))
+                for part in parts
             ]
             new: Any = SelectedLayer.stack(kept, [*map(len, rows)], tokens)
         elif isinstance(like, CompressedLayer):
-            tensors = _tensors([getattr(part, "store", part) for part in parts], rows)
+            merged = [part if isinstance(part, CompressedLayer) else CompressedLayer(part) for part in parts]
+            tensors = _tensors([part.store for part in merged], rows)
             store, placed = _stack_tensors(tensors, DynamicLayer()), []
-            for part, (keys, _) in zip(parts, tensors, strict=True):
+            for part, (keys, _) in zip(merged, tensors, strict=True):
                 own = part.columns if part.get_seq_length() else order.new_empty(1, 0)
                 own = torch.where(own == FILLER, FILLER, own + tokens - part.get_seq_length())
                 own = own.expand(len(keys), -1)
@@ -133,7 +151,7 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
                 store = like.store.like(*whole(store))
             columns = torch.cat(placed)
             new = CompressedLayer.holding(store, tokens, columns, bool((columns == FILLER).any()))
-            new.recent = Recent.stack([getattr(part, "recent", None) for part in parts], [*map(len, rows)])
+            new.recent = Recent.stack([part.recent for part in merged], [*map(len, rows)])
         elif isinstance(like, DynamicSlidingWindowLayer):
             new = _stack_tensors(_tensors(parts, rows), copy.copy(like))
             new.cumulative_length = tokens
@@ -142,6 +160,10 @@ def stack(caches: Sequence[Cache], rows: Sequence[Tensor]) -> list[Any]:
         new.batch_select_indices(order)
         stacked.append(new)
     return stacked
+
+
+def _unlike_dense(layer: DynamicLayer) -> int:
+    return 2 * isinstance(layer, SelectedLayer) + isinstance(layer, CompressedLayer)
 
 
 def _tensors(layers: Sequence[DynamicLayer], rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

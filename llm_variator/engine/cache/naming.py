@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import Cache
 
 from llm_variator.errors import VariatorError
 
@@ -39,12 +40,17 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
     """Remove the cache from a caller's keyword arguments, under whichever name it stands; None where there is none.
 
     Raises:
-        VariatorError: two different caches under both names.
+        VariatorError: two different caches under both names, or one that is no cache of transformers.
     """
     given = [kwargs.pop(name) for name in NAMES if name in kwargs]
     found = [cache for cache in given if cache is not None]
     if len(found) == 2 and found[0] is not found[1]:
         raise VariatorError(f"give the KV cache under one name: {' or '.join(NAMES)}")
+    if found and not isinstance(found[0], Cache):
+        raise VariatorError(
+            f"past_key_values must be one of transformers' caches, got {type(found[0]).__name__}: put keys and values "
+            "into a DynamicCache"
+        )
     return found[0] if found else None
 
 

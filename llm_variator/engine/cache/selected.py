@@ -160,6 +160,11 @@ class SelectedLayer(DynamicLayer):
                 f"a compressed KV cache cannot be cropped into its prompt: {remove} tokens are to go, "
                 f"{0 if self.open is not None else after} came after it; read the prompt again"
             )
+        if self.window is not None and remove > min(self.window.lengths):
+            raise VariatorError(
+                f"a cache that reduces generated tokens (decode_block) cannot lose {remove} tokens here: they reach "
+                "into its dense head or what was read before; read the prompt again"
+            )
         for one in self.classes:
             truncate(one.store, one.entries - remove, "cropping")
         self.tokens -= remove
@@ -245,6 +250,15 @@ class SelectedLayer(DynamicLayer):
         dense = torch.arange(self.tokens - rest, self.tokens, dtype=torch.int32, device=one.columns.device)
         return torch.cat((one.columns, dense.expand(*one.columns.shape[:2], -1)), dim=-1)
 
+    def head_columns(self) -> list[Tensor]:
+        """Of every head (b or 1, entries) int32: the column of each of its entries, `FILLER` where there is none."""
+        of = {
+            head: columns
+            for one in self.classes
+            for head, columns in zip(one.heads, self.columns(one).unbind(1), strict=True)
+        }
+        return [of[head] for head in sorted(of)]
+
     def held(self, one: HeadClass, rows: int = -1) -> Entries:
         """Keys and values of a class, those that all rows share expanded to so many; -1: as they are."""
         valid = None
@@ -279,40 +293,47 @@ class SelectedLayer(DynamicLayer):
         value_states: Tensor,
         *args: Any,
         take: Callable[[Tensor, Tensor], None] | None = None,
-        columns: Tensor | None = None,
-        width: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Append the same entries (b, heads, n, d) to every head; returns them, not what was there before.
+        """Have `take` store keys and values (b, heads, n, d); returns them, not what was there before.
+
+        Raises:
+            VariatorError: without `take`: a model's own code cannot attend to heads of unlike lengths.
+        """
+        if take is None:
+            raise VariatorError(
+                "this cache holds keys and values that a plugin kept, other ones for every head: only the wrapped "
+                "model reads it; read the prompt again"
+            )
+        take(key_states, value_states)
+        return key_states, value_states
+
+    def add(
+        self, keys: Tensor, values: Tensor, columns: Tensor | None = None, width: int | None = None
+    ) -> None:
+        """Append the same entries (b, heads, n, d) to every head.
 
         Args:
-            key_states: like `value_states`.
-            value_states: of the entries.
-            *args: none.
-            take: does all of it in place of this method.
+            keys: like `values`.
+            values: of the entries.
             columns: (b or 1, n) where they stand among `width` new columns, `FILLER` where they are none; None: they
                 are n dense tokens.
             width: new columns.
-            **kwargs: none.
         """
-        if take is not None:
-            take(key_states, value_states)
-            return key_states, value_states
         placed = None if columns is None else torch.where(columns == FILLER, FILLER, columns + self.tokens)
         changed = []
         for one in self.classes:
-            if one.columns.device != key_states.device:  # of a layer that was made before its first keys
-                one = dataclasses.replace(one, columns=one.columns.to(key_states.device))
+            if one.columns.device != keys.device:  # of a layer that was made before its first keys
+                one = dataclasses.replace(one, columns=one.columns.to(keys.device))
             if placed is not None:
                 own = placed[:, None].expand(-1, len(one.heads), -1)
                 one = dataclasses.replace(one, columns=_joined(self.columns(one), own))
-            append(one.store, one.of(key_states), one.of(value_states))
+            append(one.store, one.of(keys), one.of(values))
             changed.append(one)
         self.classes = changed
-        self.tokens += key_states.shape[2] if width is None else width
+        self.tokens += keys.shape[2] if width is None else width
         if columns is not None and not self.has_fillers:
             self.has_fillers = bool((columns == FILLER).any())
-        return key_states, value_states
 
     def newest(self, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last `count` entries of all heads (b, heads, count, d)."""
@@ -439,6 +460,11 @@ class SelectedLayer(DynamicLayer):
             columns = self.columns(one).expand(len(mask), -1, -1)
             known = mask.bool().to(columns.device)[:, None].expand(-1, columns.shape[1], -1)
             seen = known.gather(-1, columns.long().clamp(min=0))
+            if bool((seen != seen[:, :1]).any()):
+                raise VariatorError(
+                    "rows ended at different tokens, and what was generated behind a row's end has been reduced with "
+                    "the rest (decode_block): answer such rows one by one, or leave decode_block or return_context out"
+                )
             changed.append(dataclasses.replace(one, columns=columns.masked_fill(~seen, FILLER)))
             self.has_fillers |= bool((changed[-1].columns == FILLER).any())
         self.classes = changed
@@ -451,11 +477,12 @@ class SelectedLayer(DynamicLayer):
 
     @classmethod
     def stack(cls, parts: Sequence[SelectedLayer], rows: Sequence[int], tokens: int) -> SelectedLayer:
-        """Those of several batches, of so many `rows`, as one batch whose entries are right-aligned.
+        """Those of several batches, of so many `rows`, as one batch; entries are right-aligned. `parts` are used up.
 
         `tokens`: columns of the longest.
         """
-        like = max(parts, key=lambda part: len(part.classes))
+        _split_alike([part for part in parts if part.tokens])
+        like = next(part for part in parts if part.tokens)
         new = cls(len(like.counts))
         new.tokens, new.has_fillers, new.classes = tokens, False, []
         for number, one in enumerate(like.classes):
@@ -484,6 +511,20 @@ class SelectedLayer(DynamicLayer):
         new.open = Open.stack([part.open for part in parts], rows)
         new.window = Window.stack([part.window for part in parts], rows, [part.tokens for part in parts])
         return new
+
+
+def _split_alike(parts: Sequence[SelectedLayer]) -> None:
+    """Give all the same classes in the same order: split as far as any of them is."""
+    whose = [{head: i for i, one in enumerate(part.classes) for head in one.heads} for part in parts]
+    kinds = [tuple(own[head] for own in whose) for head in range(len(whose[0]))]
+    places = [list(dict.fromkeys(kinds)).index(kind) for kind in kinds]
+    for part in parts:
+        ratios = {head: one.k for one in part.classes for head in one.heads}
+        part.refine(places)
+        part.classes = [
+            dataclasses.replace(one, k=ratios[one.heads[0]])
+            for one in sorted(part.classes, key=lambda one: places[one.heads[0]])
+        ]
 
 
 def _joined(before: Tensor, after: Tensor) -> Tensor:

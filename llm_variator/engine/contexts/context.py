@@ -17,6 +17,7 @@ from llm_variator.engine.cache import (
     CompressedLayer,
     KVCacheReport,
     SelectedLayer,
+    columns_of,
     expand,
     fork,
     release,
@@ -39,6 +40,8 @@ from llm_variator.engine.contexts.inputs import (
     template_options,
 )
 from llm_variator.engine.contexts.prefill import read
+from llm_variator.engine.groups import FILLER
+from llm_variator.engine.plan import kv_heads
 from llm_variator.errors import VariatorError
 
 
@@ -88,6 +91,24 @@ class CompressedContext:
     def report(self) -> KVCacheReport:
         """Entries and bytes of every layer."""
         return KVCacheReport.of(self._alive())
+
+    def kept(self, row: int = 0) -> list[list[Tensor]]:
+        """Where the entries of every layer's KV heads stand: [layer][head] -> (entries,) int64 columns, ascending.
+
+        Read from the cache, so it is what attention sees. Columns count as in `input_ids`, without those of padding.
+        Where tokens were merged, an entry stands at the last token of its group.
+
+        Raises:
+            VariatorError: there is no such row, or the context was freed.
+        """
+        if not 0 <= row < self.rows:
+            raise VariatorError(f"the context has no row {row}: it has {self.rows}, counted from 0")
+        mask = self.attention_mask[row].bool()
+        heads = kv_heads(self.model.base.config)
+        return [
+            [_own(columns, row, mask) for columns in columns_of(layer, heads)]
+            for layer in self._alive().layers
+        ]
 
     def extend(
         self,
@@ -287,6 +308,13 @@ class CompressedContext:
             for i in range(rows)
         ]
         return ids, [[*before[i], *after[i]] for i in range(rows)]
+
+
+def _own(columns: Tensor, row: int, mask: Tensor) -> Tensor:
+    """Those of one row that stand for a token of it, ascending."""
+    own = columns[min(row, len(columns) - 1)].long().to(mask.device)
+    own = own[own != FILLER]
+    return own[mask[own]].sort().values
 
 
 def _in_bits(store: DynamicLayer, bits: int) -> SharedStore:

@@ -103,6 +103,11 @@ class Architecture:
             cache_argument(base)
         if not self.decoder and getattr(base.config, "is_decoder", False):
             raise VariatorError(f"{kind} with is_decoder=True is not supported: load it as an encoder")
+        if self.decoder and getattr(base.config, "use_bidirectional_attention", False):
+            raise VariatorError(
+                f"{kind} with use_bidirectional_attention reads what comes later, as an encoder does: such models have "
+                "no plugins"
+            )
         if getattr(base.config, "chunk_size_feed_forward", 0):
             raise VariatorError(
                 "chunk_size_feed_forward cuts the sequence inside the FFN: set it to 0 in the model's config"

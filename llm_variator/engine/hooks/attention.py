@@ -100,11 +100,11 @@ class _AttentionCall:
         assert isinstance(self.held, SelectedLayer)
         self.held.remember(None, None)  # tokens come that nobody scores
         if self.grouping is None:
-            self.held.update(key, value)
+            self.held.add(key, value)
         else:
             if not self.whole:
                 key, value = self.grouping.take(key, 2), self.grouping.take(value, 2)
-            self.held.update(key, value, columns=self.grouping.columns, width=self.width)
+            self.held.add(key, value, self.grouping.columns, self.width)
         self.by_class = self.held.all_held()
 
     def _remember(self) -> None:

@@ -58,6 +58,8 @@ def begin_pass(
             _refuse_ageing(cache, plugin)
     if cache is not None:
         kwargs[cache_name] = cache
+        if any(isinstance(layer, SelectedLayer) for layer in getattr(cache, "layers", ())):
+            _refuse_weights(host, kwargs)
     past = cache.get_seq_length() if cache is not None else 0
     segment, places, unread = None, None, getattr(cache, "unread", 0)
     if tokens.shape[1] != 1 or session.edges is not None:
@@ -118,8 +120,8 @@ def _refuse_weights(host: Any, kwargs: dict[str, Any]) -> None:
     wanted = kwargs.get("output_attentions")
     if host.config.output_attentions if wanted is None else wanted:
         raise VariatorError(
-            'with compressor "select" every head sees other keys, in parts: leave out output_attentions, or use '
-            "model.disable_plugin()"
+            'with compressor "select" every head sees other keys, in parts: leave out output_attentions, or read the '
+            "prompt with model.disable_plugin()"
         )
 
 

@@ -172,13 +172,13 @@ class SelectCall:
             held.age(cuts.get(start, ()))
             own = slice(start, end)
             if rows.uniform:
-                held.update(keys[:, :, own], values[:, :, own])
+                held.add(keys[:, :, own], values[:, :, own])
             else:
                 width = (
                     rows.width if end == count else 0
                 )  # columns are counted from the beginning of the pass
                 columns = rows.rest_columns[:, own]
-                held.update(keys[:, :, own], values[:, :, own], columns=columns, width=width)
+                held.add(keys[:, :, own], values[:, :, own], columns, width)
             if held.window is not None:
                 new = [min(max(0, read - start), end - start) for read in reads]
                 held.window = held.window.appended(scores[..., own], new)
@@ -271,7 +271,7 @@ class SelectCall:
                 reads = [int(not reduces(place, held.open.block, 1)) for place in held.open.places]
             held.age(held.window.cuts(reads).get(0, ()))
             held.window = held.window.appended(self.scores, reads)
-        held.update(key, value)
+        held.add(key, value)
         found = held.all_held()
         seen: list[Tensor | None] = [None] * len(found)
         if ends:

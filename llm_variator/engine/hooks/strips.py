@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from llm_variator.engine.blocks import Region
 from llm_variator.engine.cache.selected import Entries, HeadClass
-from llm_variator.engine.devices import behind, places
+from llm_variator.engine.devices import places
 
 _ROWS = {"cpu": 128}
 """Rows of a strip (its queries times the query heads of a KV head) by device: more of them see more of a band that
@@ -106,14 +106,16 @@ def attend_region(
     blocks = max(1, _ROWS.get(keys.device.type, _OTHER_ROWS) // (groups * region.block))
     strips, begin = list(_strips(region, queries, blocks)), region.tokens - queries
     readers = [_Reader(query, keys, values, view, region, strips, scale) for view in views]
-    back = behind(tuple(head for view in views for head in view.heads.heads), keys.device)
-    outputs = []
+    heads = [places(view.heads.heads, keys.device) for view in views]
+    out = query
     for strip in strips:
         rows = slice(strip.start - begin, strip.end - begin)
-        parts = [reader.attend(strip, rows) for reader in readers]
-        out = torch.cat(parts, dim=1).index_select(1, back) if len(parts) > 1 else parts[0]
-        outputs.append(out.permute(0, 3, 1, 2, 4))  # as the model's code lays them out behind its attention
-    return torch.cat(outputs, dim=1).permute(0, 2, 3, 1, 4)
+        for own, reader in zip(heads, readers, strict=True):
+            part = reader.attend(strip, rows).permute(0, 3, 1, 2, 4)
+            if out is query:  # as the model's code lays them out behind its attention, in autocast's dtype
+                out = part.new_empty(len(query), queries, *query.shape[1:3], query.shape[4])
+            out[:, rows].index_copy_(2, own, part)
+    return out.permute(0, 2, 3, 1, 4)
 
 
 def _strips(region: Region, queries: int, blocks: int) -> Iterator[_Strip]:
@@ -175,8 +177,12 @@ class _Reader:
         chosen = region.far(view.order, self.k)
         width = max(strip.end - strip.band for strip in strips)
         held = None if view.before is None else view.before[:2]
+        # one that is written again is lost to the gradients of all three
+        anew = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
         self._keys, self._values = (
-            _Growing(None if held is None else held[side], x, view.heads, region.lead, chosen, width)
+            _Growing(
+                None if held is None else held[side], x, view.heads, region.lead, chosen, width, anew=anew
+            )
             for side, x in enumerate((keys, values))
         )
         self.flags = region.flags(view.order, self.k) if any(strip.by_head for strip in strips) else None
@@ -215,13 +221,24 @@ class _Reader:
 class _Growing:
     """Keys or values of the strips of a region, one after the other: far entries, and behind them a band.
 
-    Without gradients all strips use one buffer, where a band is overwritten by the far entries of the next.
+    All strips use one buffer, where a band is overwritten by the far entries of the next.
     """
 
     def __init__(
-        self, before: Tensor | None, x: Tensor, heads: HeadClass, lead: int, chosen: Tensor, width: int
+        self,
+        before: Tensor | None,
+        x: Tensor,
+        heads: HeadClass,
+        lead: int,
+        chosen: Tensor,
+        width: int,
+        *,
+        anew: bool,
     ) -> None:
-        """Of all heads' `x` (b, H, T, d) those of a class, whose far entries are at `chosen` (b, heads, m)."""
+        """Of all heads' `x` (b, H, T, d) those of a class, whose far entries are at `chosen` (b, heads, m).
+
+        `anew`: each strip gets tensors of its own, as gradients need them.
+        """
         self._x, self._heads = x, heads
         first = heads.of(x[:, :, :lead])
         self._base = first if before is None else torch.cat((before.expand(len(x), -1, -1, -1), first), dim=2)
@@ -230,7 +247,7 @@ class _Growing:
         self._all_far = x[row, head, chosen]
         self._filled = 0
         self._buffer: Tensor | None = None
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not anew:
             base = self._base.shape[2]
             size = base + chosen.shape[2] + width
             self._buffer = x.new_empty(*self._base.shape[:2], size, x.shape[3])

@@ -10,7 +10,7 @@ from typing import Any
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm import FAMILIES
 from llm_variator.integrations.vllm.rows import Choice, tracker_path
-from llm_variator.integrations.vllm.settings import KEY, Settings
+from llm_variator.integrations.vllm.settings import KEY, WORKER, Settings
 from llm_variator.sources.models import load_config, model_source, plugin_folder
 
 SCHEDULER = "llm_variator.integrations.vllm.scheduler.make_scheduler"
@@ -51,6 +51,8 @@ def engine_arguments(
         "scheduler_cls": SCHEDULER,
         "logits_processors": [tracker_path(settings.default, settings.served)],
     }
+    if settings.selects:
+        arguments["worker_cls"] = WORKER
     if settings.compresses_kv:
         if others.get("enable_prefix_caching"):
             raise VariatorError(

@@ -32,7 +32,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
+from llm_variator.integrations.policy import Ratio
 from llm_variator.integrations.vllm.blocks import CompressedPromptSpec
+from llm_variator.integrations.vllm.heads import Rows
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape, held, parts
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.settings import settings_of
@@ -58,31 +60,11 @@ class CompressedMetadata(CPUAttentionMetadata):
     layout: Layout | None = None
     slots: Tensor | None = None
     """(entries,) slot of every entry, in the layout's order."""
-    grouped: dict[int, Run] = dataclasses.field(default_factory=dict)
+    grouped: dict[Ratio, Run] = dataclasses.field(default_factory=dict)
     """By plugin: the queries of its groups."""
     dense: Run | None = None
     positions: Tensor | None = None
     """(entries,) position of every entry; the first layer fills it in."""
-
-
-class _Rows:
-    """Collects the rows of one kernel call."""
-
-    def __init__(self) -> None:
-        self.queries: list[int] = []
-        self.lengths: list[int] = []
-        self.rows: list[int] = []
-        self.slots: list[np.ndarray] = []
-
-    def add(self, row: int, queries: int, end: int, table: np.ndarray, block_size: int) -> None:
-        """`queries` entries of batch row `row` that end before entry `end` of its sequence."""
-        if queries:
-            entries = np.arange(end - queries, end)
-            self.queries.append(queries)
-            self.lengths.append(end)
-            self.rows.append(row)
-            slots = table[row, entries // block_size].astype(np.int64)
-            self.slots.append(slots * block_size + entries % block_size)
 
 
 class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -91,8 +73,8 @@ class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = settings_of(self.vllm_config)
-        self.ratios: Mapping[int, int] = dict(self.kv_cache_spec.ratios)
-        self.shapes: Mapping[int, Shape] = settings.shapes
+        self.ratios: Mapping[Ratio, int] = dict(self.kv_cache_spec.ratios)
+        self.shapes: Mapping[Ratio, Shape] = settings.shapes
         self.table = row_table(self.vllm_config)
 
     def build(
@@ -112,8 +94,8 @@ class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CompressedMetadata:
         layout = Layout(chunks, self.ratios, self.shapes)
         table = blocks.numpy()
-        groups = {plugin: _Rows() for plugin in layout.groups}
-        dense = _Rows()
+        groups = {plugin: Rows() for plugin in layout.groups}
+        dense = Rows()
         for row, chunk in zip(rows, chunks, strict=True):
             k, shape = self.ratios.get(chunk.plugin) or 1, self.shapes.get(chunk.plugin, Shape(0, 0, ()))
             before, inside, _ = parts(chunk, k, *shape[:2]) if k > 1 else (chunk.tokens, 0, 0)
@@ -139,8 +121,8 @@ class CompressedMetadataBuilder(CPUAttentionMetadataBuilder):
             dense=self._run(dense, blocks, self.num_heads) if dense.rows else None,
         )
 
-    def _run(self, part: _Rows, blocks: Tensor, heads: int) -> Run:
-        starts = torch.tensor(np.concatenate(([0], np.cumsum(part.queries))), dtype=torch.int32)
+    def _run(self, part: Rows, blocks: Tensor, heads: int) -> Run:
+        starts = torch.tensor(part.starts, dtype=torch.int32)
         lengths = torch.tensor(part.lengths, dtype=torch.int32)
         schedule = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(part.rows),
@@ -257,7 +239,7 @@ class CompressedBackend(CPUAttentionBackend):
 class EntryAttention(Attention):
     """vLLM's attention layer with our cache specification."""
 
-    variator_ratios: tuple[tuple[int, int], ...]
+    variator_ratios: tuple[tuple[Ratio, int], ...]
 
     def get_kv_cache_spec(self, vllm_config: Any) -> CompressedPromptSpec:
         """The stock specification under our type."""
@@ -271,8 +253,10 @@ class CompressedAttention(nn.Module):
     """Comes before a self-attention's own class: keys and values of groups from their merged states."""
 
     variator_name: str
-    variator_plugins: Mapping[int, CompressionPlugin]
+    variator_plugins: Mapping[Ratio, CompressionPlugin]
     variator_layer: int
+    variator_cache: str
+    """The layer of vLLM whose metadata tells how entries lie."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """(rows,), (rows, d) -> (rows, d)."""
@@ -281,7 +265,7 @@ class CompressedAttention(nn.Module):
     def run(self, positions: Tensor, x: Tensor) -> Tensor:
         """What the op does."""
         host: Any = self
-        metadata = _metadata(host.attn.layer_name)
+        metadata = metadata_of(self.variator_cache)
         if metadata is None or not metadata.layout.groups:
             return super().forward(positions, x)
         layout = metadata.layout
@@ -296,7 +280,7 @@ class CompressedAttention(nn.Module):
         output, _ = host.o_proj(host.attn(query, key, value))
         return output
 
-    def _merges(self, layout: Layout) -> dict[int, Any]:
+    def _merges(self, layout: Layout) -> dict[Ratio, Any]:
         sites = {k: self.variator_plugins[k].at("kv", self.variator_layer) for k in layout.groups}
         return {k: site.compressor for k, site in sites.items() if site}
 
@@ -336,13 +320,14 @@ def keep_projection(attention: Any) -> None:
         projection.variator_weight = projection.weight.detach().clone()
 
 
-def _metadata(layer_name: str) -> Any:
+def metadata_of(layer_name: str) -> Any:
+    """What the running step has for a layer of vLLM; None in a dummy batch."""
     metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
     return metadata.get(layer_name) if isinstance(metadata, dict) else None
 
 
 def attach_attention(
-    attention: Any, plugins: Mapping[int, CompressionPlugin], layer: int, name: str
+    attention: Any, plugins: Mapping[Ratio, CompressionPlugin], layer: int, name: str
 ) -> CompressedAttention | None:
     """Subclass one self-attention in place.
 
@@ -350,6 +335,28 @@ def attach_attention(
 
     Raises:
         VariatorError: the platform's attention, or this model's, is not one that can hold entries.
+    """
+    check_attention(attention)
+    inner, impl = attention.attn, attention.attn.impl
+    sites = {k: plugin.at("kv", layer) for k, plugin in plugins.items()}
+    inner.__class__ = EntryAttention
+    inner.variator_ratios = tuple((k, site.k) for k, site in sites.items() if site)
+    if not inner.variator_ratios:
+        return None
+    inner.attn_backend, impl.__class__ = CompressedBackend, CompressedImpl
+    attention.__class__ = type(
+        f"Compressed{type(attention).__name__}", (CompressedAttention, type(attention)), {}
+    )
+    attention.variator_name, attention.variator_layer = name, layer
+    attention.variator_plugins, attention.variator_cache = plugins, inner.layer_name
+    return attention
+
+
+def check_attention(attention: Any) -> None:
+    """Refuse what cannot hold entries.
+
+    Raises:
+        VariatorError: the platform's attention, or this model's.
     """
     inner = attention.attn
     if type(inner) is not Attention or inner.attn_backend is not CPUAttentionBackend:
@@ -362,18 +369,6 @@ def attach_attention(
         raise VariatorError("a compressed KV cache needs plain attention: no window, ALiBi or sinks")
     if impl.logits_soft_cap or getattr(attention, "do_llama_4_scaling", False):
         raise VariatorError("a compressed KV cache needs plain attention: no soft cap or query scaling")
-    sites = {k: plugin.at("kv", layer) for k, plugin in plugins.items()}
-    inner.__class__ = EntryAttention
-    inner.variator_ratios = tuple((k, site.k) for k, site in sites.items() if site)
-    if not inner.variator_ratios:
-        return None
-    inner.attn_backend, impl.__class__ = CompressedBackend, CompressedImpl
-    attention.__class__ = type(
-        f"Compressed{type(attention).__name__}", (CompressedAttention, type(attention)), {}
-    )
-    attention.variator_name, attention.variator_layer = name, layer
-    attention.variator_plugins = plugins
-    return attention
 
 
 def _variator_attention(positions: Tensor, hidden_states: Tensor, name: str) -> Tensor:

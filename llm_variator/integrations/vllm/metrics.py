@@ -10,6 +10,8 @@ import functools
 
 from prometheus_client import Counter
 
+from llm_variator.integrations.policy import Ratio
+
 
 @functools.cache
 def _counters() -> tuple[Counter, Counter]:
@@ -19,7 +21,7 @@ def _counters() -> tuple[Counter, Counter]:
     )
 
 
-def count_request(k: int, prompt_tokens: int) -> None:
+def count_request(k: Ratio, prompt_tokens: int) -> None:
     """Count one request that was admitted at ratio `k` (0: dense)."""
     requests, tokens = _counters()
     requests.labels(k=str(k)).inc()

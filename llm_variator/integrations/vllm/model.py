@@ -25,6 +25,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from llm_variator.engine.plugin import CompressionPlugin, warn_if_other_weights, weights_digest
+from llm_variator.integrations.policy import Ratio
 from llm_variator.integrations.vllm.plan import Chunk, Layout, Shape
 from llm_variator.integrations.vllm.rows_v1 import row_table
 from llm_variator.integrations.vllm.settings import Settings, settings_of
@@ -38,13 +39,13 @@ PASS = "variator.pass"
 class BatchPass:
     """One forward pass: its chunks, the layouts that layers share, and what was really compressed."""
 
-    def __init__(self, chunks: list[Chunk], shapes: Mapping[int, Shape]) -> None:
+    def __init__(self, chunks: list[Chunk], shapes: Mapping[Ratio, Shape]) -> None:
         self.chunks, self.shapes = chunks, shapes
         self.compressed_rows: list[int] = []
         """Rows that each compressed MLP gave to its frozen layers."""
-        self._layouts: dict[tuple[tuple[int, int | None], ...], Layout] = {}
+        self._layouts: dict[tuple[tuple[Ratio, int | None], ...], Layout] = {}
 
-    def layout(self, ratios: Mapping[int, int | None]) -> Layout:
+    def layout(self, ratios: Mapping[Ratio, int | None]) -> Layout:
         """The layout for one ratio per plugin, made once."""
         key = tuple(ratios.items())
         if key not in self._layouts:
@@ -61,7 +62,7 @@ class CompressedFFN(nn.Module):
     """Comes before an MLP's own class: groups through the frozen layers as one vector each."""
 
     variator_name: str
-    variator_plugins: Mapping[int, CompressionPlugin]
+    variator_plugins: Mapping[Ratio, CompressionPlugin]
     variator_layer: int
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,8 +80,8 @@ class CompressedFFN(nn.Module):
             return super().forward(x)
         members = {plugin: layout.members(x, plugin) for plugin in layout.groups}
         chosen = {plugin: sites[plugin] for plugin in layout.groups}
-        merge: dict[int, Callable[[Tensor], Tensor]] = {p: s.compressor for p, s in chosen.items() if s}
-        restore: dict[int, Any] = {p: s.decompressor for p, s in chosen.items() if s}
+        merge: dict[Ratio, Callable[[Tensor], Tensor]] = {p: s.compressor for p, s in chosen.items() if s}
+        restore: dict[Ratio, Any] = {p: s.decompressor for p, s in chosen.items() if s}
         entries = layout.compress(members, x, merge)
         current.compressed_rows.append(len(entries))
         return layout.restore(super().forward(entries), members, x, restore)
@@ -110,12 +111,13 @@ class VariatorMixin:
         model: Any = self
         parameter = next(model.parameters())
         hidden = vllm_config.model_config.hf_config.hidden_size
-        self._plugins: dict[int, Any] = {}
+        self._plugins: dict[Ratio, Any] = {}
         for k, served in self.variator.plugins.items():
             with torch.device("cpu"):
                 plugin = served.build(hidden)
             plugin = plugin.to(device=parameter.device, dtype=vllm_config.model_config.dtype).eval()
             self._plugins[k] = plugin.requires_grad_(False)  # in a plain dict: not a part of the checkpoint
+        self._parted = self.variator.tables(vllm_config.model_config.hf_config)[1]
         for index in range(model.model.start_layer, model.model.end_layer):
             self._attach(model.model.layers[index], index, f"{prefix}.variator.{index}")
         self._checked = not self._plugins
@@ -129,7 +131,13 @@ class VariatorMixin:
             mlp.variator_name, mlp.variator_layer = f"{name}.ffn", index
             mlp.variator_plugins = self._plugins
             context[mlp.variator_name] = mlp
-        if self.variator.compresses_kv:
+        if self.variator.selects:
+            from llm_variator.integrations.vllm.attheads import attach_heads
+
+            heads = layer.self_attn, self._plugins, index, f"{name}.attention", context, self._parted
+            selecting = attach_heads(*heads)
+            context[selecting.variator_name] = selecting
+        elif self.variator.compresses_kv:
             from llm_variator.integrations.vllm.attkv import attach_attention
 
             attention = attach_attention(layer.self_attn, self._plugins, index, f"{name}.attention")
@@ -213,7 +221,7 @@ class VariatorMixin:
         model: Any = self
         return range(model.model.start_layer, model.model.end_layer)
 
-    def _ratios(self, site: str, index: int) -> dict[int, int | None]:
+    def _ratios(self, site: str, index: int) -> dict[Ratio, int | None]:
         found = {k: plugin.at(site, index) for k, plugin in self._plugins.items()}
         return {k: part.k if part else None for k, part in found.items()}
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from llm_variator.engine.groups import split
+from llm_variator.integrations.policy import Ratio
 
-Merges = Mapping[int, Callable[[Tensor], Tensor]]  # plugin -> ((groups, k, d) -> (groups, d))
-Restores = Mapping[int, Callable[[Tensor, Tensor], Tensor]]  # plugin -> ((g, d), (g, k, d) -> (g, k, d))
+Merges = Mapping[Ratio, Callable[[Tensor], Tensor]]  # plugin -> ((groups, k, d) -> (groups, d))
+Restores = Mapping[Ratio, Callable[[Tensor, Tensor], Tensor]]  # plugin -> ((g, d), (g, k, d) -> (g, k, d))
 
 
 class Shape(NamedTuple):
@@ -38,7 +39,7 @@ class Chunk(NamedTuple):
     """Place of the first row's token in its sequence."""
     prompt: int
     """Prompt tokens of the request; all later tokens are dense, whenever they are computed."""
-    plugin: int = 0
+    plugin: Ratio = 0
     """Which plugin; 0 for none."""
 
 
@@ -104,11 +105,11 @@ class Layout:
     """
 
     def __init__(
-        self, chunks: Iterable[Chunk], ratios: Mapping[int, int | None], shapes: Mapping[int, Shape]
+        self, chunks: Iterable[Chunk], ratios: Mapping[Ratio, int | None], shapes: Mapping[Ratio, Shape]
     ) -> None:
         """`ratios`: plugin -> k in the layer at hand, None where the plugin leaves it dense."""
-        self.groups: dict[int, list[slice]] = {}
-        self.ratios: dict[int, int] = {}
+        self.groups: dict[Ratio, list[slice]] = {}
+        self.ratios: dict[Ratio, int] = {}
         self.dense: list[slice] = []
         self.rows = self.grouped = 0
         for chunk in chunks:
@@ -126,7 +127,7 @@ class Layout:
                 self.rows += inside
                 self.grouped += inside // k
             self._add_dense(after)
-        self.groups = dict(sorted(self.groups.items()))
+        self.groups = dict(sorted(self.groups.items(), key=lambda item: str(item[0])))
 
     def _add_dense(self, tokens: int) -> None:
         if not tokens:
@@ -142,7 +143,7 @@ class Layout:
         """Vectors that remain: groups and dense rows."""
         return self.grouped + sum(piece.stop - piece.start for piece in self.dense)
 
-    def members(self, x: Tensor, plugin: int) -> Tensor:
+    def members(self, x: Tensor, plugin: Ratio) -> Tensor:
         """(rows, ...) -> (groups of one plugin, k, ...)."""
         return _take(x, self.groups[plugin]).unflatten(0, (-1, self.ratios[plugin]))
 
@@ -150,12 +151,14 @@ class Layout:
         """(rows, ...) -> (dense rows, ...)."""
         return _take(x, self.dense)
 
-    def compress(self, members: Mapping[int, Tensor], x: Tensor, merge: Merges) -> Tensor:
+    def compress(self, members: Mapping[Ratio, Tensor], x: Tensor, merge: Merges) -> Tensor:
         """Entries (entries, ...) of `x` (rows, ...), the groups `members` of each plugin merged by its `merge`."""
         merged = [merge[plugin](groups) for plugin, groups in members.items()]
         return _join([*merged, *(x[piece] for piece in self.dense)])
 
-    def restore(self, entries: Tensor, members: Mapping[int, Tensor], x: Tensor, restore: Restores) -> Tensor:
+    def restore(
+        self, entries: Tensor, members: Mapping[Ratio, Tensor], x: Tensor, restore: Restores
+    ) -> Tensor:
         """(entries, d) -> (rows, d): inverse of `compress` for the outputs of the frozen layer. Padding is zero."""
         out = torch.empty_like(x, dtype=entries.dtype)
         for plugin, part in zip(self.groups, self.split(entries), strict=False):
@@ -172,7 +175,7 @@ class Layout:
         ]
         return entries.split([*sizes, len(entries) - self.grouped])
 
-    def put(self, out: Tensor, members: Tensor, plugin: int) -> None:
+    def put(self, out: Tensor, members: Tensor, plugin: Ratio) -> None:
         """Inverse of `members`: write (groups of one plugin, k, ...) into their rows of `out` (rows, ...)."""
         done, k = 0, self.ratios[plugin]
         for piece in self.groups[plugin]:

@@ -15,10 +15,14 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
+from llm_variator.integrations.policy import Ratio
 from llm_variator.integrations.vllm.rows import AUTO, Choice, Request, RowTable, check_choice, choice_of
 
 TABLE = "variator.rows"
 """Where the table hangs in vLLM's static forward context, which model and processors share."""
+
+MEMORY = "variator_memory"
+"""Where `Request.memory` hangs in the sampling parameters, which vLLM keeps per request."""
 
 
 def row_table(vllm_config: Any) -> RowTable:
@@ -30,7 +34,7 @@ class RowTracker(LogitsProcessor, LogitsProcessorV2):
     """Keeps the row table; refuses requests that ask for what is not served."""
 
     default: ClassVar[Choice] = 0
-    served: ClassVar[tuple[int, ...]] = ()
+    served: ClassVar[tuple[Ratio, ...]] = ()
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.rows = row_table(vllm_config).requests
@@ -64,7 +68,9 @@ class RowTracker(LogitsProcessor, LogitsProcessorV2):
             rows.pop(row, None)
         for row, params, prompt, _ in batch_update.added:
             # the scheduler has replaced "auto" and the default by a number
-            rows[row] = Request(len(prompt or ()), int(choice_of(params.extra_args, 0)))
+            # a row that sits out a step comes back with the same parameters: they carry what is remembered of it
+            memory = vars(params).setdefault(MEMORY, {})
+            rows[row] = Request(len(prompt or ()), choice_of(params.extra_args, 0), memory)
         for source, target, direction in batch_update.moved:
             moving, staying = rows.pop(source, None), rows.pop(target, None)
             if moving is not None:
@@ -74,10 +80,10 @@ class RowTracker(LogitsProcessor, LogitsProcessorV2):
 
 
 def __getattr__(name: str) -> type[RowTracker]:
-    if not (found := re.fullmatch(rf"RowTracker_(\d+|{AUTO})((?:_\d+)+)", name)):
+    if not re.fullmatch(rf"RowTracker_(\d+|kv\d+|{AUTO})(_(\d+|kv\d+))+", name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    default, served = found[1], tuple(map(int, found[2].split("_")[1:]))
-    body = {"default": AUTO if default == AUTO else int(default), "served": tuple(k for k in served if k)}
+    default, *served = (int(word) if word.isdecimal() else word for word in name.split("_")[1:])
+    body = {"default": default, "served": tuple(k for k in served if k)}
     made = type(name, (RowTracker,), body | {"__module__": __name__, "__doc__": RowTracker.__doc__})
     globals()[name] = made
     return made

@@ -6,18 +6,20 @@ own choice would be asynchronous.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
-from collections import Counter, deque
-from collections.abc import Mapping
+from collections import Counter, defaultdict, deque
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from llm_variator.integrations.policy import Load
+from llm_variator.integrations.policy import Load, Ratio
+from llm_variator.integrations.vllm.blocks import SHORTENED, CompressedPromptManager
+from llm_variator.integrations.vllm.heads import entries_of
 from llm_variator.integrations.vllm.metrics import count_request
-from llm_variator.integrations.vllm.plan import Shape, cut, held, settled
+from llm_variator.integrations.vllm.plan import Shape, cut, settled
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO, choice_of
 from llm_variator.integrations.vllm.settings import settings_of
 
@@ -30,18 +32,20 @@ class VariatorScheduler(Scheduler):
         self._settings = settings_of(self.vllm_config)
         self._shapes = self._settings.shapes
         self._policy = self._settings.make_policy() if self._shapes else None
-        self._ratios: dict[str, int] = {}
-        self._steps: deque[tuple[Any, Counter[int], float]] = deque()
+        self._ratios: dict[str, Ratio] = {}
+        self._steps: deque[tuple[Any, Counter[Ratio], float]] = deque()
         self._ended = 0.0
+        self._shortened: defaultdict[str, dict[int, int]] = defaultdict(dict)
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if hasattr(manager, "entries_of"):
-                manager.entries_of = self._entries
+            if isinstance(manager, CompressedPromptManager):
+                manager.ledger = self
 
     def add_request(self, request: Any) -> None:
         """Settle the request's ratio, once and for all, and give its cached blocks a namespace of their own."""
         if request.request_id not in self.requests and request.sampling_params is not None:
             k = self._ratio(request)
-            params = request.sampling_params
+            # of its own: vLLM gives all answers to one prompt (n > 1) the same parameters
+            params = request.sampling_params = copy.copy(request.sampling_params)
             params.extra_args = {**(params.extra_args or {}), ARGUMENT: k}
             self._ratios[request.request_id] = k
             if k:
@@ -49,7 +53,7 @@ class VariatorScheduler(Scheduler):
             count_request(k, request.num_prompt_tokens)
         super().add_request(request)
 
-    def _ratio(self, request: Any) -> int:
+    def _ratio(self, request: Any) -> Ratio:
         choice = choice_of(request.sampling_params.extra_args, self._settings.default)
         if request.resumable:
             return 0  # its prompt is still growing; the answer's metadata says so
@@ -58,7 +62,7 @@ class VariatorScheduler(Scheduler):
         return choice if choice in self._shapes else 0
 
     def _load(self, request: Any) -> Load:
-        queued: Counter[int] = Counter()
+        queued: Counter[Ratio] = Counter()
         for other in self.requests.values():
             unread = other.num_prompt_tokens - other.num_computed_tokens
             if unread > 0:
@@ -79,12 +83,15 @@ class VariatorScheduler(Scheduler):
     def _shape(self, request_id: str) -> Shape | None:
         return self._shapes.get(self._ratios.get(request_id, 0))
 
-    # --- what the policy learns
+    # --- steps, and what the policy learns of them
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule a step, and remember which prompts it reads."""
+        """Schedule a step, remember which prompts it reads, and tell the worker what blocks were given back."""
         output = super().schedule(*args, **kwargs)
-        read: Counter[int] = Counter()
+        if self._shortened:
+            setattr(output, SHORTENED, dict(self._shortened))
+            self._shortened.clear()
+        read: Counter[Ratio] = Counter()
         for request_id, tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]  # its computed tokens include this step's already
             if tokens > 1 and request.num_computed_tokens - tokens < request.num_prompt_tokens:
@@ -107,15 +114,23 @@ class VariatorScheduler(Scheduler):
 
     # --- caches
 
-    def _entries(self, request_id: str, tokens: int, ratios: Mapping[int, int]) -> int:
-        """KV entries of a request's first `tokens` tokens in layers of these ratios."""
+    def entries(self, request_id: str, tokens: int, spec: Any) -> int:
+        """KV entries of a request's first `tokens` tokens in layers of this specification."""
         k = self._ratios.get(request_id, 0)
-        if k not in ratios:
+        if not k:
             return tokens
-        shape = self._shapes[k]
-        return held(tokens, self.requests[request_id].num_prompt_tokens, ratios[k], shape.head, shape.tail)
+        prompt = self.requests[request_id].num_prompt_tokens
+        return entries_of(tokens, prompt, k, self._shapes[k], dict(spec.ratios), dict(spec.keeps))
 
-    def _salt(self, request: Any, k: int, shape: Shape) -> None:
+    def scheduled(self, request_id: str) -> int:
+        """Tokens of a request that are computed, or are being computed."""
+        return int(self.requests[request_id].num_computed_tokens)
+
+    def shortened(self, request_id: str, group: int, blocks: int) -> None:
+        """Note that a request is left so many blocks in a KV cache group, for the next step."""
+        self._shortened[request_id][group] = blocks
+
+    def _salt(self, request: Any, k: Ratio, shape: Shape) -> None:
         """Blocks are shared only between requests that compute the same keys and values in them.
 
         The salt separates plugins. Behind the last group they depend on where the prompt ends as well, so there

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import statistics
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from llm_variator.config import CONFIG_FILE, BaseSignature, VariatorConfig
 from llm_variator.engine.plan import Plan, kv_heads
 from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
-from llm_variator.integrations.policy import LoadPolicy, Policy
+from llm_variator.integrations.policy import LoadPolicy, Policy, Ratio
 from llm_variator.integrations.vllm.plan import Shape, whole_step
-from llm_variator.integrations.vllm.rows import AUTO, Choice, check_choice
+from llm_variator.integrations.vllm.rows import AUTO, Choice, check_choice, ratio_of
+from llm_variator.integrations.vllm.tables import Tables, cut_heads, kind_of, own_tables
 from llm_variator.measures.operations import Stack, prefill
 
 KEY = "variator"
 """The key in vLLM's `additional_config`."""
+WORKER = "llm_variator.integrations.vllm.worker.ShorteningWorker"
+"""vLLM's `worker_cls` where plugins keep keys and values."""
 TYPICAL_PROMPT = 1024
 
 
@@ -39,6 +44,19 @@ class Served:
         every = {k for layers in self.plan.ratios.values() for k in layers.values() if k > 1}
         return Shape(self.plan.head, self.plan.tail, tuple(sorted(every)))
 
+    @property
+    def ratio(self) -> int:
+        """What it is named after; single layers and heads may differ."""
+        k = self.plan.config.k
+        return k if isinstance(k, int) else max(k.values())
+
+    @property
+    def harshness(self) -> tuple[bool, float]:
+        """Orders plugins by what their answers lose, as well as that can be told unread."""
+        heads = [k for layer in self.plan.selected.values() for k in layer]
+        merges = bool(self.plan.ratios)
+        return merges, self.ratio if merges else -statistics.mean(1 / k for k in heads)
+
     def build(self, dim: int) -> CompressionPlugin:
         """The plugin's layers with the weights of its file, on the CPU in fp32."""
         plugin = CompressionPlugin(self.plan, dim)
@@ -50,14 +68,16 @@ class Served:
 class Settings:
     """All of `additional_config["variator"]`, checked."""
 
-    plugins: Mapping[int, Served]
-    """By the ratio that requests ask for."""
+    plugins: Mapping[Ratio, Served]
+    """By the ratio, or name, that requests ask for."""
     default: Choice
     """Of requests that do not say."""
     policy: Mapping[str, Any]
     """Arguments of `LoadPolicy`; with "class", the path `module:Class` of another policy."""
-    costs: Mapping[int, float]
+    costs: Mapping[Ratio, float]
     """Operations of reading a prompt of `TYPICAL_PROMPT` tokens, relative to dense: what `LoadPolicy` reckons with."""
+    shares: Mapping[Ratio, float]
+    """KV entries of such a prompt, relative to dense."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], hf_config: Any) -> Settings:
@@ -75,32 +95,53 @@ class Settings:
         if default == AUTO and not plugins:
             raise VariatorError('the default "auto" needs at least one plugin')
         stack = Stack.of(hf_config)
-        dense = prefill(stack, TYPICAL_PROMPT).total
-        costs = {
-            k: prefill(stack, TYPICAL_PROMPT, one.plan.config).total / dense for k, one in plugins.items()
-        }
-        settings = cls(plugins, default, values.get("policy", {}), costs)
+        dense = prefill(stack, TYPICAL_PROMPT)
+        read = {k: prefill(stack, TYPICAL_PROMPT, one.plan.config) for k, one in plugins.items()}
+        costs = {k: one.total / dense.total for k, one in read.items()}
+        shares = {k: one.cache_entries / dense.cache_entries for k, one in read.items()}
+        settings = cls(plugins, default, values.get("policy", {}), costs, shares)
         if plugins:
             settings.make_policy()
         return settings
 
     @property
-    def served(self) -> tuple[int, ...]:
-        """The ratios that requests may ask for, besides 0."""
+    def served(self) -> tuple[Ratio, ...]:
+        """What requests may ask for, besides 0."""
         return tuple(self.plugins)
 
     @property
-    def shapes(self) -> dict[int, Shape]:
+    def gentlest_first(self) -> tuple[Ratio, ...]:
+        """The same in the order in which a policy tries them: what merges nothing first."""
+        return tuple(sorted(self.plugins, key=lambda k: self.plugins[k].harshness))
+
+    @property
+    def shapes(self) -> dict[Ratio, Shape]:
         """How each plugin splits a prompt."""
         return {k: plugin.shape for k, plugin in self.plugins.items()}
 
     @property
     def compresses_kv(self) -> bool:
         """Whether some plugin compresses the KV cache."""
-        return any("kv" in plugin.plan.ratios for plugin in self.plugins.values())
+        return self.selects or any("kv" in plugin.plan.ratios for plugin in self.plugins.values())
+
+    @property
+    def selects(self) -> bool:
+        """Whether some plugin keeps keys and values, each head its own."""
+        return any(plugin.plan.selected for plugin in self.plugins.values())
+
+    def tables(self, hf_config: Any) -> tuple[Tables, frozenset[tuple[int, int]]]:
+        """How layers, or heads, share block tables, and the (layer, head) that are made a class of their own."""
+        plans = {k: plugin.plan for k, plugin in self.plugins.items()}
+        layers = hf_config.num_hidden_layers
+        if not self.selects:
+            kinds = Counter(kind_of(plans, layer, 0) for layer in range(layers))
+            return own_tables(kinds.values()), frozenset()
+        return cut_heads(plans, self.shapes, layers, kv_heads(hf_config), TYPICAL_PROMPT)
 
     def _block_tables(self, layers: int) -> int:
         """Kinds of layers whose caches hold the same entries."""
+        if self.selects:
+            return 2  # heads of several ratios; of only one in the rarest case
         kv = [plugin.plan.ratios.get("kv", {}) for plugin in self.plugins.values()]
         return len({tuple(ratios.get(layer) for ratios in kv) for layer in range(layers)})
 
@@ -114,7 +155,7 @@ class Settings:
         path = options.pop("class", None)
         made: Any = LoadPolicy
         if path is None:
-            options.setdefault("costs", self.costs)
+            options = {"costs": self.costs, "shares": self.shares} | options
         else:
             module, _, name = str(path).partition(":")
             try:
@@ -124,7 +165,7 @@ class Settings:
                     f"policy class {path!r} cannot be imported as module:Class ({error})"
                 ) from None
         try:
-            return made(self.served, **options)
+            return made(self.gentlest_first, **options)
         except TypeError as error:
             raise VariatorError(f"policy: {error}") from None
 
@@ -153,6 +194,21 @@ class Settings:
                 self.compresses_kv and vllm_config.cache_config.enable_prefix_caching
             ),
         }
+        if self.selects:
+            dtype = getattr(vllm_config.cache_config, "cache_dtype", "auto")
+            refused |= {
+                "tensor or pipeline parallelism with a plugin that keeps keys and values": (
+                    getattr(parallel, "tensor_parallel_size", 1)
+                    * getattr(parallel, "pipeline_parallel_size", 1)
+                    > 1
+                ),
+                "a quantised KV cache (kv_cache_dtype) with a plugin that keeps keys and values": (
+                    dtype not in ("auto", "float32", "float16", "bfloat16")
+                ),
+                f"another worker than {WORKER} (worker_cls) with a plugin that keeps keys and values": (
+                    getattr(parallel, "worker_cls", WORKER) != WORKER
+                ),
+            }
         if wrong := [what for what, present in refused.items() if present]:
             raise VariatorError(f"compression plugins do not work with {'; '.join(wrong)}: switch it off")
         need = max((whole_step(shape) for shape in self.shapes.values()), default=0)
@@ -169,11 +225,8 @@ def settings_of(vllm_config: Any) -> Settings:
     return Settings.of(vllm_config.additional_config.get(KEY, {}), vllm_config.model_config.hf_config)
 
 
-def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
-    if not (name.startswith("k") and name[1:].isdecimal() and int(name[1:]) >= 2):
-        raise VariatorError(
-            f"a served plugin is named after the ratio that requests ask for (k2, k4), got {name!r}"
-        )
+def _served(name: str, folder: Path, hf_config: Any) -> tuple[Ratio, Served]:
+    key = ratio_of(name)
     config = VariatorConfig.from_json(folder / CONFIG_FILE)
     if config.base is None:
         raise VariatorError(f"{folder / CONFIG_FILE} does not name its base model; save the plugin again")
@@ -181,10 +234,6 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
         config.base.name, hf_config.model_type, hf_config.hidden_size, hf_config.num_hidden_layers
     )
     try:
-        if config.selects:
-            raise VariatorError(
-                'compressor "select" does not run in vLLM yet: choose a plugin that merges, or Hugging Face'
-            )
         heads = kv_heads(hf_config)
         plan = Plan.of(
             config, signature, decoder=True, slides=lambda layer: slides(hf_config, layer), kv_heads=heads
@@ -196,12 +245,18 @@ def _served(name: str, folder: Path, hf_config: Any) -> tuple[int, Served]:
         raise VariatorError(f'{folder}: the site "attention" is not served in vLLM; use "ffn" and "kv"')
     if config.decode_block is not None:
         raise VariatorError(
-            f"{folder}: generated tokens stay dense in vLLM, and this plugin merges them (decode_block)"
+            f"{folder}: generated tokens stay dense in vLLM, not in this plugin (decode_block): save it without"
         )
-    ratio = config.k if isinstance(config.k, int) else max(config.k.values())
-    if ratio != int(name[1:]):
-        raise VariatorError(f"{folder} compresses by {ratio}: serve it as k{ratio}, not as {name}")
-    return ratio, served
+    if isinstance(key, str):
+        if not plan.selected:
+            raise VariatorError(
+                f"{folder} keeps no keys and values: serve it as k{served.ratio}, not as {name}"
+            )
+    elif served.ratio != key:
+        raise VariatorError(
+            f"{folder} compresses by {served.ratio}: serve it as k{served.ratio}, not as {name}"
+        )
+    return key, served
 
 
 def slides(hf_config: Any, layer: int) -> bool:

@@ -22,7 +22,7 @@ class VariatorModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         choice = choice_of(params.extra_args, 0) if params is not None else 0
-        request = Request(len(new_req_data.prompt_token_ids or ()), int(choice))
+        request = Request(len(new_req_data.prompt_token_ids or ()), choice)
         row_table(self.vllm_config).requests[req_index] = request
         self._request_ids[req_index] = new_req_data.req_id
 

@@ -6,10 +6,19 @@ import gc
 import random
 
 import pytest
+import selecting
 import torch
 from conftest import make_decoder, make_variator, prompts
 
-from llm_variator import CompressedContext, KVPool, PoolExhaustedError, VariatorConfig, VariatorError
+from llm_variator import (
+    CompressedContext,
+    KVPool,
+    PoolExhaustedError,
+    VariatorConfig,
+    VariatorError,
+    VariatorModel,
+)
+from llm_variator.engine.cache.lifecycle import stores_of
 from llm_variator.engine.cache.paging import PagedStore
 
 MIXED = VariatorConfig(k={"ffn": 4, "kv": 3}, sites=("ffn", "kv"), r=5, dense_head=2, dense_tail=3)
@@ -191,19 +200,33 @@ def test_a_pool_holds_one_shape():
         KVPool(0)
 
 
-def test_interleaved_sessions_over_shared_documents():
-    """Random extends, forks, frees and questions; each session equals one that shares nothing."""
-    model = make_variator("llama", MIXED, num_hidden_layers=2)
-    pool, rng = KVPool(3000, block_size=4), random.Random(0)
+def merging() -> VariatorModel:
+    return make_variator("llama", MIXED, num_hidden_layers=2)
+
+
+def keeping() -> VariatorModel:
+    """With a plugin whose heads form other classes."""
+    model = selecting.make("llama")
+    selecting.add(model, "swapped", dict(selecting.MAIN, ratios=((4, 2), (1, 1), (2, 2))))
+    return model
+
+
+@pytest.mark.parametrize("make", [merging, keeping])
+@torch.no_grad()
+def test_interleaved_sessions_over_shared_documents(make):
+    """Random extends, forks, frees and questions; each session equals one that shares nothing, no block is lost."""
+    model = make()
+    pool, rng = KVPool(4000, block_size=4), random.Random(0)
     documents = prompts(*(rng.randint(20, 40) for _ in range(4)))
     shared = [model.compress(row, pool=pool) for row in documents]
     sessions = [(context.fork(), [row]) for context, row in zip(shared, documents, strict=True)]
-    for step in range(120):
+    for step in range(100):
         context, history = rng.choice(sessions)
-        action = rng.choice(["extend", "fork", "free", "ask"])
+        action = rng.choice(["extend", "fork", "free", "ask", "bits"])
         if action == "extend" and len(history) < 4:
-            more = prompts(rng.randint(1, 15), seed=step)[0]
-            sessions.append((context.extend(more), [*history, more]))
+            more = prompts(rng.randint(1, 25), seed=step)[0]
+            longer = context.extend(more, prefill_chunk_size=rng.choice([None, 7]))
+            sessions.append((longer, [*history, more]))
         elif action == "fork":
             sessions.append((context.fork(), history))
         elif action == "free" and len(sessions) > 4:
@@ -213,9 +236,22 @@ def test_interleaved_sessions_over_shared_documents():
             alone = model.compress(history[0])
             for more in history[1:]:
                 alone = alone.extend(more)
-            question = prompts(3, seed=step)[0]
-            expected = model.generate(question, context=alone, **GREEDY)
-            assert torch.equal(model.generate(question, context=context, **GREEDY), expected)
+            question = prompts(rng.randint(1, 20), seed=step)[0]
+            with model.use_plugin(rng.choice([*model.plugins, None])):
+                expected = model.generate(question, context=alone, **GREEDY)
+                assert torch.equal(model.generate(question, context=context, **GREEDY), expected)
+        elif action == "bits":
+            used = pool.report().used
+            context.quantised(8)
+            assert pool.report().used == used
+        if step % 20:
+            continue
+        living = [*shared, *(session for session, _ in sessions)]
+        stores = [store for each in living for layer in each.cache.layers for store in stores_of(layer)]
+        gc.collect()
+        references = [block for store in stores for table in store.tables for block in table]
+        report = pool.report()
+        assert (report.references, report.used) == (len(references), len(set(references)))
     for context in [*shared, *(session for session, _ in sessions)]:
         context.free()
     assert pool.report().used == 0
@@ -223,8 +259,6 @@ def test_interleaved_sessions_over_shared_documents():
 
 def test_plain_models_and_pools():
     """Without a plugin a pool shares dense entries."""
-    from llm_variator import VariatorModel
-
     model, pool = VariatorModel(make_decoder("llama")), KVPool(100)
     context = model.compress(prompts(30)[0], pool=pool)
     expected = model.base.generate(torch.cat((prompts(30)[0], prompts(4)[0]), dim=1), **GREEDY)

@@ -1,6 +1,6 @@
 """A headless Chromium over its debugging pipe: open a page at a width, in light or dark, and look.
 
-As a script it takes pictures: python tests/report/browser.py report.html FOLDER
+As a script it takes pictures: python tests/browser.py report.html FOLDER
 """
 
 from __future__ import annotations

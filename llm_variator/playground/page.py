@@ -1,0 +1,247 @@
+"""The live page, by Gradio: a document, a question, answers side by side, and what each head keeps."""
+
+from __future__ import annotations
+
+import functools
+import html
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llm_variator.errors import VariatorError
+from llm_variator.measures.compare import DENSE
+from llm_variator.playground import render
+from llm_variator.playground.documents import KINDS, read_document
+from llm_variator.playground.session import Document, Playground
+
+ONE_AT_A_TIME = dict(concurrency_id="model", concurrency_limit=1)
+_KEPT_SECONDS = 3600
+_POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; "
+    "connect-src 'self'; frame-ancestors 'self'"
+)
+
+
+def gradio() -> Any:
+    """The library, told to report nothing to anybody.
+
+    Raises:
+        VariatorError: it is missing.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio as gr
+    except ImportError:
+        raise VariatorError(
+            "the playground needs gradio: pip install gradio, or the extra [playground]"
+        ) from None
+    return gr
+
+
+def build(playground: Playground, title: str) -> Any:
+    """The page as `gradio.Blocks`; each user has a document of their own."""
+    gr = gradio()
+    names = list(playground.model.plugins)
+    with gr.Blocks(title="llm_variator playground", analytics_enabled=False) as page:
+        document = gr.State(None, time_to_live=_KEPT_SECONDS, delete_callback=lambda own: own and own.free())
+        gr.HTML(f'<h1>What the cache keeps</h1><p class="lead">{html.escape(title)}</p>')
+        with gr.Row():
+            with gr.Column(scale=3):
+                text = gr.Textbox(label="Document", lines=10, max_lines=10, elem_id="text")
+                chat = gr.Checkbox(playground.has_template, label="as a chat", elem_id="chat")
+            with gr.Column(scale=2):
+                file = gr.File(label=f"or a file ({', '.join(KINDS)})", elem_id="file", height=165)
+                saved = gr.File(label="or a saved context (.safetensors)", elem_id="saved", height=165)
+        chosen = gr.CheckboxGroup(
+            names, value=names[:2], label="Plugins beside the dense model", elem_id="plugins"
+        )
+        with gr.Row():
+            read = gr.Button("Read the document", elem_id="read")
+            which = gr.Dropdown(
+                [DENSE, *names], value=(names or [DENSE])[0], label="Save the context of", elem_id="which"
+            )
+            save = gr.Button("Save context", elem_id="save")
+        download = gr.File(label="Saved context", visible=False, interactive=False, elem_id="download")
+        question = gr.Textbox(label="Question", elem_id="question")
+        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+        said = gr.HTML(elem_id="said")
+        answers = gr.HTML(elem_id="answers")
+        view = gr.HTML(elem_id="view")
+
+        events: Any = dict(ONE_AT_A_TIME, show_progress="full", show_progress_on=said)
+        on = _Events(playground)
+        file.upload(_told(on.upload, 1), [file], [said, text], **events)
+        saved.upload(_told(on.load, 4), [saved], [said, document, text, chat, view], **events)
+        read.click(_told(on.read, 2), [document, text, chat, chosen], [said, document, view], **events)
+        asking: Any = dict(fn=_told(on.ask, 3), inputs=[document, text, chat, chosen, question], **events)
+        asking["outputs"] = [said, document, answers, view]
+        ask.click(**asking)
+        question.submit(**asking)
+        save.click(_told(on.save, 2), [document, text, chat, which], [said, document, download], **events)
+    return page.queue(max_size=32)
+
+
+def launch(page: Any, *, host: str, port: int | None, upload_megabytes: int, block: bool = True) -> str:
+    """Serve the page; returns its address. Uploads live in a temporary folder, as long as the process.
+
+    Raises:
+        VariatorError: the port is taken.
+    """
+    gr = gradio()
+    from starlette.middleware import Middleware
+
+    fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    theme = gr.themes.Base(font=fonts[0], font_mono=fonts[1])
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not block,
+            ssr_mode=False, max_file_size=f"{upload_megabytes}mb", theme=theme, css=_styles(), footer_links=[],
+            enable_monitoring=False, app_kwargs={"middleware": [Middleware(_Alone)]},
+        )  # fmt: skip
+    except OSError as error:
+        raise VariatorError(f"cannot serve at {host}:{port} ({error}): choose another --port") from None
+    return str(address)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Where uploads and saved contexts go, until the process ends; set before the page is built."""
+    folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="llm-variator-")
+    os.environ["GRADIO_TEMP_DIR"] = folder.name
+    return folder
+
+
+class _Alone:
+    """Tells the browser to ask nobody but this server for anything."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"content-security-policy", _POLICY.encode()),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+            await send(message)
+
+        await self._app(scope, receive, with_policy)
+
+
+def _styles() -> str:
+    """The report's colours and the answers' shape, inside the page's own parts only."""
+    shared = render.styles()
+    dark = shared[shared.index("@media (prefers-color-scheme: dark)") :]
+    variables = shared[: shared.index("@media (prefers-color-scheme: dark)")]
+    dark_variables = dark[dark.index("{", dark.index(":root")) : dark.index("}") + 1]
+    own = shared[shared.index(".answers {") :]
+    more = (
+        "gradio-app h1 { font-size: 1.6rem; font-weight: 650; margin: .3rem 0; } .lead { color: var(--quiet); }\n"
+        ".answer h3 { font-size: 1rem; font-weight: 600; margin: 0 0 .6rem; }\n"
+        ".answer dl { display: flex; flex-wrap: wrap; gap: .15rem 1.4rem; margin: .5rem 0 0; font-size: .82rem; }\n"
+        ".answer dl div { display: flex; gap: .4rem; } .answer dt { color: var(--quiet); } .answer dd { margin: 0; }\n"
+        "iframe.view { width: 100%; height: 42rem; border: 0; color-scheme: light dark; }\n"
+        ".alert { color: var(--c5); font-weight: 550; } .done { color: var(--quiet); }\n"
+    )
+    return f"{variables}\n.dark {dark_variables}\n{own}\n{more}"
+
+
+def _told(
+    work: Callable[..., Iterator[tuple[Any, ...]]], outputs: int
+) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """With a sentence for what went wrong, in front of the outputs, which stay as they are."""
+    gr = gradio()
+
+    @functools.wraps(work)
+    def told(*inputs: Any) -> Iterator[tuple[Any, ...]]:
+        try:
+            yield from work(*inputs)
+        except VariatorError as error:
+            sentence = html.escape(" ".join(str(error).split()))
+            yield (f'<p class="alert" role="alert">{sentence}</p>', *[gr.skip()] * outputs)
+
+    return told
+
+
+def _done(words: str) -> str:
+    return f'<p class="done" role="status">{html.escape(words)}</p>'
+
+
+class _Events:
+    """What happens when somebody does something; each yields what is said, then the outputs."""
+
+    def __init__(self, playground: Playground) -> None:
+        self._playground = playground
+        self._skip = gradio().skip()
+
+    def upload(self, file: str | None) -> Iterator[tuple[Any, ...]]:
+        """A file's text, into the document's box."""
+        if file is None:
+            return
+        text = read_document(Path(file))
+        self._playground.open(text, chat=False)
+        yield _done(f"{Path(file).name}: {len(text):,} characters"), text
+
+    def load(self, file: str | None) -> Iterator[tuple[Any, ...]]:
+        """A saved context, as the document."""
+        if file is None:
+            return
+        document = self._playground.load(Path(file))
+        (plugin,) = document.contexts
+        words = f"loaded, read with {plugin or 'no plugin'} before"
+        yield _done(words), document, document.text, document.chat, self._view(document)
+
+    def read(
+        self, document: Document | None, text: str, chat: bool, plugins: list[str]
+    ) -> Iterator[tuple[Any, ...]]:
+        """The document, dense and with the plugins."""
+        document = self._current(document, text, chat)
+        names = [*plugins, None]
+        for place, name in enumerate(names):
+            yield (
+                _done(f"reads it with {name or 'no plugin'}, {place + 1} of {len(names)}"),
+                self._skip,
+                self._skip,
+            )
+            self._playground.read(document, name)
+        context = document.contexts[None]
+        yield _done(f"read: {context.tokens:,} tokens"), document, self._view(document)
+
+    def ask(
+        self, document: Document | None, text: str, chat: bool, plugins: list[str], question: str
+    ) -> Iterator[tuple[Any, ...]]:
+        """Answers as they come; the document is read first where it is new."""
+        document, panels = self._current(document, text, chat), []
+        for panels in self._playground.ask(document, question, plugins):
+            working = next(
+                (f"{p.plugin if p.plugin != DENSE else 'dense'} {p.state}" for p in panels if p.state), ""
+            )
+            yield _done(working), document, render.answers(panels), self._skip
+        yield _done("answered"), document, render.answers(panels), self._view(document)
+
+    def save(self, document: Document | None, text: str, chat: bool, which: str) -> Iterator[tuple[Any, ...]]:
+        """A context as a file to download."""
+        document = self._current(document, text, chat)
+        folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
+        file = self._playground.save(document, None if which == DENSE else which, folder)
+        size = file.stat().st_size / 1e6
+        yield _done(f"saved: {size:.1f} MB"), document, gradio().File(str(file), visible=True)
+
+    def _current(self, document: Document | None, text: str, chat: bool) -> Document:
+        """The document that was read, or a new one where its text has changed."""
+        if (
+            document is not None
+            and document.contexts
+            and (document.text, document.chat) == (text or "", chat)
+        ):
+            return document
+        return self._playground.open(text or "", chat=chat)
+
+    def _view(self, document: Document) -> str:
+        pieces, views = self._playground.views(document)
+        page = html.escape(render.document(pieces, views))
+        return f'<iframe class="view" title="what is kept" sandbox="allow-scripts" srcdoc="{page}"></iframe>'
