@@ -2,7 +2,8 @@
 
 Tensors have shapes and devices and no values (torch's FakeTensorMode). An operation between devices fails here as it
 would on a GPU, and so does one that asks a device for a value, for which a GPU would be waited for. Prints a line per
-plugin: how many tensors our own code made of Python's numbers on the device, in a prefill and in all the steps.
+plugin: how many tensors our own code made of Python's numbers on the device, in a prefill with its first step and in
+all later steps.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def main() -> None:
             ids = torch.zeros(2, prompt, dtype=torch.long, device=DEVICE)
             made_of_numbers = 0
             cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-            first, made_of_numbers = made_of_numbers, 0
-            for _ in range(steps):
+            for step in range(steps + 1):
+                if step == 1:
+                    first, made_of_numbers = made_of_numbers, 0
                 model(ids[:, :1], past_key_values=cache, use_cache=True)
         print(f"{name}: {first} {made_of_numbers}", flush=True)
         places.cache_clear()  # tensors of this mode

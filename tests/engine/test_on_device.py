@@ -10,8 +10,8 @@ import pytest
 import reference
 import torch
 from conftest import make_decoder, make_variator, pad, prompts, randomise
-from test_select import CONFIGS as SELECTING
-from test_select import choose, expected, held, make, wanted_entries
+from selecting import CONFIGS as SELECTING
+from selecting import choose, expected, held, make, wanted_entries
 
 from llm_variator import CompressedContext, KVPool, VariatorConfig, VariatorModel
 
