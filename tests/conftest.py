@@ -94,6 +94,10 @@ def pytest_addoption(parser):
     group = parser.getgroup("hardening", "tests/hardening: a little in every run, all that is asked for with")
     for name, text in HARDENING.items():
         group.addoption(f"--{name}", type=int, help=text)
+    devices = parser.getgroup("devices")
+    devices.addoption(
+        "--device", help="run the tests marked cuda there: cuda where there is one, cpu to rehearse"
+    )
     group.addoption("--result", type=Path, help="store the figures of a run without failures in this file")
 
 
@@ -164,6 +168,15 @@ def pad(rows: list[torch.Tensor], side: str, pad_id: int = 0) -> dict[str, torch
         ids.append(torch.cat(order(row, fill), dim=1))
         mask.append(torch.cat(order(ones, zeros), dim=1))
     return {"input_ids": torch.cat(ids), "attention_mask": torch.cat(mask)}
+
+
+@pytest.fixture
+def device(request) -> str:
+    """Where tests marked cuda run."""
+    asked = request.config.getoption("device")
+    if asked is None and not torch.cuda.is_available():
+        pytest.skip("needs a GPU (--device cpu rehearses it)")
+    return asked or "cuda"
 
 
 @pytest.fixture(params=DECODERS)

@@ -1,4 +1,4 @@
-"""`python -m llm_variator.bench prefill|decode|compile|swap|train|memory|compare`: speed beside what bounds it."""
+"""`python -m llm_variator.bench prefill|decode|compile|swap|train|memory|compare|profile`: speed beside its bound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm_variator import cli
-from llm_variator.bench import compiling, formulations, reading, swapping, training
+from llm_variator.bench import compiling, formulations, profiling, reading, swapping, training
 from llm_variator.bench.report import publish
 from llm_variator.bench.setting import Setting, Settings
 
@@ -19,6 +19,7 @@ _ROWS: dict[type[Settings], Callable[[Setting[Any]], list[dict[str, Any]]]] = {
     swapping.Swap: swapping.rows,
     training.Train: training.train_rows,
     formulations.Compare: formulations.rows,
+    profiling.Profile: profiling.rows,
 }
 _COMMANDS = {kind.command(): kind for kind in _ROWS}
 _COMMANDS["memory"] = training.Memory

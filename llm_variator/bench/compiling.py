@@ -34,6 +34,7 @@ class Compile(Settings):
     plugins: tuple[str, ...] = ("ffn,kv:2",)
     tokens: tuple[PositiveInt, ...] = (128, 512)
     steps: PositiveInt = flag(16, "tokens generated after the first")
+    backend: str = flag("inductor", "of torch.compile; eager: traces, and generates no code")
 
 
 def rows(setting: Setting[Compile]) -> list[dict[str, Any]]:
@@ -68,7 +69,9 @@ def _compile(setting: Setting[Compile]) -> tuple[dict[str, Any], list[Any]]:
     clear_compilation_metrics()
     counters.clear()
     started = time.perf_counter()
-    setting.model.compile(fullgraph=False)  # so that breaks are counted, not raised
+    setting.model.compile(
+        fullgraph=False, backend=setting.settings.backend
+    )  # so that breaks are counted, not raised
     compiled = [_generate(setting, ids) for ids in prompts]
     facts = {
         "same": all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True)),

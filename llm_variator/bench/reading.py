@@ -24,7 +24,7 @@ from llm_variator.engine.plugin import weights_digest
 from llm_variator.engine.session import Session, scope
 from llm_variator.errors import VariatorError
 from llm_variator.measures.operations import EncoderShape, Stack, encoding, prefill
-from llm_variator.measures.timing import Case, bar, timed
+from llm_variator.measures.timing import Case, bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,27 +61,31 @@ def prefill_rows(setting: Setting[Prefill]) -> list[dict[str, Any]]:
     """Time of reading a prompt, up to the logits of its last token (encoders: up to the hidden states)."""
     settings, model = setting.settings, setting.model
     model.skip_unread = not settings.whole_last_layer
-    rows = []
     names = [DENSE, *setting.names]
     total = len(names) * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
+    moved = _weight_bytes(setting) if model.is_decoder else 0
     with bar(total, "prefill") as advance, torch.inference_mode():
-        for tokens in settings.tokens:
-            for batch in settings.batch_sizes:
-                ids = setting.ids(batch, tokens)
-                cases = {name: _reading(setting, name, ids) for name in names}
-                seconds = setting.interleaved(cases, advance)
-                counts = {name: _operations(setting, name, tokens) for name in names}
-                for name in names:
-                    row: dict[str, Any] = {"case": name, "tokens": tokens, "batch": batch}
-                    row |= timed(seconds, name, DENSE)
-                    row |= {"operations": batch * counts[name], "bound": counts[name] / counts[DENSE]}
-                    row["of_bound"] = row["bound"] / row["of_dense"]
-                    if model.is_decoder:
-                        with setting.using(name)():
-                            cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
-                        row["kv_mib"] = KVCacheReport.of(cache).bytes / 2**20
-                    rows.append(row)
-    return rows + _peers(setting)
+
+        def measure(tokens: int, batch: int) -> list[dict[str, Any]]:
+            ids = setting.ids(batch, tokens)
+            seconds = setting.interleaved({name: _reading(setting, name, ids) for name in names}, advance)
+            counts = {name: _operations(setting, name, tokens) for name in names}
+            rows = []
+            for name in names:
+                row: dict[str, Any] = {"case": name, "tokens": tokens, "batch": batch}
+                row |= setting.timed(seconds, name, DENSE)
+                row |= {"operations": batch * counts[name], "bound": counts[name] / counts[DENSE]}
+                row["of_bound"] = row["bound"] / row["of_dense"]
+                if setting.card is not None:
+                    row |= setting.card.columns(row["ms"], row["operations"], moved)
+                if model.is_decoder:
+                    with setting.using(name)():
+                        cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
+                    row["kv_mib"] = KVCacheReport.of(cache).bytes / 2**20
+                rows.append(row)
+            return rows
+
+        return setting.each_size(measure) + _peers(setting)
 
 
 def _peers(setting: Setting[Prefill]) -> list[dict[str, Any]]:
@@ -127,28 +131,41 @@ def decode_rows(setting: Setting[Decode]) -> list[dict[str, Any]]:
     """Time of `--steps` tokens, one after the other, each read after a prompt and those before it."""
     settings, model = setting.settings, setting.model
     model.decoder_only("bench decode", "an encoder decodes nothing")
-    rows = []
     names = [DENSE, *setting.names]
     total = len(names) * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
     weights = _weight_bytes(setting)
     with bar(total, "decode") as advance, torch.inference_mode():
-        for tokens in settings.tokens:
-            for batch in settings.batch_sizes:
-                token = setting.ids(batch, 1)
-                caches = {name: random_cache(setting, name, batch, tokens) for name in names}
-                held = {name: KVCacheReport.of(caches[name]).bytes for name in names}
-                cases = {name: _steps(setting, name, token, caches[name], settings.steps) for name in names}
-                seconds = setting.interleaved(cases, advance)
-                for name in names:
-                    row: dict[str, Any] = {"case": name, "tokens": tokens, "batch": batch}
-                    row |= timed(seconds, name, DENSE)
-                    for column in ("ms", "ms_low", "ms_high"):
-                        row[column] /= settings.steps
-                    row["bound"] = (weights + held[name]) / (weights + held[DENSE])
-                    row |= {"of_bound": row["bound"] / row["of_dense"], "kv_mib": held[name] / 2**20}
-                    rows.append(row)
-                del caches, cases
-    return rows
+
+        def measure(tokens: int, batch: int) -> list[dict[str, Any]]:
+            token = setting.ids(batch, 1)
+            caches = {name: random_cache(setting, name, batch, tokens) for name in names}
+            held = {name: KVCacheReport.of(caches[name]).bytes for name in names}
+            cases = {name: _steps(setting, name, token, caches[name], settings.steps) for name in names}
+            seconds = setting.interleaved(cases, advance)
+            rows = []
+            for name in names:
+                row: dict[str, Any] = {"case": name, "tokens": tokens, "batch": batch}
+                row |= setting.timed(seconds, name, DENSE)
+                for column in ("ms", "ms_low", "ms_high"):
+                    row[column] /= settings.steps
+                row["bound"] = (weights + held[name]) / (weights + held[DENSE])
+                if setting.card is not None:
+                    operations = _step_operations(setting, batch, held[name])
+                    row |= setting.card.columns(row["ms"], operations, weights + held[name])
+                row |= {"of_bound": row["bound"] / row["of_dense"], "kv_mib": held[name] / 2**20}
+                rows.append(row)
+            return rows
+
+        return setting.each_size(measure)
+
+
+def _step_operations(setting: Setting[Decode], batch: int, held: int) -> float:
+    """Operations of one step: every weight once per row, every held key and value once per query head that reads it."""
+    shape = Stack.of(setting.base.config)
+    layer = shape.ffn_weights + shape.query_weights + shape.key_value_weights
+    weights = shape.layers * layer + shape.dim * shape.vocabulary
+    numbers = held / setting.base.dtype.itemsize
+    return 2 * batch * weights + 2 * numbers * shape.attention_width / shape.key_value_width
 
 
 def _steps(setting: Setting[Settings], name: str, token: Tensor, cache: DynamicCache, steps: int) -> Case:
@@ -184,10 +201,7 @@ def random_cache(setting: Setting[Settings], name: str, rows: int, tokens: int) 
             grouping = segment.grouping(ratio)
             size = grouping.columns.shape[1]
         shape = (rows, config.num_key_value_heads, size, width)
-        keys, values = (
-            torch.randn(shape, generator=setting.generator).to(setting.device, setting.base.dtype)
-            for _ in range(2)
-        )
+        keys, values = (_random(setting, shape) for _ in range(2))
         if grouping is not None and isinstance(layer, CompressedLayer):
             layer.update(keys, values, grouping=grouping, width=tokens)
         else:
@@ -205,12 +219,13 @@ def _fill(
     for one in layer.classes:
         place = Place(plan.head, plan.tail, 0, tokens)
         shape = (rows, len(one.heads), entries(place, one.k, plan.config.block, tokens), width)
-        pair = [
-            torch.randn(shape, generator=setting.generator).to(setting.device, setting.base.dtype)
-            for _ in range(2)
-        ]
-        one.store.update(*pair)
+        one.store.update(*(_random(setting, shape) for _ in range(2)))
     layer.tokens = tokens
+
+
+def _random(setting: Setting[Settings], shape: tuple[int, ...]) -> Tensor:
+    """Made where it stays: gigabytes would take longer to make on the CPU and to move than to measure with."""
+    return torch.randn(shape, generator=setting.on_device, device=setting.device, dtype=setting.base.dtype)
 
 
 def _weight_bytes(setting: Setting[Settings]) -> int:

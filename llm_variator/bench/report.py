@@ -37,7 +37,14 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "gain_high": ("to", ".3f"),
     "bound": ("bound", ".3f"),
     "of_bound": ("of bound", ".3f"),
+    "card_ms": ("card ms", ",.2f"),
+    "of_card": ("of card", ".3f"),
+    "kernel": ("kernel", "s"),
+    "calls": ("calls", ",d"),
+    "share": ("share", ".3f"),
+    "of_busy": ("of busy", ".3f"),
     "kv_mib": ("KV MiB", ",.2f"),
+    "peak_gib": ("peak GiB", ",.2f"),
     "gib": ("GiB", ",.3f"),
 }
 

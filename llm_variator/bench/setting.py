@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llm_variator.bench.card import Card
 from llm_variator.cli import flag, flags
 from llm_variator.cli.values import Natural, PositiveInt, names
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.engine.plan import kv_heads
 from llm_variator.errors import VariatorError
-from llm_variator.measures.timing import CLOCKS, Case, interleaved
+from llm_variator.measures.timing import CLOCKS, Case, interleaved, timed
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
 from llm_variator.train.shares import Budget
@@ -114,6 +116,11 @@ class Settings(flags.Stored, flags.BaseModel):
         "cpu: processor time of this process, for a busy machine; not with a GPU",
         choices=tuple(CLOCKS),
     )
+    card: bool = flag(
+        False,
+        "measure the device's own rates first (a large product, a large copy); card ms: the least that operations or "
+        "bytes then take, of card: its share of the time",
+    )
     markdown: Path | None = flag(None, "store the table", metavar="FILE")
     plot: Path | None = flag(None, "store a plot (needs matplotlib), as .svg or .png", metavar="FILE")
 
@@ -166,7 +173,11 @@ class Setting(Generic[S_co]):
                 raise VariatorError(f"--attention {settings.attention}: {error}") from None
         if (head := self.base.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_own_memory)
+        self.card = Card.measured(self.device, self.base.dtype) if settings.card else None
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.on_device = torch.Generator(self.device).manual_seed(settings.seed)
+        self.peaks: dict[str, float] = {}
+        """GiB that each case held on a GPU at most, in the last `interleaved`."""
         self.attach()
 
     def attach(self) -> None:
@@ -185,9 +196,48 @@ class Setting(Generic[S_co]):
 
     def interleaved(self, cases: Mapping[str, Case], progress: Callable[[], None]) -> dict[str, list[float]]:
         """Time `cases` in turns, as often and by the clock that the flags say."""
+        self.peaks = {}
+        if torch.device(self.device).type == "cuda":
+            cases = {name: self._watched(name, case) for name, case in cases.items()}
         return interleaved(
             cases, self.settings.repetitions, device=self.device, progress=progress, clock=self.settings.clock
         )
+
+    def _watched(self, name: str, case: Case) -> Case:
+        """The same case, whose peak of memory is remembered."""
+
+        def prepare() -> Any:
+            state = case.prepare()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return state
+
+        def after(result: Any) -> None:
+            self.peaks[name] = max(
+                self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self.device) / 2**30
+            )
+            case.after(result)
+
+        return dataclasses.replace(case, prepare=prepare, after=after)
+
+    def timed(self, seconds: Mapping[str, list[float]], name: str, reference: str) -> dict[str, float]:
+        """`timing.timed`, with the peak of memory on a GPU."""
+        peak = {"peak_gib": self.peaks[name]} if name in self.peaks else {}
+        return timed(seconds, name, reference) | peak
+
+    def each_size(self, measure: Callable[[int, int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The rows of `measure(tokens, rows)` at every length and batch size; one that says so where memory ends."""
+        sizes = getattr(self.settings, "batch_sizes", (1,))
+        found: list[dict[str, Any]] = []
+        for tokens in self.settings.tokens:
+            for batch in sizes:
+                try:
+                    found += measure(tokens, batch)
+                except torch.OutOfMemoryError:
+                    found.append({"case": "out of memory", "tokens": tokens, "batch": batch})
+                gc.collect()  # what a failed pass held, and caches that refer to each other
+                if torch.device(self.device).type == "cuda":
+                    torch.cuda.empty_cache()
+        return found
 
     @property
     def names(self) -> list[str]:
@@ -224,4 +274,5 @@ class Setting(Generic[S_co]):
             "attention": config._attn_implementation,
             "clock": self.settings.clock,
             "repetitions": self.settings.repetitions,
+            **({} if self.card is None else {"card": dataclasses.asdict(self.card)}),
         }

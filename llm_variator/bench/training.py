@@ -39,26 +39,28 @@ class Train(Batches, Settings):
 def train_rows(setting: Setting[Train]) -> list[dict[str, Any]]:
     """A step of distillation by the first plugin, and its parts."""
     settings = setting.settings
-    _refuse_select(settings)
     name = setting.names[0]
-    found = []
     total = 4 * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
     with bar(total, "train") as advance:
-        for tokens in settings.tokens:
-            for batch in settings.batch_sizes:
-                cases = _training_cases(setting, name, batch, tokens)
-                seconds = setting.interleaved(cases, advance)
-                parts = zip(seconds[TEACHER], seconds[FORWARD], seconds[BACKWARD], strict=True)
-                seconds[PARTS] = [sum(three) for three in parts]
-                bound = ratio(seconds[PARTS], seconds[TEACHER]).median
-                for label, values in seconds.items():
-                    own, relative = Spread.of(values), ratio(values, seconds[TEACHER])
-                    row = {"case": label, "tokens": tokens, "batch": batch, "ms": 1e3 * own.median}
-                    row |= {"ms_low": 1e3 * own.low, "ms_high": 1e3 * own.high, "of_dense": relative.median}
-                    if label == STEP:
-                        row |= {"bound": bound, "of_bound": ratio(seconds[PARTS], values).median}
-                    found.append(row)
-    return found
+
+        def measure(tokens: int, batch: int) -> list[dict[str, Any]]:
+            seconds = setting.interleaved(_training_cases(setting, name, batch, tokens), advance)
+            parts = zip(seconds[TEACHER], seconds[FORWARD], seconds[BACKWARD], strict=True)
+            seconds[PARTS] = [sum(three) for three in parts]
+            bound = ratio(seconds[PARTS], seconds[TEACHER]).median
+            rows = []
+            for label, values in seconds.items():
+                own, relative = Spread.of(values), ratio(values, seconds[TEACHER])
+                row = {"case": label, "tokens": tokens, "batch": batch, "ms": 1e3 * own.median}
+                row |= {"ms_low": 1e3 * own.low, "ms_high": 1e3 * own.high, "of_dense": relative.median}
+                if label in setting.peaks:
+                    row["peak_gib"] = setting.peaks[label]
+                if label == STEP:
+                    row |= {"bound": bound, "of_bound": ratio(seconds[PARTS], values).median}
+                rows.append(row)
+            return rows
+
+        return setting.each_size(measure)
 
 
 def _training_cases(setting: Setting[Settings], name: str, batch: int, tokens: int) -> dict[str, Case]:
@@ -232,11 +234,8 @@ def check_memory_flags(settings: Memory) -> None:
         raise VariatorError("bench memory counts a base in NF4 as it is: leave out --quantize")
     if load_config(settings.model).is_encoder_decoder or len(settings.plugins) != 1:
         raise VariatorError("bench memory takes a decoder and one plugin in --plugins")
-    _refuse_select(settings)
-
-
-def _refuse_select(settings: Settings) -> None:
     if kept := [plugin for plugin in settings.measured() if plugin.keep is not None]:
         raise VariatorError(
-            f"bench {settings.command()} measures training of what merges, and {kept[0]} merges nothing: leave it out"
+            f"bench memory counts a layer as what three have more than two, and with {kept[0]} no layer is like the "
+            "next: leave it out, and read the peak of bench train on a GPU"
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from llm_variator.engine.devices import numbers
 from llm_variator.engine.groups import FILLER, Segment
 
 
@@ -88,7 +89,7 @@ class Open:
 
     def rows(self, indices: list[int]) -> Open:
         """Some rows, or the same row several times."""
-        scores = self.scores[torch.tensor(indices, device=self.scores.device)]
+        scores = self.scores[numbers(indices, self.scores.device)]
         return Open([self.places[index] for index in indices], self.block, scores)
 
     @classmethod
@@ -123,7 +124,7 @@ class Kept:
     def of(cls, keep: Tensor, counts: list[int]) -> Kept:
         """Of `keep` (b, heads, T) bool; `counts` are known beforehand, one per row, or one for all."""
         size, columns = max(counts), torch.arange(keep.shape[-1], device=keep.device)
-        count = torch.tensor(counts, device=keep.device)[:, None, None]
+        count = numbers(counts, keep.device)[:, None, None]
         rank = torch.where(keep, keep.cumsum(-1) + (size - count - 1), size)
         index = rank.new_zeros(*rank.shape[:2], size + 1).scatter(-1, rank, columns.expand_as(rank))
         valid = None
@@ -163,6 +164,8 @@ class Region:
         self.tail = max(self.lead, self.pending + places[0].left - places[0].tail)
         """Where the tail begins; behind the region where rows differ."""
         self._biases: dict[tuple[object, ...], Tensor] = {}
+        self.alignment = 1 if device.type == "cpu" else 16
+        """Of a bias, in numbers: torch's kernels for GPUs copy one whose rows begin elsewhere, or stop."""
         if len(set(zip(places, new, strict=True))) > 1:
             self.tail = self.tokens
 
@@ -237,13 +240,19 @@ class Region:
         keys: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """(groups * queries, keys): 0, and -inf where `hidden()` (queries, the last of the keys); made once."""
+        """(groups * queries, keys): 0, and -inf where `hidden()` (queries, the last of the keys); made once.
+
+        The keys are the last columns of one that is made for more of them, and kept. Where they begin, and every row,
+        is a multiple of `alignment`: a kernel refuses a bias that is not.
+        """
+        step = self.alignment
+        key = (*key, keys % step)
         made = self._biases.get(key)
         if made is None or made.shape[1] < keys:
-            last = hidden()
-            made = torch.zeros(len(last), 2 * keys, dtype=dtype, device=self.device)
-            made[:, 2 * keys - last.shape[1] :].masked_fill_(last, float("-inf"))
-            made = self._biases[key] = made.repeat(groups, 1)
+            last, width = hidden(), keys + -(-keys // step) * step
+            made = torch.zeros(len(last), width, dtype=dtype, device=self.device)
+            made[:, width - last.shape[1] :].masked_fill_(last, float("-inf"))
+            made = self._biases[key] = F.pad(made, (0, -width % step)).repeat(groups, 1)[:, :width]
         return made[:, made.shape[1] - keys :]
 
     def order(self, scores: Tensor) -> Tensor:
@@ -311,7 +320,7 @@ class Region:
     def _rows(self, values: list[int]) -> Tensor:
         """One number for every row, (b or 1, 1, 1)."""
         values = values if len(set(values)) > 1 else values[:1]
-        return torch.tensor(values, device=self.device)[:, None, None]
+        return numbers(values, self.device)[:, None, None]
 
 
 def reduces(place: Place, block: int, read: int) -> bool:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm_variator.engine.devices import numbers
+
 
 class Rule(NamedTuple):
     """How a window ages."""
@@ -152,17 +154,17 @@ class Window:
             return self
         width = max(self.scores.shape[-1], tail)
         place = torch.arange(width, device=scores.device) - width
-        ends = torch.tensor(list(lengths), device=scores.device)[:, None, None]
+        ends = numbers(lengths, scores.device)[:, None, None]
         columns = (ends + place).clamp(0, max(0, scores.shape[-1] - 1)).expand(*self.scores.shape[:2], -1)
         tails = scores.detach().half().gather(-1, columns)
-        own = torch.tensor(list(rows), device=scores.device)[:, None, None]
+        own = numbers(rows, scores.device).bool()[:, None, None]
         both = torch.where(own, tails, F.pad(self.scores, (width - self.scores.shape[-1], 0)))
         new = [tail if ended else n for n, ended in zip(self.lengths, rows, strict=True)]
         return dataclasses.replace(self, scores=both)._of(new)
 
     def rows(self, indices: Sequence[int]) -> Window:
         """Some rows, or the same row several times."""
-        scores = self.scores[torch.tensor(list(indices), device=self.scores.device)]
+        scores = self.scores[numbers(indices, self.scores.device)]
         return dataclasses.replace(self, scores=scores)._of([self.lengths[row] for row in indices])
 
     def picked(self, indices: Tensor) -> Window:
@@ -200,4 +202,4 @@ class Window:
     def _rows(self, values: Sequence[int]) -> Tensor:
         """One number for every row, (b or 1, 1, 1)."""
         values = list(values) if len(set(values)) > 1 else [values[0]]
-        return torch.tensor(values, device=self.scores.device)[:, None, None]
+        return numbers(values, self.scores.device)[:, None, None]

@@ -46,10 +46,10 @@ def interleaved(
         for name, case in cases.items():
             with case.inside():
                 state = case.prepare()
-                _wait(device)
+                wait(device)
                 started = now()
                 result = case.run(state)
-                _wait(device)
+                wait(device)
                 passed = now() - started
                 case.after(result)
             del state, result  # the next case has the memory to itself
@@ -59,7 +59,8 @@ def interleaved(
     return seconds
 
 
-def _wait(device: torch.device | str) -> None:
+def wait(device: torch.device | str) -> None:
+    """Until a GPU has done all it was given; a CPU is never behind."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -11,12 +11,15 @@ from conftest import randomise
 
 from llm_variator import VariatorConfig, VariatorError
 from llm_variator.bench.__main__ import main, read
+from llm_variator.bench.card import Card
 from llm_variator.bench.formulations import PlainLayers, fused
+from llm_variator.bench.profiling import BUSY, REST
+from llm_variator.bench.profiling import table as profile_table
 from llm_variator.bench.reading import random_cache
 from llm_variator.bench.report import markdown
 from llm_variator.bench.setting import DENSE, Setting, plugin
 from llm_variator.bench.swapping import _SWAPS, Swap
-from llm_variator.bench.training import ADAM_BYTES, NF4_BITS, Memory, kept_bytes
+from llm_variator.bench.training import ADAM_BYTES, NF4_BITS, STEP, Memory, _training_cases, kept_bytes
 from llm_variator.engine.cache import KVCacheReport
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.engine.plugin import weights_digest
@@ -174,6 +177,97 @@ def test_prefill_and_decode_of_kept_keys(tmp_path):
     assert step["kv_mib"] == ours["kv_mib"]
 
 
+@pytest.mark.parametrize("command", ["prefill", "decode"])
+def test_times_stand_beside_the_rates_of_the_card(tmp_path, command):
+    """Over what the device does at best nothing can be faster; by hand the least time of a dense pass."""
+    flags = [
+        command,
+        "--model",
+        "tiny-llama",
+        "--plugins",
+        "kept:0.5",
+        "--tokens",
+        "300",
+        "--batch-sizes",
+        "2",
+        "--card",
+    ]
+    stored = figures(tmp_path, *flags)
+    rates, dense = stored["card"], stored["rows"][0]
+    weights = 2 * (3 * 32 * 64 + 2 * 32 * 32 + 2 * 32 * 16) + 32 * 384
+    norms, scores = 5 * 32, 2 * 2 * 32 * 2  # queries times keys in two layers, and weights times values
+    if command == "prefill":
+        operations, moved = dense["operations"], 4 * (weights + norms)
+    else:
+        operations = 2 * 2 * weights + 2 * scores * 300
+        moved = 4 * (weights + norms) + dense["kv_mib"] * 2**20
+    least = max(operations / rates["flops_per_second"], moved / rates["bytes_per_second"])
+    assert dense["card_ms"] == pytest.approx(1e3 * least)
+    assert dense["of_card"] == pytest.approx(dense["card_ms"] / dense["ms"])
+    assert all(0 < row["of_card"] < 1 for row in stored["rows"])
+
+
+def test_the_rates_of_a_card_are_those_of_a_product_and_a_copy():
+    card = Card.measured("cpu", torch.float32)
+    a, b = (torch.randn(512, 512) for _ in range(2))
+    source, target = torch.zeros(2**22), torch.empty(2**22)
+    seconds = interleaved({"mm": Case(lambda _: a @ b), "copy": Case(lambda _: target.copy_(source))}, 9)
+    assert 0.2 < card.flops_per_second / (2 * 512**3 / min(seconds["mm"])) < 5
+    assert 0.2 < card.bytes_per_second / (2 * 4 * 2**22 / min(seconds["copy"])) < 5
+    assert Card(10.0, 2.0).seconds(20, 10) == 5
+    assert Card(10.0, 2.0).seconds(200, 10) == 20
+
+
+def test_a_size_that_does_not_fit_leaves_the_others(tmp_path, monkeypatch):
+    ids = Setting.ids
+
+    def too_many(self, rows, tokens):
+        if tokens == 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ids(self, rows, tokens)
+
+    monkeypatch.setattr(Setting, "ids", too_many)
+    flags = ["prefill", "--model", "tiny-llama", "--tokens", "32", "64", "16", "--plugins", "ffn:2"]
+    rows = figures(tmp_path, *flags)["rows"]
+    assert [(row["case"], row["tokens"]) for row in rows] == [
+        *((name, 32) for name in (DENSE, "ffn k=2")),
+        ("out of memory", 64),
+        *((name, 16) for name in (DENSE, "ffn k=2")),
+    ]
+
+
+def test_profile_tells_kernels_by_time(tmp_path):
+    flags = ["--model", "tiny-llama", "--plugins", "kept:0.5", "--tokens", "300", "--kernels", "4"]
+    rows = figures(tmp_path, "profile", *flags)["rows"]
+    cases = {row["case"] for row in rows}
+    assert cases == {
+        f"{name}, {kind}" for name in (DENSE, "kv keeps 500 of 1000") for kind in ("prefill", "decode")
+    }
+    for case in cases:
+        whole, *kernels, rest = [row for row in rows if row["case"] == case]
+        assert whole["kernel"] == BUSY
+        assert whole["of_busy"] > 0
+        assert rest["kernel"] == REST
+        assert len(kernels) == 4
+        assert [row["ms"] for row in kernels] == sorted((row["ms"] for row in kernels), reverse=True)
+        for column in ("ms", "calls", "share"):
+            assert sum(row[column] for row in (*kernels, rest)) == pytest.approx(whole[column])
+    products = [
+        row["calls"]
+        for row in rows
+        if row["case"] == "dense, decode" and row["kernel"] in ("aten::mm", "aten::addmm")
+    ]
+    assert sum(products) == 2 * 7 + 1  # every matrix of two layers, and the head: each is read once
+
+
+def test_a_table_of_kernels_by_hand():
+    times = [("a", 10.0, 2), ("b", 30.0, 1), ("none", 0.0, 5), ("c", 60.0, 3)]
+    whole, first, rest = profile_table(times, 2e-4, 1)
+    assert (whole["ms"], whole["calls"], whole["of_busy"]) == (0.1, 6, pytest.approx(2.0))
+    assert (first["kernel"], first["share"]) == ("c", 0.6)
+    assert (rest["ms"], rest["calls"], rest["share"]) == (0.04, 3, 0.4)
+
+
 def test_swap_measures_the_bare_base(tmp_path, monkeypatch):
     rows = figures(tmp_path, "swap", "--model", "tiny-llama", "--tokens", "8")["rows"]
     assert [row["case"] for row in rows] == [
@@ -182,6 +276,20 @@ def test_swap_measures_the_bare_base(tmp_path, monkeypatch):
         "base without plugins",
         "plugins attached, off",
     ]
+
+
+def test_a_training_step_of_kept_keys_moves_their_scores(tmp_path):
+    flags = ["train", "--model", "tiny-llama", "--plugins", "kept:0.4", "--tokens", "200"]
+    rows = figures(tmp_path, *flags)["rows"]
+    assert next(row for row in rows if row["case"] == "training step")["of_bound"] > 0
+    made = setting(*flags[3:], command="train")
+    (name,) = made.names
+    plugin = made.model.plugin(name)
+    before = {key: value.clone() for key, value in plugin.state_dict().items()}
+    step = _training_cases(made, name, 1, 200)[STEP]
+    step.run(step.prepare())
+    changed = {key for key, value in plugin.state_dict().items() if not torch.equal(value, before[key])}
+    assert any("weight" in key for key in changed)
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-t5", "tiny-bert"])
@@ -249,7 +357,9 @@ def test_plot(tmp_path):
         (["swap", "--attention", "nothing"], "--attention nothing"),
         (["prefill", "--plugins", "kept:1.5"], "between 0 and 1"),
         (["prefill", "--plugins", "kept:0.3", "--model", "tiny-bert"], "is for decoders"),
-        *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("train", "memory", "compare")),
+        *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("memory", "compare")),
+        (["train", "--plugins", "kept:0.3", "--tokens", "100"], "make it longer"),
+        (["profile", "--model", "tiny-t5"], "is for decoders"),
     ],
 )
 def test_wrong_flags_get_one_clear_error(flags, message):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llm_variator.engine.cache.stores import KVStore, Sizes, of_heads
+from llm_variator.engine.devices import numbers
 from llm_variator.errors import VariatorError
 
 Tables = list[list[int]]
@@ -201,18 +202,18 @@ class PagedStore(KVStore):
                     table.append(taken.pop())
         if not self.tables:
             self.tables.extend(tables)
-        places = torch.arange(self.entries, self.entries + count)
-        held = torch.tensor(self.tables, dtype=torch.long)[:, places // size]  # (rows, count)
+        places = torch.arange(self.entries, self.entries + count, device=pool.keys.device)
+        held = self._table()[:, places // size]  # (rows, count)
         slots = (places % size).expand(rows, -1)
         for tensor, states in zip(pool.of_heads(heads), (keys, values), strict=True):
-            tensor[held.to(tensor.device), :, slots.to(tensor.device)] = states.transpose(1, 2)
+            tensor[held, :, slots] = states.transpose(1, 2)
         self.entries += count
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values, gathered."""
         self._check()
         assert self.pool.keys is not None
-        table = torch.tensor(self.tables, dtype=torch.long, device=self.pool.keys.device)
+        table = self._table()
         keys, values = (
             tensor[table].transpose(1, 2).flatten(2, 3)[:, :, : self.entries]
             for tensor in self.pool.of_heads(self.heads)
@@ -291,6 +292,12 @@ class PagedStore(KVStore):
         block = self.pool.report().block_bytes
         column = sum(t.shape[3] * t.dtype.itemsize for t in (self.pool.keys, self.pool.values))
         return Sizes(len(own) * block, shared * block, len(self.tables) * self.heads * column)
+
+    def _table(self) -> Tensor:
+        """(rows, blocks) where the pool lies."""
+        assert self.pool.keys is not None
+        flat = numbers([block for table in self.tables for block in table], self.pool.keys.device)
+        return flat.view(len(self.tables), len(self.tables[0]))
 
     def _pick(self, rows: list[int]) -> None:
         self._check()

@@ -27,6 +27,7 @@ from llm_variator.engine.cache.stores import (
     truncate,
     whole,
 )
+from llm_variator.engine.devices import behind, numbers
 from llm_variator.engine.groups import FILLER
 from llm_variator.engine.window import Rule, Window
 from llm_variator.errors import VariatorError
@@ -322,6 +323,8 @@ class SelectedLayer(DynamicLayer):
         placed = None if columns is None else torch.where(columns == FILLER, FILLER, columns + self.tokens)
         changed = []
         for one in self.classes:
+            if one.columns.device != keys.device:  # of a layer that was made before its first keys
+                one = dataclasses.replace(one, columns=one.columns.to(keys.device))
             if placed is not None:
                 own = placed[:, None].expand(-1, len(one.heads), -1)
                 one = dataclasses.replace(one, columns=_joined(self.columns(one), own))
@@ -329,18 +332,19 @@ class SelectedLayer(DynamicLayer):
             changed.append(one)
         self.classes = changed
         self.tokens += keys.shape[2] if width is None else width
-        self.has_fillers |= columns is not None and bool((columns == FILLER).any())
+        if columns is not None and not self.has_fillers:
+            self.has_fillers = bool((columns == FILLER).any())
 
     def newest(self, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last `count` entries of all heads (b, heads, count, d)."""
-        order = [head for one in self.classes for head in one.heads]
-        back = sorted(range(len(order)), key=order.__getitem__)
+        order = tuple(head for one in self.classes for head in one.heads)
         pairs = [whole(one.store) for one in self.classes]
         keys, values = (
-            torch.cat([pair[side][:, :, pair[side].shape[2] - count :] for pair in pairs], dim=1)[:, back]
+            torch.cat([pair[side][:, :, pair[side].shape[2] - count :] for pair in pairs], dim=1)
             for side in (0, 1)
         )
-        return keys, values
+        back = behind(order, keys.device)
+        return keys.index_select(1, back), values.index_select(1, back)
 
     def replace(self, old: int, keys: Tensor, values: Tensor, columns: Tensor, kept: Sequence[Kept]) -> None:
         """Put what every class keeps of a region (b, heads, T, d) in place of its last `old` entries.
@@ -378,14 +382,16 @@ class SelectedLayer(DynamicLayer):
             first = size - max(0, *window.lengths)
             if valid is not None:
                 newer = valid.flip(-1).cumsum(-1).flip(-1)
-                outside = newer > torch.tensor(window.lengths, device=newer.device)[:, None]
+                outside = newer > numbers(window.lengths, newer.device)[:, None]
                 first = int(outside.sum(-1).min())
             keep = window.keep(one.of(order), old, one.k, valid, size)[..., first:]
             counts = [size - first] if valid is None else valid[:, first:].sum(-1).tolist()
             counts = counts * (len(old) // len(counts))
             counts = [n - m for n, m in zip(counts, window.removed(old, one.k), strict=True)]
             changed.append(self._with(one, keep, counts, first, "decode_block"))
-            fillers |= len(set(counts)) > 1 or bool((changed[-1].columns[:, :, :first] == FILLER).any())
+            fillers |= len(set(counts)) > 1
+            if valid is not None and not fillers:  # without, none of its columns is a filler
+                fillers = bool((changed[-1].columns[:, :, :first] == FILLER).any())
             for head in one.heads:
                 taken[head] += size - changed[-1].entries
         self.classes, self.has_fillers, self.aged = changed, fillers, tuple(taken)
@@ -409,7 +415,7 @@ class SelectedLayer(DynamicLayer):
         region = Region(
             self.open.places, [1] * len(self.open.places), self.open.block, self.open.scores.device
         )
-        size, lengths = region.tokens, torch.tensor(region.lengths, device=region.device)
+        size, lengths = region.tokens, numbers(region.lengths, region.device)
         column = torch.arange(size, device=region.device)
         aligned = (column + (size - lengths)[:, None]).clamp(max=size - 1)[
             :, None

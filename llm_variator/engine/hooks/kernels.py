@@ -77,9 +77,23 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def _causal_end(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The same where the queries are those of the last keys alone."""
+    """The same where the queries are those of the last keys alone.
+
+    Torch's kernels for GPUs that take a mask take no grouped heads, and without them it writes all scores down: there
+    the query heads of a KV head are rows of one matrix.
+    """
     rows, seen = query.shape[2], key.shape[2]
     mask = None
     if rows > 1:
         mask = torch.ones(rows, seen, dtype=torch.bool, device=query.device).tril(seen - rows)
+        if query.device.type != "cpu":
+            return _folded(query, key, value, mask, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Grouped-query attention under a `mask` (queries, keys), the query heads of a KV head as rows."""
+    own = query.unflatten(1, (key.shape[1], -1))  # (b, H_kv, g, queries, d)
+    mask = mask.repeat(own.shape[2], 1)
+    out = F.scaled_dot_product_attention(own.flatten(2, 3), key, value, attn_mask=mask, scale=scale)
+    return out.unflatten(2, own.shape[2:4]).flatten(1, 2)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from llm_variator.engine.blocks import Kept, Place, Region, Rows, reduces
 from llm_variator.engine.cache import SelectedLayer
 from llm_variator.engine.cache.selected import Entries
+from llm_variator.engine.devices import behind
 from llm_variator.engine.hooks.gates import Gates
 from llm_variator.engine.hooks.last_layer import at_the_end
 from llm_variator.engine.hooks.strips import View, attend, attend_region
@@ -294,10 +295,10 @@ def by_class(query: Tensor, held: SelectedLayer, attend_one: Callable[[int, Tens
     outputs = [attend_one(number, one.of(grouped)) for number, one in enumerate(held.classes)]
     if len(outputs) == 1:
         return outputs[0].flatten(1, 2)
-    order = [head for one in held.classes for head in one.heads]
+    order = tuple(head for one in held.classes for head in one.heads)
     out = torch.cat(outputs, dim=1)
-    if order != sorted(order):
-        out = out[:, sorted(range(len(order)), key=order.__getitem__)]
+    if list(order) != sorted(order):
+        out = out.index_select(1, behind(order, out.device))
     return out.flatten(1, 2)
 
 

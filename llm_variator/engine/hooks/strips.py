@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from llm_variator.engine.blocks import Region
 from llm_variator.engine.cache.selected import Entries, HeadClass
+from llm_variator.engine.devices import places
 
 _ROWS = {"cpu": 128}
 """Rows of a strip (its queries times the query heads of a KV head) by device: more of them see more of a band that
@@ -105,15 +106,13 @@ def attend_region(
     blocks = max(1, _ROWS.get(keys.device.type, _OTHER_ROWS) // (groups * region.block))
     strips, begin = list(_strips(region, queries, blocks)), region.tokens - queries
     readers = [_Reader(query, keys, values, view, region, strips, scale) for view in views]
-    heads = [torch.tensor(view.heads.heads, device=keys.device) for view in views]
+    heads = [places(view.heads.heads, keys.device) for view in views]
     out = query
     for strip in strips:
         rows = slice(strip.start - begin, strip.end - begin)
         for own, reader in zip(heads, readers, strict=True):
             part = reader.attend(strip, rows).permute(0, 3, 1, 2, 4)
-            if (
-                out is query
-            ):  # as the model's code lays them out behind its attention, in the dtype of autocast
+            if out is query:  # as the model's code lays them out behind its attention, in autocast's dtype
                 out = part.new_empty(len(query), queries, *query.shape[1:3], query.shape[4])
             out[:, rows].index_copy_(2, own, part)
     return out.permute(0, 2, 3, 1, 4)
@@ -244,7 +243,7 @@ class _Growing:
         first = heads.of(x[:, :, :lead])
         self._base = first if before is None else torch.cat((before.expand(len(x), -1, -1, -1), first), dim=2)
         row = torch.arange(len(x), device=x.device)[:, None, None]
-        head = torch.tensor(heads.heads, device=x.device)[:, None]
+        head = places(heads.heads, x.device)[:, None]
         self._all_far = x[row, head, chosen]
         self._filled = 0
         self._buffer: Tensor | None = None
