@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from llm_variator.cli import flag, flags
 from llm_variator.cli.values import JsonMapping, PositiveFloat, PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
 from llm_variator.serve.flags import Choice, Plugins
-from llm_variator.sources.corpora import EMBEDDED, read_documents, tokenize
-from llm_variator.sources.models import load_tokenizer
+from llm_variator.serve.prompts import QUESTIONS, Asked, Judge, prompts_from
+from llm_variator.sources.corpora import EMBEDDED
 
 SEED = 0
 FIRST_RATE = 0.1  # of what dense sustains
@@ -50,7 +48,10 @@ class Load(flags.Stored, Plugins):
     requests: PositiveInt = flag(300, "for each choice")
     tokens: tuple[PositiveInt, ...] = flag((384, 640), "shortest and longest prompt")
     max_tokens: PositiveInt = flag(8, "generated tokens")
-    data: str = flag(EMBEDDED, "text the prompts are cut from, a source as in training")
+    data: str = flag(
+        EMBEDDED,
+        f"text the prompts are cut from, a source as in training; or {QUESTIONS}: questions, with judged answers",
+    )
     peak: PositiveFloat = flag(2.0, "peak arrivals over dense capacity")
     earlier: tuple[Path, ...] = flag(
         (),
@@ -79,10 +80,17 @@ def measure_load(settings: Load, plugins: dict[str, str], server_flags: list[str
     for figures in earlier:
         if differs := [name for name, value in shared.items() if figures["settings"].get(name) != value]:
             raise VariatorError(f"--earlier was measured with other settings: {', '.join(differs)}")
-    prompts = text_prompts(settings)
+    asked = prompts_from(
+        settings.data,
+        settings.model,
+        count=settings.requests,
+        lengths=settings.tokens,
+        seed=SEED,
+        max_tokens=settings.max_tokens,
+    )
     own = contextlib.nullcontext(settings.url) if settings.url else served(settings, plugins, server_flags)
     with own as url:
-        return {"settings": shared, **asyncio.run(_load(settings, url, prompts, earlier))}
+        return {"settings": shared, **asyncio.run(_load(settings, url, asked, earlier))}
 
 
 def _shared(settings: Load, server_flags: list[str]) -> dict[str, Any]:
@@ -97,21 +105,6 @@ def _shared(settings: Load, server_flags: list[str]) -> dict[str, Any]:
         "peak": settings.peak,
         "server_flags": server_flags,
     }
-
-
-def text_prompts(settings: Load) -> list[list[int]]:
-    """Stretches of running text that begin at different places; lengths uniform in `settings.tokens`."""
-    tokenizer = load_tokenizer(settings.model)
-    stream = torch.cat(tokenize(read_documents(settings.data), tokenizer))
-    shortest, longest = settings.tokens[0], settings.tokens[-1]
-    last = len(stream) - longest
-    if last < settings.requests or shortest > longest:
-        raise VariatorError(
-            f"{settings.requests} prompts of {shortest} to {longest} tokens cannot be cut from {len(stream)}"
-        )
-    rng = random.Random(SEED)
-    starts = torch.linspace(0, last, settings.requests + 1).long().tolist()[:-1]
-    return [stream[start : start + rng.randint(shortest, longest)].tolist() for start in starts]
 
 
 def arrivals(requests: int, first: float, last: float, seed: int = SEED) -> list[float]:
@@ -179,9 +172,8 @@ def _session(url: str) -> Any:
     )
 
 
-async def _load(
-    settings: Load, url: str, prompts: list[list[int]], earlier: list[dict[str, Any]]
-) -> dict[str, Any]:
+async def _load(settings: Load, url: str, asked: Asked, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    prompts = asked.prompts
     known = {choice: row for figures in earlier for choice, row in figures["choices"].items()}
     async with _session(url) as session:
         sustained = next((figures["sustained_dense_requests_per_second"] for figures in earlier), None)
@@ -191,7 +183,7 @@ async def _load(
         found: dict[str, Any] = {}
         for choice in settings.choices:
             found[str(choice)] = await _run(session, settings, prompts, offsets, choice)
-            found[str(choice)] |= _compared(choice, found[str(choice)], known | found)
+            found[str(choice)] |= _compared(choice, found[str(choice)], known | found, asked.judge)
     return {
         "policy": settings.policy or {},
         "sustained_dense_requests_per_second": sustained,
@@ -303,14 +295,15 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def _compared(choice: int | str, row: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """How a run's answers agree with those of the dense run; each of auto's must be that of some fixed ratio."""
-    figures: dict[str, Any] = {}
-    answers = [answer.split() for answer in row["answers"]]
-    fixed = {
-        name: [answer.split() for answer in other["answers"]] for name, other in known.items() if name != AUTO
-    }
-    if dense := fixed.get("0"):
+def _compared(
+    choice: int | str, row: dict[str, Any], known: dict[str, Any], judge: Judge | None = None
+) -> dict[str, Any]:
+    """How right a run's answers are and how like the dense run's; each of auto's must be that of some fixed ratio."""
+    answers = _token_ids(row)
+    fixed = {name: _token_ids(other) for name, other in known.items() if name != AUTO}
+    dense = fixed.get("0")
+    figures = judge(answers, dense) if judge else {}
+    if dense:
         pairs = [
             (ours, theirs)
             for own, other in zip(answers, dense, strict=True)
@@ -323,6 +316,10 @@ def _compared(choice: int | str, row: dict[str, Any], known: dict[str, Any]) -> 
         strange = [own for own, *others in zip(answers, *fixed.values(), strict=True) if own not in others]
         figures |= {"answers_unlike_every_fixed_ratio": len(strange), "fixed_ratios": sorted(fixed)}
     return figures
+
+
+def _token_ids(row: dict[str, Any]) -> list[list[int]]:
+    return [[int(token) for token in answer.split()] for answer in row["answers"]]
 
 
 def _read(path: Path) -> dict[str, Any]:

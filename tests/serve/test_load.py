@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from tiny import model_folder
+from tiny_tasks import write_tasks
 
 from llm_variator import VariatorError
 from llm_variator.serve.load import (
@@ -17,9 +17,10 @@ from llm_variator.serve.load import (
     arrivals,
     measure_load,
     quantile,
-    text_prompts,
 )
 from llm_variator.serve.measure import Prefill, read
+from llm_variator.serve.prompts import QUESTIONS, Asked, prompts_from
+from llm_variator.sources.models import load_tokenizer
 
 
 def test_arrivals_rise_to_the_peak():
@@ -100,13 +101,44 @@ def test_answers_are_compared():
     assert found["fixed_ratios"] == ["0", "2"]
 
 
+def prompts(source: str, count: int, lengths: tuple[int, int], max_tokens: int = 8) -> Asked:
+    return prompts_from(source, model_folder(), count=count, lengths=lengths, seed=0, max_tokens=max_tokens)
+
+
 def test_prompts_are_distinct_stretches_of_text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(" ".join(str(number) for number in range(2000)))
-    settings = Load(model=model_folder(), data=str(file), requests=20, tokens=(30, 50))
-    prompts = text_prompts(settings)
-    assert len(prompts) == len({tuple(prompt[:4]) for prompt in prompts}) == 20
-    assert {len(prompt) for prompt in prompts} <= set(range(30, 51))
-    assert len({len(prompt) for prompt in prompts}) > 3
+    asked = prompts(str(file), 20, (30, 50))
+    assert asked.judge is None
+    assert len(asked.prompts) == len({tuple(prompt[:4]) for prompt in asked.prompts}) == 20
+    assert {len(prompt) for prompt in asked.prompts} <= set(range(30, 51))
+    assert len({len(prompt) for prompt in asked.prompts}) > 3
     with pytest.raises(VariatorError, match="cannot be cut"):
-        text_prompts(replace(settings, tokens=(30, 50_000)))
+        prompts(str(file), 20, (30, 50_000))
+
+
+def test_answers_to_questions_are_judged(tmp_path, monkeypatch):
+    write_tasks(tmp_path, "squad", validation=8)
+    monkeypatch.setenv("VARIATOR_DATA", str(tmp_path))
+    asked = prompts(QUESTIONS, 6, (20, 2000), max_tokens=24)
+    lengths = sorted(map(len, asked.prompts))
+    tokenizer = load_tokenizer(model_folder())
+    assert all(tokenizer.decode(prompt).endswith("Answer:") for prompt in asked.prompts)
+    # the right answer is the first word of each passage
+    gold = [tokenizer.decode(prompt).split("\n\n")[-1].split()[1] for prompt in asked.prompts]
+    right = [tokenizer(f" {word}\nmore", add_special_tokens=False)["input_ids"] for word in gold]
+    wrong = [tokenizer(" nothing", add_special_tokens=False)["input_ids"]] * 6
+    assert asked.judge(right, None) == {"exact_match": 100.0, "f1": 100.0}
+    half = asked.judge(right[:3] + wrong[3:], right)
+    assert (half["exact_match"], half["f1"], half["f1_above_dense"]) == (50.0, 50.0, -50.0)
+    assert half["f1_above_dense_error"] == pytest.approx(
+        50 * (6 / 5) ** 0.5 / 6**0.5
+    )  # of +-50 about the mean
+    assert asked.judge([[]] * 6, right)["f1"] == 0.0  # what was not answered
+    # prompts outside the range are passed over
+    kept = prompts(QUESTIONS, 2, (lengths[-2], lengths[-1]), max_tokens=24).prompts
+    assert all(lengths[-2] <= len(prompt) <= lengths[-1] for prompt in kept)
+    with pytest.raises(VariatorError, match=r"only 0 of 4 questions .* widen --tokens"):
+        prompts(QUESTIONS, 1, (1, 2), max_tokens=24)
+    with pytest.raises(VariatorError, match="raise --max-tokens 8"):
+        prompts(QUESTIONS, 1, (20, 2000))
