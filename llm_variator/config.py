@@ -180,7 +180,7 @@ class VariatorConfig:
                     f"multiple of block ({self.block}), got {self.decode_block}"
                 )
         if self.k_per_head is None:
-            ratios = [self.k["kv"] if isinstance(self.k, Mapping) else self.k]
+            ratios = [self.k_of("kv")]
         else:
             rows = _items("k_per_head", self.k_per_head)
             put("k_per_head", tuple(_items("k_per_head", row) for row in rows))
@@ -205,10 +205,62 @@ class VariatorConfig:
         """
         return cls(**{"k": k, "sites": ("ffn",), "dense_head": 0, "dense_tail": 1, **overrides})
 
+    @classmethod
+    def joined(cls, parts: Sequence[VariatorConfig], **given: Any) -> VariatorConfig:
+        """One configuration that does at its sites what each of `parts`, which have different sites, does at its own.
+
+        Args:
+            parts: at least one.
+            **given: fields in place of what the parts say, such as `dense_tail`, in which they may then differ.
+
+        Raises:
+            VariatorError: two parts have the same site, or differ in what one configuration says only once.
+        """
+        if not parts:
+            raise VariatorError("there is nothing to join: name at least one plugin")
+        sites = [site for part in parts for site in part.sites]
+        if twice := sorted({site for site in sites if sites.count(site) > 1}):
+            raise VariatorError(
+                f"several of the plugins to join have site {', '.join(twice)}: leave out all but one"
+            )
+
+        def once(field: str, among: Sequence[VariatorConfig]) -> Any:
+            """What the parts that use `field` say, its default where none does."""
+            values = {getattr(part, field) for part in among}
+            if len(values) > 1:
+                both = " and ".join(sorted(map(str, values)))
+                raise VariatorError(
+                    f"plugins to join must have the same {field}, these have {both}: give one, {field}=..."
+                )
+            return values.pop() if values else getattr(cls, field)
+
+        restoring = [part for part in parts if {"ffn", "attention"} & set(part.sites)]
+        caching = [part for part in parts if {"kv", "attention"} & set(part.sites)]
+        selecting = [part for part in parts if part.selects]
+        ratios = {site: k for part in parts for site, k in (part.k_per_layer or {}).items()}
+        fields: dict[str, Any] = {
+            "sites": sites,
+            "k": {site: part.k_of(site) for part in parts for site in part.sites},
+            "compressor": {site: part.compressor_of(site) for part in parts for site in part.sites},
+            "k_per_layer": ratios or None,
+        }
+        for among, names in (
+            (restoring, ("r", "decompressor", "activation")),
+            (selecting, ("k_per_head", "block", "score_fits")),
+            (caching, ("decode_block",)),
+            (parts, ("layers", "dense_head", "dense_tail", "base", "format_version")),
+        ):
+            fields |= {name: once(name, among) for name in names if name not in given}
+        return cls(**fields | given)
+
     @property
     def base_model(self) -> str | None:
         """Name of the base model; None until the plugin is attached to one."""
         return self.base.name if self.base else None
+
+    def k_of(self, site: str) -> int:
+        """The ratio of `site`, where no layer or head has its own."""
+        return self.k[site] if isinstance(self.k, Mapping) else self.k
 
     def compressor_of(self, site: str) -> str:
         """How `site` compresses."""
@@ -223,8 +275,7 @@ class VariatorConfig:
         """With "select": the ratio of each KV head in `layer`; None where that layer stays dense."""
         if not self.selects or (self.layers is not None and layer not in self.layers):
             return None
-        k = self.k["kv"] if isinstance(self.k, Mapping) else self.k
-        ratios = (k,) * kv_heads if self.k_per_head is None else tuple(self.k_per_head[layer])
+        ratios = (self.k_of("kv"),) * kv_heads if self.k_per_head is None else tuple(self.k_per_head[layer])
         return ratios if max(ratios) > 1 else None
 
     def ratio(self, site: str, layer: int) -> int | None:
@@ -235,13 +286,13 @@ class VariatorConfig:
         if site == "kv" and self.selects:
             return None
         if site == "cross" and site in self.sites:
-            return (self.k[site] if isinstance(self.k, Mapping) else self.k) if layer == 0 else None
+            return self.k_of(site) if layer == 0 else None
         if site not in self.sites or (self.layers is not None and layer not in self.layers):
             return None
         if self.k_per_layer is not None and site in self.k_per_layer:
             k = self.k_per_layer[site][layer]
             return k if k > 1 else None
-        return self.k[site] if isinstance(self.k, Mapping) else self.k
+        return self.k_of(site)
 
     def resolved(self, base: BaseSignature, *, decoder: bool) -> VariatorConfig:
         """This config with the defaults for `base` filled in. Raises where the two do not fit together."""

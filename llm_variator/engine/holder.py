@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from types import MappingProxyType
@@ -119,6 +119,24 @@ class PluginHolder(nn.Module):
     def add_plugin(self, name: str, config: VariatorConfig) -> CompressionPlugin:
         """Add a new, untrained plugin (fp32 weights) without activating it."""
         return self._put(name, self._build(config))
+
+    def join_plugins(self, names: Sequence[str], plugin_name: str, **given: Any) -> CompressionPlugin:
+        """Add a plugin that does at once what those named do at different sites, without activating it.
+
+        Its weights are copies. To merge in FFNs and keep keys, for instance: one plugin for each, trained apart.
+
+        Args:
+            names: of loaded plugins.
+            plugin_name: of the new one.
+            **given: fields of its configuration in place of theirs, such as `dense_tail`.
+
+        Raises:
+            VariatorError: two have the same site, or they differ in what a plugin says only once and is not given.
+        """
+        parts = [self.plugin(name) for name in names]
+        joined = self._build(VariatorConfig.joined([part.config for part in parts], **given))
+        joined.load_state_dict({name: value for part in parts for name, value in part.state_dict().items()})
+        return self._put(plugin_name, joined.to(next(parts[0].parameters()).dtype))
 
     def delete_plugin(self, name: str) -> None:
         """Forget a plugin; if it was active, the model is dense again."""

@@ -99,6 +99,7 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     kept = {key: value for key, value in vars(settings).items() if key not in FREE_ON_RESUME}
     # what is learned depends on the micro-batches of a step, wherever they run
     kept["grad_accum"] *= world_size()
+    kept["plugin"] = ",".join(settings.plugin) or None
     plain: dict[str, Any] = json.loads(json.dumps(kept))
     return plain
 

@@ -113,7 +113,7 @@ class _Fitting:
             dense_layers=len(self.watch.layers) - len(self._chosen),
         )
         if settings.k is not None and self._config.k_per_head is None:  # one ratio for all heads
-            k = self._config.k["kv"] if isinstance(self._config.k, Mapping) else self._config.k
+            k = self._config.k_of("kv")
             same = [[k if layer in self._chosen else 1] * self.watch.heads for layer in range(self._count)]
             self._config = dataclasses.replace(self._config, k_per_head=same)
         self._check_ratios()

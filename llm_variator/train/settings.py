@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from llm_variator.cli import flag, flags
-from llm_variator.cli.values import Natural, NaturalFloat, PositiveFloat, PositiveInt, Share
+from llm_variator.cli.values import Names, Natural, NaturalFloat, PositiveFloat, PositiveInt, Share
 from llm_variator.errors import VariatorError
 from llm_variator.sources.corpora import EMBEDDED
 from llm_variator.sources.tasks.table import TASKS
@@ -191,7 +191,11 @@ class Settings(
         None, "for what is trained and checkpoints (default: runs/NAME)", metavar="DIR"
     )
     resume: bool = flag(False, "go on from the last complete checkpoint in the output folder")
-    plugin: str | None = flag(None, "start from this plugin instead of a new one", metavar="DIR")
+    plugin: Names = flag(
+        (),
+        "start from this plugin instead of a new one; several of different sites, A,B, are joined",
+        metavar="DIR",
+    )
     seed: Natural = flag(0, "of data order, prompt lengths and initial weights")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
     dtype: str | None = flag(
@@ -245,7 +249,7 @@ class Settings(
     @property
     def fits_scores(self) -> bool:
         """Whether a plugin is asked for whose scores are fitted in closed form."""
-        is_new = self.stage == "pretrain" and self.method == "variator" and self.plugin is None
+        is_new = self.stage == "pretrain" and self.method == "variator" and not self.plugin
         return is_new and self.plugin_config().selects
 
     @property
@@ -262,7 +266,7 @@ class Settings(
             if self.method != "variator":
                 parts.append(self.method)
             elif self.plugin:
-                parts.append(f"from-{Path(self.plugin).name}")
+                parts.append(f"from-{'-'.join(Path(plugin).name for plugin in self.plugin)}")
             else:
                 config = self.plugin_config()
                 ratios = [config.k] if isinstance(config.k, int) else config.k.values()

@@ -267,8 +267,13 @@ def _plugin_learner(settings: Settings, base: PreTrainedModel) -> PluginLearner:
     set_seed(settings.seed)
     model = VariatorModel(base, None if settings.plugin else settings.plugin_config())
     if settings.plugin:
-        model.load_plugin(settings.plugin, "default", dtype=torch.float32)
+        for folder in settings.plugin:
+            model.load_plugin(folder, f"from {len(model.plugins)}", dtype=torch.float32)
+        parts = list(model.plugins)
+        model.join_plugins(parts, "default")
         model.set_plugin("default")
+        for part in parts:
+            model.delete_plugin(part)
     plugin = model.plugin()
     if not any(True for _ in plugin.parameters()):
         raise VariatorError(

@@ -139,6 +139,27 @@ def test_a_plugin_that_merges_and_keeps_is_trained_on(tmp_path, init):
     assert not torch.equal(after["ffn.0.decompressor.down.weight"], before["ffn.0.decompressor.down.weight"])
 
 
+def test_plugins_of_different_sites_are_trained_on_together(tmp_path):
+    sites = {
+        "ffn": VariatorConfig(k=2, sites=("ffn",), r=4, dense_head=1),
+        "kv": VariatorConfig(k=2, sites=("kv",), compressor="select", block=4, dense_head=1),
+    }
+    for name, config in sites.items():
+        model = VariatorModel(load_model(model_folder()), config)
+        randomise(model.plugin(), std=0.1)
+        model.save_pretrained(tmp_path / name)
+    none = dict(k=None, r=None, dense_head=None)
+    train(
+        tmp_path / "run", plugin=f"{tmp_path / 'ffn'},{tmp_path / 'kv'}", loss="mse+kl", save_every=1, **none
+    )
+    ffn, kv, run = (load_file(tmp_path / name / "variator.safetensors") for name in ("ffn", "kv", "run"))
+    assert run.keys() == ffn.keys() | kv.keys()
+    model = VariatorModel(load_model(model_folder()), VariatorConfig(sites=("kv",), dense_head=2))
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(VariatorError, match=r"same dense_head, these have 1 and 2"):
+        train(tmp_path / "new", plugin=f"{tmp_path / 'ffn'},{tmp_path / 'other'}", **none)
+
+
 def test_process_prints_one_line_and_exits_with_2(tmp_path):
     command = [sys.executable, "-m", "llm_variator.train", *words(tmp_path / "run", seq_length=8)]
     done = subprocess.run(command, capture_output=True, text=True)
