@@ -44,13 +44,19 @@ class BaseModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
-    """Text that is read."""
+class LocalData:
+    """Local copies."""
 
-    data: str = flag(REQUIRED, "text, named as in llm_variator.train", metavar="SOURCE")
     data_dir: Path | None = flag(
         None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)", metavar="DIR"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(LocalData):
+    """Text that is read."""
+
+    data: str = flag(REQUIRED, "text, named as in llm_variator.train", metavar="SOURCE")
     windows: PositiveInt = flag(16, "stretches of text, evenly spread over the data")
     batch_size: PositiveInt = flag(4, "windows in one forward pass")
 

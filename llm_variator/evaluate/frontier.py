@@ -38,7 +38,6 @@ from llm_variator.measures.quality import (
 from llm_variator.measures.results import scrub_paths, write_result
 from llm_variator.measures.store import Store
 from llm_variator.model import VariatorModel
-from llm_variator.sources.corpora import cut_windows, enough, read_windows, spread, tokenize
 from llm_variator.sources.models import load_tokenizer, plugin_folder
 from llm_variator.sources.tasks import Example
 
@@ -70,7 +69,7 @@ class Quiz:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(flags.Stored, flags.BaseModel):
+class Settings(flags.Stored, flags.LocalData, flags.BaseModel):
     """Quality against cost: plugins beside dropped tokens, skipped layers and untrained merging.
 
     The text after a prompt and answers to questions, with the prompt dense, absent, compressed by plugins, and made
@@ -94,9 +93,6 @@ class Settings(flags.Stored, flags.BaseModel):
         f"texts, named as in llm_variator.train, or {questions.ARTICLES}: SQuAD's development articles; no word: none",
         metavar="SOURCE",
         may_be_empty=True,
-    )
-    data_dir: Path | None = flag(
-        None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)", metavar="DIR"
     )
     context: tuple[PositiveInt, ...] = flag((512,), "prompt lengths, in tokens")
     continuation: PositiveInt = flag(128, "tokens scored after the prompt")
@@ -254,14 +250,14 @@ def _bare(config: VariatorConfig) -> VariatorConfig:
 
 
 def _text(settings: Settings, tokenizer: PreTrainedTokenizerBase, data: str, context: int) -> Text:
-    length = context + settings.continuation
-    if data == questions.ARTICLES:
-        windows = cut_windows(
-            tokenize(questions.read_articles(settings.data_dir), tokenizer), length, tokenizer
-        )
-    else:
-        windows = read_windows(data, tokenizer, seq_length=length, data_dir=settings.data_dir)
-    return Text(data, context, spread(enough(windows, settings.windows, data), settings.windows))
+    windows = questions.read_text(
+        data,
+        tokenizer,
+        seq_length=context + settings.continuation,
+        count=settings.windows,
+        data_dir=settings.data_dir,
+    )
+    return Text(data, context, windows)
 
 
 def _quiz(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Quiz:

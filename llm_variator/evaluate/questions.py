@@ -8,11 +8,20 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
 from llm_variator.measures.quality import Question
-from llm_variator.sources.corpora import data_folder, read_documents
+from llm_variator.sources.corpora import (
+    cut_windows,
+    data_folder,
+    enough,
+    read_documents,
+    read_windows,
+    spread,
+    tokenize,
+)
 from llm_variator.sources.tasks import Example, load_examples
 
 ARTICLES = "squad-articles"
@@ -30,6 +39,17 @@ def read_articles(data_dir: Path | None) -> list[str]:
         VariatorError: the data set is neither in the data folder nor on the hub.
     """
     return ["\n\n".join(paragraphs) for paragraphs in _articles(data_dir)]
+
+
+def read_text(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, seq_length: int, count: int, data_dir: Path | None
+) -> Tensor:
+    """`count` windows (count, seq_length) that are evenly spread over a text, or over `ARTICLES`."""
+    if source == ARTICLES:
+        windows = cut_windows(tokenize(read_articles(data_dir), tokenizer), seq_length, tokenizer)
+    else:
+        windows = read_windows(source, tokenizer, seq_length=seq_length, data_dir=data_dir)
+    return spread(enough(windows, count, source), count)
 
 
 def _articles(data_dir: Path | None) -> list[list[str]]:

@@ -22,7 +22,7 @@ from llm_variator.sources.tasks.forms import form_for, predict_all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(flags.Stored):
+class Settings(flags.Stored, flags.LocalData):
     """Score on one of the paper's seven tasks: a model as it is, or with a plugin.
 
     In percent, on the task's validation split.
@@ -31,9 +31,6 @@ class Settings(flags.Stored):
     model: str = flag(REQUIRED, "fine-tuned model, student or model with token pruning: its folder")
     plugin: str | None = flag(None, "with this plugin (default: the model as it is)", metavar="DIR")
     task: str = flag(REQUIRED, "scored on its validation split", choices=tuple(TASKS))
-    data_dir: Path | None = flag(
-        None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)", metavar="DIR"
-    )
     limit: PositiveInt | None = flag(None, "so many examples, drawn at random (default: all)")
     batch_size: PositiveInt = flag(16, "examples in one pass")
     max_length: PositiveInt = flag(512, "most prompt tokens; longer inputs are cut")

@@ -7,6 +7,8 @@ last prompt token, which stands for the beginning-of-text token that not every m
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,11 +30,18 @@ def reference_conditions(
         }
 
 
-@torch.no_grad()  # not inference mode: FSDP keeps what it gathers
 def continuation_cross_entropy(
     model: VariatorModel, input_ids: Tensor, prompt_length: int, *, batch_size: int = 4
 ) -> float:
-    """Mean negative log-likelihood, in nats per token, of every token after the prompt (teacher forcing).
+    """The mean over the rows of `continuation_nats`: nats per token."""
+    return statistics.fmean(continuation_nats(model, input_ids, prompt_length, batch_size=batch_size))
+
+
+@torch.no_grad()  # not inference mode: FSDP keeps what it gathers
+def continuation_nats(
+    model: VariatorModel, input_ids: Tensor, prompt_length: int, *, batch_size: int = 4
+) -> list[float]:
+    """Of each row the mean negative log-likelihood, in nats per token, of what follows its prompt (teacher forcing).
 
     The prompt is treated as the active plugin treats it: compressed, or dense with the plugin off.
 
@@ -56,7 +65,7 @@ def continuation_cross_entropy(
         )
     continuation = length - prompt_length
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64)
+    found: list[float] = []
     was_training = model.training
     model.eval()
     try:
@@ -68,7 +77,7 @@ def continuation_cross_entropy(
             for logits, tokens in zip(output.logits, batch, strict=True):
                 targets = tokens[prompt_length:]
                 nats = F.cross_entropy(logits[:-1].float(), targets, reduction="sum")
-                total += nats.double().cpu()
+                found.append(nats.double().item() / continuation)
     finally:
         model.train(was_training)
-    return (total / (rows * continuation)).item()
+    return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_variator import cli
-from llm_variator.cli import REQUIRED, flag
+from llm_variator.cli import REQUIRED, flag, flags
 from llm_variator.cli.values import Names
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
@@ -26,7 +26,7 @@ from llm_variator.tables.runner import Cell, Runner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(flags.LocalData):
     """Run the experiments behind a table, skipping finished ones, and write the table."""
 
     recipe: Path = flag(REQUIRED, "the table: a YAML file", positional=True)
@@ -35,9 +35,6 @@ class Settings:
     columns: Names = flag((), "run these tasks only, as in sst2,mnli (default: all)")
     runs: Path = flag(Path("runs/tables"), "where runs are kept", metavar="DIR")
     results: Path = flag(Path("eval/results"), "for NAME.json and NAME.md", metavar="DIR")
-    data_dir: Path | None = flag(
-        None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
-    )
     device: Literal["auto", "cpu", "cuda"] | None = flag(
         None, "where to train (default: the recipe's, or auto)"
     )

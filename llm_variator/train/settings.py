@@ -43,7 +43,7 @@ class Baselines:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainText:
+class PlainText(flags.LocalData):
     """Text (pretrain)."""
 
     data: tuple[str, ...] = flag(
@@ -57,9 +57,6 @@ class PlainText:
         (),
         "held-out text (default: documents of --data, which are then not trained on)",
         metavar="SOURCE",
-    )
-    data_dir: Path | None = flag(
-        None, "folder of local data sets NAME/SPLIT.parquet (default: $VARIATOR_DATA)"
     )
     seq_length: PositiveInt | None = flag(None, "tokens in a window (default: decoders 384, encoders 128)")
     continuation: PositiveInt = flag(128, "last tokens of a window, never prompt")

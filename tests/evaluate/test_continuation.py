@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ def words(*more: str) -> list[str]:
 def test_table_and_file_hold_the_metric_of_every_condition(model, plugin, tmp_path, capsys):
     main(words("--plugin", "none", plugin, "--untrained", "--json", str(tmp_path / "r.json")))
     result = json.loads((tmp_path / "r.json").read_text())
-    scores = {score["prompt"]: score for score in result["figures"]["scores"]}
+    ((source, rows),) = result["figures"]["texts"].items()
+    assert source == EMBEDDED
+    scores = {score["prompt"]: score for score in rows}
     assert list(scores) == ["dense", "no context", "k3", "k3 (untrained)"]
 
     windows = read_windows(EMBEDDED, load_tokenizer(model_folder()), seq_length=CONTEXT + CONTINUATION)
@@ -61,8 +64,30 @@ def test_table_and_file_hold_the_metric_of_every_condition(model, plugin, tmp_pa
     assert len(result["figures"]["configs"]) == 2
     assert result["command"].startswith("python -m llm_variator.evaluate continuation --model ")
 
+    by_row = []
+    for own in chosen:
+        with model.disable_plugin():
+            base = continuation_cross_entropy(model, own[None], CONTEXT)
+        by_row.append(continuation_cross_entropy(model, own[None], CONTEXT) - base)
+    assert scores["k3"]["above_dense"] == pytest.approx(statistics.fmean(by_row), abs=1e-5)
+    error = statistics.stdev(by_row) / WINDOWS**0.5
+    assert scores["k3"]["above_dense_error"] == pytest.approx(error, abs=1e-5)
+
     printed = capsys.readouterr().out
     assert f"{scores['k3']['cross_entropy']:.4f}" in printed
+
+
+def test_every_text_is_shown_apart(plugin, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("some words of another kind, again and again. " * 100)
+    file = tmp_path / "r.json"
+    main(words("--plugin", plugin, "--data", EMBEDDED, str(other), "--json", str(file)))
+    texts = json.loads(file.read_text())["figures"]["texts"]
+    assert next(iter(texts)) == EMBEDDED
+    embedded, repeated = texts.values()
+    assert [row["prompt"] for row in embedded] == [row["prompt"] for row in repeated]
+    assert embedded[0]["cross_entropy"] != repeated[0]["cross_entropy"]
+    assert capsys.readouterr().out.count("above dense") == 2
 
 
 @pytest.mark.parametrize(
