@@ -230,7 +230,8 @@ class VariatorConfig:
             if len(values) > 1:
                 both = " and ".join(sorted(map(str, values)))
                 raise VariatorError(
-                    f"plugins to join must have the same {field}, these have {both}: give one, {field}=..."
+                    f"plugins to join must have the same {field}, these have {both}: make one anew, or give "
+                    f"join_plugins {field}=..."
                 )
             return values.pop() if values else getattr(cls, field)
 

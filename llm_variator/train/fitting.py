@@ -29,6 +29,8 @@ from llm_variator.train.shares import Budget, costs
 MOMENTS_FILE = "moments.safetensors"
 HELD_OUT = 6  # samples
 PROMPTS = 24  # for what dropping keys costs in each head
+KEPT, BESIDE = "kept", "beside"
+"""Names of the plugin that is fitted and of the one it is fitted beside."""
 CALIBRATION = 512
 """Most tokens of those: of longer ones only what is far is asked about, and not what is read
 nearby while the prompt goes on."""
@@ -96,7 +98,11 @@ class _Fitting:
     """The steps of one run."""
 
     def __init__(self, settings: Settings, config: VariatorConfig, base: PreTrainedModel) -> None:
-        self._settings, self._base, self.watch = settings, base, Watch(base)
+        self._settings, self._base, self._model = settings, base, VariatorModel(base)
+        beside = None
+        if settings.beside:
+            beside = self._model.load_plugin(settings.beside, BESIDE, dtype=base.dtype)
+        self.watch = Watch(base, beside)
         self._count = int(host_of(base).config.num_hidden_layers)
         self._config = config.resolved(base_signature(host_of(base), self._count), decoder=True)
         self._tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
@@ -133,8 +139,11 @@ class _Fitting:
 
     def _check_ratios(self) -> None:
         """Refuse before the fit what would be refused after it."""
+        if self._settings.beside:
+            VariatorConfig.joined([self._model.plugins[BESIDE], self._config])
         if not self.asks_for_ratios:
-            VariatorModel(self._base, self._config).unload()
+            self._model.add_plugin(KEPT, self._config)
+            self._model.delete_plugin(KEPT)
         elif self._settings.keep == 1:
             raise VariatorError("--keep 1 keeps everything, and there is nothing to fit: keep less")
         else:
@@ -216,13 +225,17 @@ class _Fitting:
         return (2 * fits).logsumexp(0)
 
     def model(self) -> VariatorModel:
-        """The base with the plugin."""
-        model = VariatorModel(self._base, self._config)
+        """The base with the plugin, which is active."""
+        model, name = self._model, KEPT
         with torch.no_grad():
-            for layer, own in model.plugin().selects.items():
+            for layer, own in model.add_plugin(KEPT, self._config).selects.items():
                 place = self.watch.layers.index(layer)
                 own.score.weight.copy_(self._weight[place])
                 own.score.bias.copy_(self._bias[place])
+        if self._settings.beside:
+            name = "both"
+            model.join_plugins([KEPT, BESIDE], name)
+        model.set_plugin(name)
         return model
 
     def kept(self) -> dict[int, float]:
@@ -270,6 +283,7 @@ def _record(settings: Settings, ends: tuple[int, int] | None) -> str:
         "seed",
         "fit_samples",
         "fit_tokens",
+        *(["beside"] if settings.beside else []),
     )
     return json.dumps({"ends": ends} | {name: getattr(settings, name) for name in names}, sort_keys=True)
 

@@ -34,6 +34,8 @@ from llm_variator.engine.files import write_atomically
 from llm_variator.engine.hooks import architecture_of, host_of
 from llm_variator.engine.hooks.attention import OwnAttentionFunction
 from llm_variator.engine.plan import kv_heads
+from llm_variator.engine.plugin import CompressionPlugin
+from llm_variator.engine.session import Session, scope
 from llm_variator.errors import VariatorError
 from llm_variator.train.futures import FUTURES, KINDS, Sample
 
@@ -51,15 +53,15 @@ _FUNCTION = "variator_watch"  # the name under which transformers finds `_attend
 
 
 class Watch:
-    """Passes over a decoder without plugins that say what its attention layers read, and what reads their keys."""
+    """Passes over a decoder that say what its attention layers read, and what reads their keys."""
 
-    def __init__(self, base: PreTrainedModel) -> None:
-        """`base` must not be wrapped by a `VariatorModel`.
+    def __init__(self, base: PreTrainedModel, beside: CompressionPlugin | None = None) -> None:
+        """Watch `base`, whose contexts are read with the plugin `beside` of a `VariatorModel` around it, or densely.
 
         Raises:
             VariatorError: it is no decoder, or every layer attends through a sliding window.
         """
-        self._host = host_of(base)
+        self._host, self._beside = host_of(base), beside
         family = architecture_of(self._host)
         if not family.decoder:
             raise VariatorError(
@@ -90,7 +92,12 @@ class Watch:
         """What the attention of each layer reads of a context (tokens,): (tokens, d) each."""
         self._reads = {}
         try:
-            self._run(context, cache)
+            if self._beside is None:
+                self._run(context, cache)
+            else:
+                with scope(session := Session(self._beside, skip_unread=False)):
+                    self._run(context, cache)
+                assert session.proven == 1
             return self._reads
         finally:
             self._reads = None
@@ -153,7 +160,7 @@ class Watch:
     def _run(self, ids: Tensor, cache: DynamicCache | None) -> None:
         more = {cache_argument(self._host): cache} if cache is not None else {}
         ids = ids[None].to(input_device(self._host))
-        self._host.get_decoder()(input_ids=ids, use_cache=cache is not None, **more)
+        self._host(input_ids=ids, use_cache=cache is not None, logits_to_keep=1, **more)
 
     @torch.enable_grad()
     def _backward(self, ids: Tensor, cache: DynamicCache, draw: torch.Generator) -> None:

@@ -146,6 +146,11 @@ class Scores:
     calibrate_tokens: tuple[PositiveInt, ...] = flag(
         (512,), "prompt lengths at which no more than --keep is kept", metavar="TOKENS"
     )
+    beside: str | None = flag(
+        None,
+        "fit them to the model as it reads with this plugin, which merges in FFNs; what is saved does both",
+        metavar="DIR",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +239,10 @@ class Settings(
             raise VariatorError(
                 f"the best checkpoint can only be kept if --save-every {self.save_every} is a multiple of "
                 f"--eval-every {self.eval_every}"
+            )
+        if self.beside and not self.fits_scores:
+            raise VariatorError(
+                "--beside is for scores that are fitted: give --compressor kv=select, or --plugin A,B"
             )
         if self.max_steps == 0 and not self.fits_scores:
             raise VariatorError("--max-steps: expected a whole number of at least 1, got 0")

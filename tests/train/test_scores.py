@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DECODERS, make_decoder, make_encoder
+from conftest import DECODERS, make_decoder, make_encoder, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import fit_words, model_folder
@@ -47,8 +47,11 @@ def values_of(base, layer: int, hidden: torch.Tensor) -> torch.Tensor:
     return attention.v_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
 
 
-def by_loops(base, one: Sample, future: torch.Tensor, output_weight) -> tuple[dict, dict]:
-    """What attention reads of the fitted tokens, and their energies, token by token, from eager attention weights."""
+def by_loops(base, one: Sample, future: torch.Tensor, output_weight, run=None) -> tuple[dict, dict]:
+    """What attention reads of the fitted tokens, and their energies, token by token, from eager attention weights.
+
+    `run` in place of `base` on all tokens.
+    """
     reads: dict[int, torch.Tensor] = {}
     handles = [
         block.self_attn.register_forward_pre_hook(
@@ -61,7 +64,7 @@ def by_loops(base, one: Sample, future: torch.Tensor, output_weight) -> tuple[di
     ]
     with torch.no_grad():
         ids = torch.cat((one.context, future))[None]
-        weights = base(ids, output_attentions=True, use_cache=False).attentions
+        weights = (run or base)(ids, output_attentions=True, use_cache=False).attentions
     for handle in handles:
         handle.remove()
     found = {}
@@ -96,6 +99,32 @@ def test_energies_are_those_of_eager_attention(name):
         for layer in watch.layers:
             assert torch.allclose(features[layer], reads[layer], atol=1e-4)
             assert torch.allclose(energies[future][layer].double(), wanted[layer], rtol=1e-3), (future, layer)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@torch.no_grad()
+def test_energies_beside_a_plugin_are_those_of_its_model(name):
+    base = make_decoder(name, attn_implementation="eager")
+    model = VariatorModel(base)
+    model.add_plugin("ffn", VariatorConfig(k=4, r=5, dense_head=2, dense_tail=5))
+    randomise(model.plugin("ffn"))
+    one = sample(kind="passages")
+    watch = Watch(base, model.plugin("ffn"))
+    with watch.attached():
+        features, energies = watch.read(one)
+
+    def run(ids, **options):
+        with model.use_plugin("ffn"):
+            return model(ids, prompt_length=CONTEXT, **options)
+
+    weight = {layer: base.model.layers[layer].self_attn.o_proj.weight for layer in watch.layers}
+    for future, ids in one.futures.items():
+        reads, wanted = by_loops(base, one, ids, weight.__getitem__, run)
+        dense, _ = by_loops(base, one, ids, weight.__getitem__)
+        for layer in watch.layers:
+            assert torch.allclose(features[layer], reads[layer], atol=1e-4)
+            assert torch.allclose(energies[future][layer].double(), wanted[layer], rtol=1e-3), (future, layer)
+        assert not torch.allclose(features[2], dense[2], atol=1e-2)
 
 
 @torch.no_grad()
@@ -397,6 +426,29 @@ def test_the_command_makes_a_plugin_that_loads(tmp_path, squad, capsys):
     printed = capsys.readouterr()
     assert "entries kept: " in printed.out
     assert "contexts/s" in printed.err or "s/ contexts" in printed.err
+
+
+def test_scores_beside_a_plugin_that_merges_in_ffns(tmp_path):
+    config = VariatorConfig(k=4, r=5, dense_tail=6)
+    model = VariatorModel(load_model(model_folder()), config)
+    randomise(model.plugin())
+    model.save_pretrained(tmp_path / "ffn")
+    run(tmp_path / "alone")
+    run(tmp_path / "both", beside=tmp_path / "ffn")
+    ffn, alone, both = (
+        load_file(tmp_path / name / "variator.safetensors") for name in ("ffn", "alone", "both")
+    )
+    assert all(torch.equal(both.pop(name), value) for name, value in ffn.items())
+    assert both
+    assert all(name.startswith("kv.") for name in both)
+    assert not any(torch.equal(value, alone.get(name, value + 1)) for name, value in both.items())
+    model.load_plugin(tmp_path / "both", "both")
+    with pytest.raises(VariatorError, match="same dense_tail, these have 6 and 9"):
+        run(tmp_path / "other", beside=tmp_path / "ffn", dense_tail=9)
+    with pytest.raises(VariatorError, match="is of another run"):  # sums of other reads
+        run(tmp_path / "alone", "--resume", beside=tmp_path / "ffn")
+    with pytest.raises(VariatorError, match="--beside is for scores"):
+        main(["--model", model_folder(), "--beside", str(tmp_path / "ffn")])
 
 
 def test_scores_are_the_solution_of_all_samples(tmp_path):

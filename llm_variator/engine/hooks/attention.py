@@ -27,7 +27,7 @@ from llm_variator.engine.cache.selected import Entries
 from llm_variator.engine.groups import FILLER, Grouping, Slices
 from llm_variator.engine.hooks.ageing import age, remember
 from llm_variator.engine.hooks.ffn import in_eights
-from llm_variator.engine.hooks.hook import Hook
+from llm_variator.engine.hooks.hook import Hook, own_implementation
 from llm_variator.engine.hooks.kernels import group_causal_attention, pooled_bias, visible
 from llm_variator.engine.hooks.last_layer import at_the_end
 from llm_variator.engine.hooks.selection import SelectCall, by_class
@@ -294,11 +294,19 @@ class OwnAttentionFunction:
 
     def put(self) -> None:
         """Give the module the config that names the function."""
-        self.attention.config = self.own
+        if not self._covered:
+            self.attention.config = self.own
 
     def remove(self) -> None:
         """Give the module its own config back."""
-        self.attention.config = self.stock
+        if not self._covered:
+            self.attention.config = self.stock
+
+    @property
+    def _covered(self) -> bool:
+        """Whether another function, put later, stands before this one."""
+        config = self.attention.config
+        return config is not self.own and hasattr(config, "variator_stock")
 
 
 def attention_forward(
@@ -344,7 +352,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`attention_forward` of all queries, or of the last `rows`."""
-    implementation = module.config.variator_stock._attn_implementation
+    implementation = own_implementation(module)
     eager = getattr(
         sys.modules[type(module).__module__], "eager_attention_forward", ALL_ATTENTION_FUNCTIONS["sdpa"]
     )

@@ -59,6 +59,14 @@ def strip(base: nn.Module) -> None:
             module.config = stock
 
 
+def own_implementation(module: Any) -> str:
+    """The model's own attention implementation, beneath every `OwnAttentionFunction`."""
+    config = module.config
+    while hasattr(config, "variator_stock"):
+        config = config.variator_stock
+    return str(config._attn_implementation)
+
+
 def _hooks(module: Any) -> Iterator[dict[int, Any]]:
     yield module._forward_pre_hooks
     yield module._forward_hooks

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llm_variator.engine.hooks.hook import Hook
+from llm_variator.engine.hooks.hook import Hook, own_implementation
 from llm_variator.engine.session import Pass, current_pass
 
 _SITES = ("ffn", "kv", "attention")
@@ -99,6 +99,6 @@ def _only_dense_columns_read(now: Pass, width: int, layer: int) -> bool:
 
 def _masks_can_be_cut(attention: Any, mask: Any, reads: int) -> bool:
     """Whether the model's own attention takes the mask of its last queries: kernels with other masks may not."""
-    if attention.config.variator_stock._attn_implementation in ("sdpa", "eager"):
+    if own_implementation(attention) in ("sdpa", "eager"):
         return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
     return mask is None and reads == 1
