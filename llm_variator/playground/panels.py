@@ -46,6 +46,16 @@ class Panel:
     cross_entropy: float | None = None
     state: str = ""
 
+    @property
+    def label(self) -> str:
+        """How the page calls it."""
+        return label(self.plugin)
+
+
+def label(plugin: str | None) -> str:
+    """How the page calls a plugin, or the dense model (None or `DENSE`)."""
+    return "dense" if plugin in (None, DENSE) else str(plugin)
+
 
 def operations(model: VariatorModel, plugin: str | None, tokens: int) -> float:
     """Operations of reading so many tokens, of the dense model's."""
