@@ -9,18 +9,20 @@ import contextlib
 import os
 import re
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 from small import IMAGE, TEXT, holding_back, line, make_playground, pdf
 
-pytest.importorskip("gradio", reason="the live page is Gradio's: the extra [playground]")
+gradio = pytest.importorskip("gradio", reason="the live page is Gradio's: the extra [playground]")
 sync_api = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
 
 from browser import NAMES, find_browser  # noqa: E402
 
 from llm_variator.measures.operations import Stack, prefill  # noqa: E402
 from llm_variator.playground import page as live  # noqa: E402
+from llm_variator.playground.__main__ import main  # noqa: E402
 
 MOST = 60_000  # ms: machines are slow
 expect = sync_api.expect
@@ -389,6 +391,22 @@ def test_two_users_wait_their_turn_and_keep_their_answers(browser, address, play
         wanted = {panel.plugin: squeezed(panel.same + panel.parted) for panel in last(playground, text)}
         assert {name: squeezed(said) for name, said in user.answers.items()} == wanted
         user.context.close()
+
+
+def test_the_command_says_where_it_serves(playground, tmp_path, monkeypatch, capsys):
+    playground.model.base.save_pretrained(tmp_path / "model")
+    playground.tokenizer.save_pretrained(tmp_path / "model")
+    pages = []
+
+    def visit(blocks) -> None:
+        with urllib.request.urlopen(capsys.readouterr().out.split()[0]) as page:
+            pages.append(page.read().decode())
+        blocks.close()
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", visit)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # put back afterwards
+    main(["--model", str(tmp_path / "model")])
+    assert "llm_variator playground" in pages[0]
 
 
 @pytest.mark.parametrize("width", [1280, 400])
