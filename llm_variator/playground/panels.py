@@ -77,17 +77,19 @@ def parted(tokenizer: Any, ours: Sequence[int], dense: Sequence[int] | None) -> 
     return same, whole[len(same) :], place
 
 
-def of_comparison(model: VariatorModel, rows: Sequence[Comparison], prompt_tokens: int) -> list[Panel]:
-    """The rows of `--compare` as panels; texts part at the first character that is not the dense one's."""
+def of_comparison(
+    model: VariatorModel, tokenizer: Any, rows: Sequence[Comparison], prompt_tokens: int
+) -> list[Panel]:
+    """The rows of `--compare` as panels."""
     found = []
     for row in rows:
-        length = _alike(row.text, rows[0].text)
+        same, rest, place = parted(tokenizer, row.tokens, rows[0].tokens)
         found.append(
             Panel(
                 plugin=row.plugin,
-                same=row.text[:length],
-                parted=row.text[length:],
-                same_tokens=row.same_tokens,
+                same=same,
+                parted=rest,
+                same_tokens=place,
                 first_token_seconds=row.first_token_seconds,
                 first_token_ratio=row.first_token_ratio,
                 tokens_per_second=row.tokens_per_second,
@@ -98,8 +100,3 @@ def of_comparison(model: VariatorModel, rows: Sequence[Comparison], prompt_token
             )
         )
     return found
-
-
-def _alike(ours: str, theirs: str) -> int:
-    pairs = zip(ours, theirs, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

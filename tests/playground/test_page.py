@@ -146,7 +146,10 @@ def test_answers_and_figures_are_the_sessions(user, playground):
         assert squeezed(own.locator(".text").inner_text()) == squeezed(panel.same + panel.parted)
         assert own.locator("[data-figure=kv]").get_attribute("data-bytes") == str(panel.kv_bytes)
         assert own.locator("[data-figure=operations]").inner_text() == f"{panel.operations:.3f} of dense"
-        assert own.locator("[data-figure=same]").inner_text() == f"{panel.same_tokens} tokens"
+        assert (
+            own.locator("[data-figure=same]").inner_text()
+            == f"{panel.same_tokens} token{'s' * (panel.same_tokens != 1)}"
+        )
         assert re.fullmatch(r"[\d.]+ s", own.locator("[data-figure=read]").inner_text())
 
 
@@ -195,7 +198,7 @@ def test_a_chat_is_what_generate_says(browser, folder):
                 f"{report.bytes / 2**20:.2f} MiB, {report.bytes / report.dense_bytes:.3f} of dense"
             )
             assert figures["operations"] == f"{share:.3f} of dense"
-            assert figures["same"] == f"{same} tokens"
+            assert figures["same"] == f"{same} token{'s' * (same != 1)}"
             assert (box.locator("mark").count() == 0) == (same == 40)
         assert user.complaints == []
         user.context.close()
