@@ -62,7 +62,8 @@ class Comparison:
         kv_ratio: those bytes over the dense model's.
         cross_entropy: nats per token of the dense model's continuation after this plugin's prompt.
         same_tokens: tokens of the own greedy text equal to the dense model's before the first difference.
-        text: the own greedy text.
+        tokens: the own greedy ids, without the prompt.
+        text: the same, decoded without special tokens.
     """
 
     plugin: str
@@ -73,6 +74,7 @@ class Comparison:
     kv_ratio: float
     cross_entropy: float
     same_tokens: int
+    tokens: list[int]
     text: str
 
 
@@ -179,6 +181,7 @@ def compare(
                 kv_ratio=caches[name].bytes / caches[None].bytes,
                 cross_entropy=cross_entropy,
                 same_tokens=common_prefix(texts[name].tokens, dense.tokens),
+                tokens=texts[name].tokens,
                 text=texts[name].text,
             )
         )

@@ -100,22 +100,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     page.gradio()  # what is missing is said before a model is loaded
     with page.temporary_folder():
         playground = open_playground(settings)
-        plugins = ", ".join(playground.model.plugins) or "no plugin"
-        blocks = page.build(playground, f"{settings.model}, dense and with {plugins}")
-        print(
-            f"http://{settings.host}:{settings.port or '7860 or the next free port'} (end with Ctrl+C)",
-            flush=True,
-        )
-        page.launch(
+        conditions = ", ".join(["dense", *playground.model.plugins])
+        blocks = page.build(playground, f"{settings.model}: {conditions}")
+        address = page.launch(
             blocks, host=settings.host, port=settings.port, upload_megabytes=settings.upload_megabytes
-        )  # fmt: skip
+        )
+        print(f"{address} (end with Ctrl+C)", flush=True)
+        blocks.block_thread()
 
 
 def _export(settings: Settings, file: Path, argv: Sequence[str]) -> None:
-    if settings.prompt is None and settings.prompt_file not in (None, "-"):
-        prompt = read_document(Path(settings.prompt_file or ""))
-    else:
+    if settings.prompt is not None or settings.prompt_file in (None, "-"):
         prompt = read_prompt(settings.prompt, settings.prompt_file)
+    else:
+        prompt = read_document(Path(settings.prompt_file))
     playground = open_playground(settings)
     model, tokenizer = playground.model, playground.tokenizer
     ids = encode(tokenizer, prompt, model, settings.max_new_tokens, chat=settings.chat)

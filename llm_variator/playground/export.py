@@ -40,7 +40,7 @@ def export(
     page = render.whole(
         pieces(tokenizer, input_ids[0].tolist()),
         views,
-        panels.of_comparison(model, rows, input_ids.shape[1]),
+        panels.of_comparison(model, tokenizer, rows, input_ids.shape[1]),
         model=name,
         command=command,
     )

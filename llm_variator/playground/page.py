@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 import os
+import re
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from llm_variator.errors import VariatorError
 from llm_variator.measures.compare import DENSE
 from llm_variator.playground import render
 from llm_variator.playground.documents import KINDS, read_document
+from llm_variator.playground.panels import Panel, label
 from llm_variator.playground.session import Document, Playground
 
 ONE_AT_A_TIME = dict(concurrency_id="model", concurrency_limit=1)
@@ -47,6 +51,7 @@ def build(playground: Playground, title: str) -> Any:
     names = list(playground.model.plugins)
     with gr.Blocks(title="llm_variator playground", analytics_enabled=False) as page:
         document = gr.State(None, time_to_live=_KEPT_SECONDS, delete_callback=lambda own: own and own.free())
+        panels = gr.State([], time_to_live=_KEPT_SECONDS)
         gr.HTML(f'<h1>What the cache keeps</h1><p class="lead">{html.escape(title)}</p>')
         with gr.Row():
             with gr.Column(scale=3):
@@ -60,32 +65,44 @@ def build(playground: Playground, title: str) -> Any:
         )
         with gr.Row():
             read = gr.Button("Read the document", elem_id="read")
+            conditions = [(label(name), name) for name in (DENSE, *names)]
             which = gr.Dropdown(
-                [DENSE, *names], value=(names or [DENSE])[0], label="Save the context of", elem_id="which"
+                conditions, value=(names or [DENSE])[0], label="Save the context of", elem_id="which"
             )
             save = gr.Button("Save context", elem_id="save")
         download = gr.File(label="Saved context", visible=False, interactive=False, elem_id="download")
         question = gr.Textbox(label="Question", elem_id="question")
-        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+        with gr.Row():
+            ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=4)
+            stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1)
         said = gr.HTML(elem_id="said")
         answers = gr.HTML(elem_id="answers")
         view = gr.HTML(elem_id="view")
 
         events: Any = dict(ONE_AT_A_TIME, show_progress="full", show_progress_on=said)
         on = _Events(playground)
-        file.upload(_told(on.upload, 1), [file], [said, text], **events)
-        saved.upload(_told(on.load, 4), [saved], [said, document, text, chat, view], **events)
-        read.click(_told(on.read, 2), [document, text, chat, chosen], [said, document, view], **events)
-        asking: Any = dict(fn=_told(on.ask, 3), inputs=[document, text, chat, chosen, question], **events)
-        asking["outputs"] = [said, document, answers, view]
-        ask.click(**asking)
-        question.submit(**asking)
-        save.click(_told(on.save, 2), [document, text, chat, which], [said, document, download], **events)
+        skip = gr.skip()
+        # a box that holds a file takes no other: it is emptied
+        file.upload(_told(on.upload, None, skip), [file], [said, file, text], **events)
+        loading = [said, saved, document, text, chat, view]
+        saved.upload(_told(on.load, None, *[skip] * 4), [saved], loading, **events)
+        reading = read.click(
+            _told(on.read, *[skip] * 2), [document, text, chat, chosen], [said, document, view], **events
+        )
+        asking: Any = dict(
+            fn=_told(on.ask, *[skip] * 4), inputs=[document, text, chat, chosen, question], **events
+        )
+        asking["outputs"] = [said, document, panels, answers, view]
+        saving = save.click(
+            _told(on.save, *[skip] * 2), [document, text, chat, which], [said, document, download], **events
+        )
+        running = [reading, ask.click(**asking), question.submit(**asking), saving]
+        stop.click(on.stop, [panels], [said, answers], cancels=running, queue=False)
     return page.queue(max_size=32)
 
 
-def launch(page: Any, *, host: str, port: int | None, upload_megabytes: int, block: bool = True) -> str:
-    """Serve the page; returns its address. Uploads live in a temporary folder, as long as the process.
+def launch(page: Any, *, host: str, port: int | None, upload_megabytes: int) -> str:
+    """Serve the page in a thread of its own; returns its address.
 
     Raises:
         VariatorError: the port is taken.
@@ -97,9 +114,9 @@ def launch(page: Any, *, host: str, port: int | None, upload_megabytes: int, blo
     theme = gr.themes.Base(font=fonts[0], font_mono=fonts[1])
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=not block,
+            server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
             ssr_mode=False, max_file_size=f"{upload_megabytes}mb", theme=theme, css=_styles(), footer_links=[],
-            enable_monitoring=False, app_kwargs={"middleware": [Middleware(_Alone)]},
+            enable_monitoring=False, app_kwargs={"middleware": [Middleware(_PolicyHeaders)]},
         )  # fmt: skip
     except OSError as error:
         raise VariatorError(f"cannot serve at {host}:{port} ({error}): choose another --port") from None
@@ -113,7 +130,7 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-class _Alone:
+class _PolicyHeaders:
     """Tells the browser to ask nobody but this server for anything."""
 
     def __init__(self, app: Any) -> None:
@@ -133,36 +150,28 @@ class _Alone:
 
 
 def _styles() -> str:
-    """The report's colours and the answers' shape, inside the page's own parts only."""
-    shared = render.styles()
-    dark = shared[shared.index("@media (prefers-color-scheme: dark)") :]
-    variables = shared[: shared.index("@media (prefers-color-scheme: dark)")]
-    dark_variables = dark[dark.index("{", dark.index(":root")) : dark.index("}") + 1]
-    own = shared[shared.index(".answers {") :]
-    more = (
-        "gradio-app h1 { font-size: 1.6rem; font-weight: 650; margin: .3rem 0; } .lead { color: var(--quiet); }\n"
-        ".answer h3 { font-size: 1rem; font-weight: 600; margin: 0 0 .6rem; }\n"
-        ".answer dl { display: flex; flex-wrap: wrap; gap: .15rem 1.4rem; margin: .5rem 0 0; font-size: .82rem; }\n"
-        ".answer dl div { display: flex; gap: .4rem; } .answer dt { color: var(--quiet); } .answer dd { margin: 0; }\n"
-        "iframe.view { width: 100%; height: 42rem; border: 0; color-scheme: light dark; }\n"
-        ".alert { color: var(--c5); font-weight: 550; } .done { color: var(--quiet); }\n"
-    )
-    return f"{variables}\n.dark {dark_variables}\n{own}\n{more}"
+    """The report's colours, light and dark as Gradio switches them, and the shape of the page's own parts."""
+    light, dark = re.findall(r":root \{(.*?)\}", render.styles("page.css"), re.DOTALL)
+    own = render.styles("playground.css") + render.styles("live.css")
+    return f":root {{{light}}}\n.dark {{{dark}}}\n{own}"
 
 
 def _told(
-    work: Callable[..., Iterator[tuple[Any, ...]]], outputs: int
+    work: Callable[..., Iterator[tuple[Any, ...]]], *others: Any
 ) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """With a sentence for what went wrong, in front of the outputs, which stay as they are."""
-    gr = gradio()
+    """With a sentence for what went wrong, and `others` for the outputs behind it."""
 
     @functools.wraps(work)
     def told(*inputs: Any) -> Iterator[tuple[Any, ...]]:
         try:
             yield from work(*inputs)
+            return
         except VariatorError as error:
-            sentence = html.escape(" ".join(str(error).split()))
-            yield (f'<p class="alert" role="alert">{sentence}</p>', *[gr.skip()] * outputs)
+            sentence = " ".join(str(error).split())
+        except Exception as error:  # out of memory, say
+            traceback.print_exc()
+            sentence = f"that failed ({type(error).__name__}): the terminal of the server says more"
+        yield (f'<p class="alert" role="alert">{html.escape(sentence)}</p>', *others)
 
     return told
 
@@ -178,36 +187,36 @@ class _Events:
         self._playground = playground
         self._skip = gradio().skip()
 
-    def upload(self, file: str | None) -> Iterator[tuple[Any, ...]]:
+    def upload(self, file: str) -> Iterator[tuple[Any, ...]]:
         """A file's text, into the document's box."""
-        if file is None:
-            return
         text = read_document(Path(file))
         self._playground.open(text, chat=False)
-        yield _done(f"{Path(file).name}: {len(text):,} characters"), text
+        yield _done(f"{Path(file).name}: {len(text):,} characters"), None, text
 
-    def load(self, file: str | None) -> Iterator[tuple[Any, ...]]:
+    def load(self, file: str) -> Iterator[tuple[Any, ...]]:
         """A saved context, as the document."""
-        if file is None:
-            return
         document = self._playground.load(Path(file))
         (plugin,) = document.contexts
-        words = f"loaded, read with {plugin or 'no plugin'} before"
-        yield _done(words), document, document.text, document.chat, self._view(document)
+        yield (
+            _done(f"loaded: {label(plugin)} has read it"),
+            None,
+            document,
+            document.text,
+            document.chat,
+            self._view(document),
+        )
 
     def read(
         self, document: Document | None, text: str, chat: bool, plugins: list[str]
     ) -> Iterator[tuple[Any, ...]]:
         """The document, dense and with the plugins."""
         document = self._current(document, text, chat)
-        names = [*plugins, None]
+        names = [None, *plugins]
         for place, name in enumerate(names):
-            yield (
-                _done(f"reads it with {name or 'no plugin'}, {place + 1} of {len(names)}"),
-                self._skip,
-                self._skip,
-            )
-            self._playground.read(document, name)
+            words = f"{label(name)} reads the document, {place + 1} of {len(names)}"
+            yield _done(words), document, self._skip
+            for _ in self._playground.reading(document, name):
+                yield _done(words), document, self._skip
         context = document.contexts[None]
         yield _done(f"read: {context.tokens:,} tokens"), document, self._view(document)
 
@@ -217,17 +226,23 @@ class _Events:
         """Answers as they come; the document is read first where it is new."""
         document, panels = self._current(document, text, chat), []
         for panels in self._playground.ask(document, question, plugins):
-            working = next(
-                (f"{p.plugin if p.plugin != DENSE else 'dense'} {p.state}" for p in panels if p.state), ""
-            )
-            yield _done(working), document, render.answers(panels), self._skip
-        yield _done("answered"), document, render.answers(panels), self._view(document)
+            working = next((f"{panel.label} {panel.state}" for panel in panels if panel.state), "")
+            yield _done(working), document, panels, render.answers(panels), self._skip
+        yield _done("answered"), document, panels, render.answers(panels), self._view(document)
+
+    def stop(self, panels: list[Panel]) -> tuple[str, Any]:
+        """What is said once the request has been given up."""
+        idle = [dataclasses.replace(panel, state="") for panel in panels]
+        return _done("stopped"), render.answers(idle) if idle else self._skip
 
     def save(self, document: Document | None, text: str, chat: bool, which: str) -> Iterator[tuple[Any, ...]]:
         """A context as a file to download."""
         document = self._current(document, text, chat)
+        plugin = None if which == DENSE else which
+        for _ in self._playground.reading(document, plugin):
+            yield _done(f"{label(plugin)} reads the document"), document, self._skip
         folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
-        file = self._playground.save(document, None if which == DENSE else which, folder)
+        file = self._playground.save(document, plugin, folder)
         size = file.stat().st_size / 1e6
         yield _done(f"saved: {size:.1f} MB"), document, gradio().File(str(file), visible=True)
 

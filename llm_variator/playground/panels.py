@@ -46,6 +46,16 @@ class Panel:
     cross_entropy: float | None = None
     state: str = ""
 
+    @property
+    def label(self) -> str:
+        """How the page calls it."""
+        return label(self.plugin)
+
+
+def label(plugin: str | None) -> str:
+    """How the page calls a plugin, or the dense model (None or `DENSE`)."""
+    return "dense" if plugin in (None, DENSE) else str(plugin)
+
 
 def operations(model: VariatorModel, plugin: str | None, tokens: int) -> float:
     """Operations of reading so many tokens, of the dense model's."""
@@ -67,17 +77,19 @@ def parted(tokenizer: Any, ours: Sequence[int], dense: Sequence[int] | None) -> 
     return same, whole[len(same) :], place
 
 
-def of_comparison(model: VariatorModel, rows: Sequence[Comparison], prompt_tokens: int) -> list[Panel]:
-    """The rows of `--compare` as panels; texts part at the first character that is not the dense one's."""
+def of_comparison(
+    model: VariatorModel, tokenizer: Any, rows: Sequence[Comparison], prompt_tokens: int
+) -> list[Panel]:
+    """The rows of `--compare` as panels."""
     found = []
     for row in rows:
-        length = _alike(row.text, rows[0].text)
+        same, rest, place = parted(tokenizer, row.tokens, rows[0].tokens)
         found.append(
             Panel(
                 plugin=row.plugin,
-                same=row.text[:length],
-                parted=row.text[length:],
-                same_tokens=row.same_tokens,
+                same=same,
+                parted=rest,
+                same_tokens=place,
                 first_token_seconds=row.first_token_seconds,
                 first_token_ratio=row.first_token_ratio,
                 tokens_per_second=row.tokens_per_second,
@@ -88,8 +100,3 @@ def of_comparison(model: VariatorModel, rows: Sequence[Comparison], prompt_token
             )
         )
     return found
-
-
-def _alike(ours: str, theirs: str) -> int:
-    pairs = zip(ours, theirs, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

@@ -24,14 +24,14 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
 
 
-def styles() -> str:
-    """The style sheets of answers."""
-    return "\n".join(environment().get_template(name).render() for name in ("page.css", "playground.css"))
+def styles(name: str) -> str:
+    """One style sheet."""
+    return environment().get_template(name).render()
 
 
 def answers(panels: Sequence[Panel]) -> str:
     """Answers side by side, as a fragment."""
-    return environment().get_template("answers.html.j2").render(panels=panels, dense=DENSE)
+    return environment().get_template("answers.html.j2").render(panels=panels)
 
 
 def document(pieces: Sequence[str], views: Sequence[View], start: int = 1) -> str:
@@ -54,4 +54,4 @@ def _page(pieces: Sequence[str], views: Sequence[View], start: int, **more: Any)
     start = min(start, len(views) - 1)
     data = {"pieces": list(pieces), "views": [view.data() for view in views], "start": start}
     version = llm_variator.__version__
-    return environment().get_template("page.html.j2").render(data=data, dense=DENSE, version=version, **more)
+    return environment().get_template("page.html.j2").render(data=data, version=version, **more)

@@ -37,7 +37,7 @@ const draw = () => {
   });
   const view = data.views[shown];
   document.querySelector("#share").textContent =
-    `${view.plugin === "none" ? "dense" : view.plugin}: ${(100 * view.share).toFixed(1)} % of all entries are held` +
+    `${view.label}: ${(100 * view.share).toFixed(1)} % of all entries are held` +
     (view.merged ? "; each stands at the last token of its group" : "");
 };
 const tell = token => {
@@ -72,7 +72,7 @@ data.views.forEach((view, place) => {
   const label = document.createElement("label"), radio = document.createElement("input");
   radio.type = "radio"; radio.name = "plugin"; radio.value = view.plugin; radio.checked = place === data.start;
   radio.addEventListener("change", () => { shown = place; draw(); });
-  label.append(radio, view.plugin === "none" ? "dense" : view.plugin);
+  label.append(radio, view.label);
   radios.append(label);
 });
 shown = data.start;

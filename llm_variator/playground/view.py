@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.engine.groups import split
 from llm_variator.measures.compare import DENSE
+from llm_variator.playground.panels import label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ class View:
         )
         return {
             "plugin": self.plugin,
+            "label": label(self.plugin),
             "layers": layers,
             "heads": heads,
             "tokens": tokens,

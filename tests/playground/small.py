@@ -1,6 +1,9 @@
-"""A tiny model with a byte tokenizer and two plugins, for the playground's tests."""
+"""A tiny model with a byte tokenizer and two plugins, and tiny PDFs, for the playground's tests."""
 
 from __future__ import annotations
+
+import contextlib
+import threading
 
 from conftest import make_decoder, randomise
 
@@ -31,3 +34,58 @@ def make_playground(new_tokens: int = 12, *, template: bool = False) -> Playgrou
     if template:
         tokenizer.chat_template = TEMPLATE
     return Playground(model, tokenizer, new_tokens)
+
+
+@contextlib.contextmanager
+def holding_back(playground: Playground):
+    """The first layer waits. Yields events (it began, let it go), and the widths of passes that leave the second."""
+    began, go, passed = threading.Event(), threading.Event(), []
+
+    def first(*_) -> None:
+        began.set()
+        go.wait(60)
+
+    def second(_, args, *outputs) -> None:
+        passed.append(args[0].shape[1])
+
+    layers = playground.model.base.model.layers
+    handles = [layers[0].register_forward_hook(first), layers[1].register_forward_hook(second)]
+    try:
+        yield began, go, passed
+    finally:
+        go.set()
+        for handle in handles:
+            handle.remove()
+
+
+IMAGE = "q 100 0 0 100 20 20 cm BI /W 1 /H 1 /BPC 8 /CS /G ID A EI Q"
+"""A grey pixel, as the content of a page."""
+
+
+def line(text: str) -> str:
+    """A line of text, as the content of a page."""
+    return f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET"
+
+
+def pdf(*pages: str) -> bytes:
+    """Pages with such contents, by hand from the PDF reference."""
+    places = range(4, 4 + 2 * len(pages), 2)
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(b"%d 0 R" % n for n in places), len(pages)),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, content in zip(places, pages, strict=True):
+        objects.append(
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 200] /Contents %d 0 R "
+            b"/Resources << /Font << /F1 3 0 R >> >> >>" % (number + 1)
+        )
+        objects.append(b"<< /Length %d >> stream\n%s\nendstream" % (len(content), content.encode()))
+    out, starts = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        starts.append(len(out))
+        out += b"%d 0 obj %s endobj\n" % (number, body)
+    table = b"0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % start for start in starts)
+    size = len(objects) + 1
+    end = b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % (size, len(out))
+    return out + b"xref\n0 %d\n" % size + table + end

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import re
 import threading
+import time
 
 import pytest
 import torch
-from small import TEXT, make_playground
+from small import IMAGE, TEXT, holding_back, line, make_playground, pdf
 
 from llm_variator import CompressedContext, VariatorError
 from llm_variator.engine.files import write_atomically
+from llm_variator.generate import main as run_generate
 from llm_variator.measures.compare import compare
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.playground import documents, render
+from llm_variator.playground.__main__ import main as run_playground
 from llm_variator.playground.export import export
-from llm_variator.playground.panels import parted
+from llm_variator.playground.panels import operations, parted
 from llm_variator.playground.view import View, pieces
 
 
@@ -51,7 +55,14 @@ def test_answers_are_those_of_generate_on_the_same_context(chat):
                  ((None,) if name is None else (model.plugins[name], None))]  # fmt: skip
         assert panel.operations == costs[0] / costs[-1]
         assert panel.state == ""
-    assert len(steps) > 3 * 12, "every token is shown when it comes"
+
+
+def test_an_answer_is_shown_while_it_grows():
+    playground = make_playground()
+    playground.model.base.model.layers[0].register_forward_hook(lambda *_: time.sleep(0.05))
+    steps = ask(playground, playground.open(TEXT, chat=False), plugins=("keep",))
+    for place in (0, 1):
+        assert len({panels[place].same + panels[place].parted for panels in steps}) > 3
 
 
 def test_a_document_is_read_once():
@@ -91,6 +102,63 @@ def test_users_run_one_after_the_other_and_do_not_mix():
         assert texts == [(p.same, p.parted, p.kv_bytes) for p in alone[place]]
 
 
+@pytest.mark.parametrize("plugin", [None, "keep", "ffn"])
+def test_who_stops_listening_stops_the_reading(plugin):
+    playground = make_playground()
+    document = playground.open(TEXT, chat=False)
+    with holding_back(playground) as (began, go, passed):
+        reading = playground.reading(document, plugin)
+        next(reading)  # comes although the model is at work
+        assert began.wait(60)
+        reading.close()
+        go.set()
+        with playground._running:  # comes free before the next layer
+            assert passed == []
+    assert document.contexts == {}
+    again = ask(playground, document)[-1]
+    other = make_playground()
+    assert [(p.same, p.parted, p.kv_bytes) for p in again] == [
+        (p.same, p.parted, p.kv_bytes) for p in ask(other, other.open(TEXT, chat=False))[-1]
+    ]
+
+
+def test_who_stops_asking_stops_the_reading():
+    playground = make_playground()
+    with holding_back(playground) as (began, go, passed):
+        asking = playground.ask(playground.open(TEXT, chat=False), "Who?", ("keep",))
+        next(asking)
+        next(asking)
+        assert began.wait(60)
+        asking.close()
+        go.set()
+        with playground._running:
+            assert passed == []
+
+
+def test_who_leaves_before_their_turn_is_not_served():
+    playground = make_playground()
+    document = playground.open(TEXT, chat=False)
+    with holding_back(playground) as (_, go, passed):
+        with playground._running:
+            reading = playground.reading(document, None)
+            next(reading)
+            reading.close()
+        go.set()
+        playground.read(document, "keep")
+        assert len(passed) == 1
+    assert [*document.contexts] == ["keep"]
+
+
+def test_an_error_of_the_model_reaches_who_waits(monkeypatch):
+    playground = make_playground()
+    document = playground.open(TEXT, chat=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(playground.model, "compress", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            playground.read(document, "keep")
+    assert playground.read(document, "keep").tokens == len(TEXT)
+
+
 def test_who_stops_listening_stops_the_answer():
     playground = make_playground(200)
     running = playground.ask(playground.open(TEXT, chat=False), "Who?", ())
@@ -123,6 +191,21 @@ def test_what_cannot_be_asked_gets_a_sentence():
         ask(playground, document, "x" * 500)
 
 
+def test_what_stands_around_document_and_question_needs_room_too():
+    """512 tokens: the answer's 12, for a question 64; the rest is the document's."""
+    playground = make_playground(template=True)
+    around = len("<user></>")
+    assert playground.open("a" * (436 - around), chat=True)
+    with pytest.raises(VariatorError, match="document has 437 tokens"):
+        playground.open("a" * (437 - around), chat=True)
+    for chat, around in ((False, len("\n\nQuestion: \nAnswer:")), (True, len("<user></><assistant>"))):
+        document = playground.open(TEXT, chat=chat)
+        room = 512 - 12 - playground.read(document, None).tokens - around
+        assert ask(playground, document, "x" * room, ())[-1][0].same
+        with pytest.raises(VariatorError, match="need 513 tokens, the model reads 512"):
+            ask(playground, document, "x" * (room + 1), ())
+
+
 # Files.
 
 
@@ -136,6 +219,16 @@ def test_a_saved_context_is_loaded_with_its_text(tmp_path):
         assert (loaded.text, loaded.chat, [*loaded.contexts]) == (TEXT, template, ["keep"])
         texts = [(p.same, p.parted) for p in ask(playground, loaded)[-1]]
         assert texts == [(p.same, p.parted) for p in expected]
+
+
+def test_a_saved_conversation_is_refused(tmp_path):
+    playground = make_playground(template=True)
+    model, ask = playground.model, [{"role": "user", "content": "Who?"}]
+    context = model.compress([{"role": "user", "content": TEXT}], tokenizer=playground.tokenizer)
+    _, context = model.generate(ask, context=context, return_context=True, max_new_tokens=3, pad_token_id=0)
+    context.save(tmp_path / "talk.safetensors")
+    with pytest.raises(VariatorError, match=r"talk\.safetensors holds a conversation"):
+        playground.load(tmp_path / "talk.safetensors")
 
 
 def test_a_file_that_is_none_is_named(tmp_path):
@@ -162,31 +255,11 @@ def test_documents(tmp_path):
     pytest.importorskip("pypdf", reason="PDFs are read by pypdf, the extra [playground]")
     with pytest.raises(VariatorError, match="no readable PDF"):
         documents.read_document(tmp_path / "c.pdf")
-    (tmp_path / "g.pdf").write_bytes(pdf("The river Ell"))
+    (tmp_path / "g.pdf").write_bytes(pdf(line("The river Ell")))
     assert documents.read_document(tmp_path / "g.pdf") == "The river Ell"
-    (tmp_path / "h.pdf").write_bytes(pdf(""))
+    (tmp_path / "h.pdf").write_bytes(pdf(IMAGE))
     with pytest.raises(VariatorError, match="pictures and no text"):
         documents.read_document(tmp_path / "h.pdf")
-
-
-def pdf(text: str) -> bytes:
-    """One page with one line, by hand from the PDF reference."""
-    stream = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 200] /Contents 4 0 R "
-        b"/Resources << /Font << /F1 5 0 R >> >> >>",
-        b"<< /Length %d >> stream\n%s\nendstream" % (len(stream), stream),
-        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    out, places = b"%PDF-1.4\n", []
-    for number, body in enumerate(objects, 1):
-        places.append(len(out))
-        out += b"%d 0 obj %s endobj\n" % (number, body)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    end = b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(out)
-    return out + b"xref\n0 6\n0000000000 65535 f \n" + table + end
 
 
 # The picture.
@@ -242,6 +315,7 @@ def test_the_export_says_what_compare_says(tmp_path):
     )
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     again = compare(playground.model, playground.tokenizer, ids, **options)
+    assert any(0 < row.same_tokens < 8 for row in rows), "one that parts on the way"
     for row, other in zip(rows, again, strict=True):
         fixed = ("plugin", "kv_bytes", "kv_ratio", "cross_entropy", "same_tokens", "text")
         assert [getattr(row, name) for name in fixed] == [getattr(other, name) for name in fixed]
@@ -249,11 +323,61 @@ def test_the_export_says_what_compare_says(tmp_path):
         assert f'data-bytes="{row.kv_bytes}"' in own
         assert f"{row.kv_ratio:.3f} of dense" in own
         assert f"{row.cross_entropy:.3f} nats/token" in own
-        assert f"{row.same_tokens} tokens" in own
-        assert f"{row.first_token_seconds * 1e3:.0f} ms" in own
+        assert f'data-figure="same">{row.same_tokens} token' in own
+        assert f"{row.first_token_seconds * 1e3:.0f} ms, {row.first_token_ratio:.2f} of dense" in own
+        assert f"{row.tokens_per_second:.1f} tokens/s" in own
+        share = operations(playground.model, None if row.plugin == "none" else row.plugin, len(TEXT))
+        assert f'data-figure="operations">{share:.3f} of dense' in own
+        said = re.search(r'<p class="text">(.*?)</p>', own, re.DOTALL)[1]
+        assert html.unescape(re.sub("<.*?>", "", said)) == row.text
+        same, rest, _ = parted(playground.tokenizer, row.tokens, rows[0].tokens)
+        assert [html.unescape(part) for part in re.split("<mark.*?>|</mark>", said)[:2]] == [same, rest][
+            : 1 + bool(rest)
+        ]
     data = json.loads(re.search(r'id="views">(.*?)</script>', page)[1])
     assert "".join(data["pieces"]) == TEXT
     assert [view["plugin"] for view in data["views"]] == ["none", "keep", "ffn"]
+
+
+def test_the_export_command_writes_what_the_compare_command_prints(tmp_path, capsys):
+    """All but the times, which are those of each run."""
+    playground = make_playground()
+    playground.model.base.save_pretrained(tmp_path / "model")
+    playground.tokenizer.save_pretrained(tmp_path / "model")
+    given = [
+        "--model",
+        str(tmp_path / "model"),
+        "--max-new-tokens",
+        "8",
+        "--repetitions",
+        "1",
+        "--prompt",
+        TEXT,
+    ]
+    for name in playground.model.plugins:
+        playground.model.save_pretrained(tmp_path / name, plugin_name=name)
+        given += ["--plugin", str(tmp_path / name)]
+    file = tmp_path / "page.html"
+    run_playground([*given, "--export", str(file)])
+    printed = capsys.readouterr().out
+    run_generate([*given, "--compare", "--json", str(tmp_path / "rows.json")])
+    compared = capsys.readouterr().out
+    page = file.read_text(encoding="utf-8")
+    rows = json.loads((tmp_path / "rows.json").read_text())["figures"]["rows"]
+    assert [row["plugin"] for row in rows] == ["none", "keep", "ffn"]
+    for row in rows:
+        own = page[page.index(f'data-plugin="{row["plugin"]}"') :].partition("</article>")[0]
+        assert f'data-bytes="{row["kv_bytes"]}"' in own
+        assert f"{row['kv_ratio']:.3f} of dense" in own
+        assert f"{row['cross_entropy']:.3f} nats/token" in own
+        assert f'data-figure="same">{row["same_tokens"]} token' in own
+        said = re.search(r'<p class="text">(.*?)</p>', own, re.DOTALL)[1]
+        assert html.unescape(re.sub("<.*?>", "", said)) == row["text"]
+        printed_rows = [
+            re.search(rf"^.*\b{row['plugin']}\b.*\d.*$", text, re.M)[0].split()
+            for text in (printed, compared)
+        ]
+        assert printed_rows[0][-4:] == printed_rows[1][-4:], "both print one table"
 
 
 def test_the_export_needs_nothing_else_and_prints_no_markup_of_the_document(tmp_path):
