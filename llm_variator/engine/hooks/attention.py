@@ -289,8 +289,7 @@ class OwnAttentionFunction:
         own: Any = copy.copy(self.stock)
         own._attn_implementation_internal = name
         own.variator_stock = self.stock
-        self.own = own
-        self.put()
+        self.own = attention.config = own
 
     def put(self) -> None:
         """Give the module the config that names the function."""
