@@ -198,7 +198,13 @@ def _start_by_least_squares(settings: Settings, run: Run, trainer: VariatorTrain
     with tqdm(
         desc=f"least squares over {tokens:,} tokens", unit=" layers", disable=not is_main_process()
     ) as bar:
-        LeastSquares(run.plugin, batches).fit(progress=lambda name: bar.update() or None)
+
+        def fitted(layer: str) -> None:
+            bar.update()
+            if ":" in layer:
+                bar.write(layer)
+
+        LeastSquares(run.plugin, batches).fit(fitted, steps=settings.init_steps)
 
 
 def _held_out(settings: Settings, trainer: VariatorTrainer, run: Run) -> dict[str, float]:

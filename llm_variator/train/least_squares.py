@@ -29,14 +29,13 @@ from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.engine.session import Session, current_pass, scope
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
+from llm_variator.train.refinement import refine
 
 # Added to the variance of every feature, as a share of it, where there are as many features as tokens; less with more
 # tokens. What few tokens do not determine stays small.
 RIDGE = 0.1
 
 Batch = dict[str, Any]
-Sample = tuple[Tensor, Tensor, Tensor]
-"""Of N grouped tokens: features (g°, h) (N, 2d), what g° lacks (N, d), weights (N, 1)."""
 
 
 class LeastSquares:
@@ -56,33 +55,43 @@ class LeastSquares:
         self._gain, self._adds_up = _gain(ends), ends[0].adds_up
 
     @torch.no_grad()
-    def fit(self, progress: Callable[[str], None] = lambda name: None) -> None:
+    def fit(self, progress: Callable[[str], None] = lambda name: None, *, steps: int = 1000) -> None:
         """Set the restoring layers of the active plugin, over the grouped tokens of the batches.
 
         Takes two passes over them, and the memory of a few residual streams, whatever the model's depth.
-        `progress` is called with the name of each fitted layer.
+
+        Args:
+            progress: is called with the name of each fitted layer, and how much of what it lacks is left.
+            steps: for adapters that are not linear, after the closed form (`refinement`).
 
         Raises:
-            VariatorError: the plugin restores nothing, or not linearly.
+            VariatorError: the plugin restores nothing.
         """
         plugin = self._model.plugin()
+        is_linear = plugin.config.activation == "identity"
         restoring = restoring_sites(plugin)
         with self._stack.passes(self._batches, self._sizes, adds_up=self._adds_up) as passes:
             for site, layer in restoring:
                 if site == "attention" and not self._adds_up:
                     continue
-                moments = _Moments()
+                moments, samples = _Moments(), []
                 for one in passes:
-                    moments.add(*one.reach((site, layer)))
-                moments.solve(plugin.sites[site, layer].decompressor, self._gain)
-                progress(f"{site} {layer}")
+                    moments.add(*(sample := one.reach((site, layer))))
+                    if not is_linear:
+                        samples.append(tuple(part.to(torch.bfloat16) for part in sample))
+                decompressor, said = plugin.sites[site, layer].decompressor, ""
+                moments.solve(decompressor, self._gain)
+                if not is_linear:
+                    before, after = refine(decompressor, samples, self._gain, steps=steps)
+                    said = f": {before:.3f} left by the linear map, {after:.3f} after {steps} steps"
+                progress(f"{site} {layer}{said}")
 
 
 def restoring_sites(plugin: CompressionPlugin) -> list[tuple[str, int]]:
     """(site, layer) of the adapters that least squares set, in the order in which the model runs them.
 
     Raises:
-        VariatorError: there is none, or they are not linear.
+        VariatorError: there is none.
     """
     found = [
         (site, layer)
@@ -94,8 +103,6 @@ def restoring_sites(plugin: CompressionPlugin) -> list[tuple[str, int]]:
             "least squares set what restores tokens, and this plugin restores none: give it site ffn or attention "
             "and --decompressor adapter, or start without --init"
         )
-    if plugin.config.activation != "identity":
-        raise VariatorError("least squares set linear adapters: leave --activation at identity")
     return found
 
 

@@ -133,6 +133,9 @@ class Start:
         "best linear map in closed form, layer by layer, whatever --plugin holds",
     )
     init_tokens: PositiveInt = flag(16384, "tokens that least squares read")
+    init_steps: PositiveInt = flag(
+        1000, "with --activation tanh: gradient steps of each layer by itself, after its least squares"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

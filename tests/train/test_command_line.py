@@ -44,7 +44,6 @@ from llm_variator.train.settings import Settings
         (dict(student="somewhere"), "--student belongs to --method distill"),
         (dict(stage="adapt", task="sst2", eval_every=3), "--save-every 2 is a multiple of --eval-every 3"),
         (dict(sites="kv", init="least-squares"), "this plugin restores none"),
-        (dict(activation="tanh", init="least-squares"), "leave --activation at identity"),
         (dict(init="zeros"), "--init"),
         (dict(recall=1.5), "--recall is a share of the windows, at most 1; got 1.5"),
         (dict(keep=1.5), "--keep: expected a share above 0, at most 1, got '1.5'"),

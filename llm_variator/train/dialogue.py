@@ -1,0 +1,158 @@
+"""`python -m llm_variator.train.dialogue`: conversations that a chat model writes by itself, as text to train on.
+
+The model is given where a user's turn begins and writes that turn, then the answer, and so on (Xu et al. 2024,
+"Magpie"): what a plugin meets in chats, in the model's own words, from a seed and without data. It can be stopped at
+any moment: called again, it goes on with the next batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llm_variator import cli
+from llm_variator.cli import REQUIRED, flag, flags
+from llm_variator.cli.values import PositiveFloat, PositiveInt, Share
+from llm_variator.engine.files import write_atomically
+from llm_variator.errors import VariatorError
+from llm_variator.sources.models import load_model, load_tokenizer
+
+_MARK = "MARKOFATURN"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(flags.BaseModel):
+    """Have a chat model write conversations, one JSON object with a "text" in each line."""
+
+    output: Path = flag(REQUIRED, "a .jsonl file, which is text for --data", metavar="FILE")
+    count: PositiveInt = flag(160, "conversations")
+    tokens: PositiveInt = flag(640, "least tokens in each")
+    turn_tokens: PositiveInt = flag(160, "most tokens in a turn")
+    temperature: PositiveFloat = flag(1.0, "of the sampling")
+    top_p: Share = flag(0.95, "sample among the likeliest tokens that have this share together")
+    batch_size: PositiveInt = flag(16, "conversations written at once")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What stands around the turns of a conversation, as token ids."""
+
+    opening: list[int]
+    """Before the first user's turn."""
+    answering: list[int]
+    """Between a user's turn and its answer."""
+    asking: list[int]
+    """Between an answer and the next user's turn."""
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What the chat template writes around turns.
+
+    Raises:
+        VariatorError: there is no chat template, or it changes what it is given.
+    """
+    if not tokenizer.chat_template:
+        raise VariatorError(
+            "this model's tokenizer has no chat template: choose a model that was tuned for chats"
+        )
+    turns = [{"role": role, "content": _MARK} for role in ("user", "assistant", "user")]
+    parts = str(tokenizer.apply_chat_template(turns, tokenize=False)).split(_MARK)
+    if len(parts) != 4 or not all(parts[:3]):
+        raise VariatorError(
+            "this model's chat template does not write every turn as it is: choose another model"
+        )
+    return Frame(*(list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts[:3]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the conversations; raises VariatorError for wrong input."""
+    settings = cli.read(Settings, argv, prog="python -m llm_variator.train.dialogue")
+    if settings.output.suffix != ".jsonl":
+        raise VariatorError(
+            f"--output {settings.output}: conversations are lines of JSON, name it FILE.jsonl"
+        )
+    if settings.output.exists():
+        raise VariatorError(f"--output {settings.output} is there already: choose another, or delete it")
+    tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
+    frame = frame_of(tokenizer)
+    model = load_model(settings.model, **settings.loading(), device=settings.device).eval()
+    partial = settings.output.with_suffix(".part")
+    record = json.dumps({**vars(settings), "output": None, "device": None}, sort_keys=True)
+    lines = _done(partial, record)
+    with tqdm(desc="writing", total=settings.count, initial=len(lines), unit=" conversations") as bar:
+        while len(lines) < settings.count:
+            torch.manual_seed(settings.seed + len(lines))
+            rows = write(
+                model, tokenizer, frame, min(settings.batch_size, settings.count - len(lines)), settings
+            )
+            lines += [json.dumps({"text": tokenizer.decode(row)}, ensure_ascii=False) for row in rows]
+            write_atomically(partial, "\n".join([record, *lines]) + "\n")
+            bar.update(len(rows))
+    write_atomically(settings.output, "\n".join(lines) + "\n")
+    partial.unlink()
+    print(f"{settings.count} conversations in {settings.output}")
+
+
+def _done(partial: Path, record: str) -> list[str]:
+    """The lines of an earlier run with the same settings."""
+    if not partial.exists():
+        return []
+    first, *lines = partial.read_text(encoding="utf-8").splitlines()
+    if first != record:
+        raise VariatorError(
+            f"{partial} is of a run with other settings: delete it, or choose another --output"
+        )
+    return lines
+
+
+@torch.inference_mode()
+def write(
+    model: Any, tokenizer: PreTrainedTokenizerBase, frame: Frame, count: int, settings: Settings
+) -> list[list[int]]:
+    """`count` conversations as token ids, each of at least `settings.tokens` and cut there."""
+    rows = [list(frame.opening) for _ in range(count)]
+    answers = False
+    while min(map(len, rows)) < settings.tokens:
+        for row, turn in zip(rows, _turns(model, tokenizer, frame, rows, settings), strict=True):
+            row += turn + (frame.asking if answers else frame.answering)
+        answers = not answers
+    return [row[: settings.tokens] for row in rows]
+
+
+def _turns(
+    model: Any, tokenizer: PreTrainedTokenizerBase, frame: Frame, rows: list[list[int]], settings: Settings
+) -> list[list[int]]:
+    """The next turn of every conversation."""
+    width = max(map(len, rows))
+    ends = {frame.answering[0], frame.asking[0], tokenizer.eos_token_id} - {None}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=0,
+        min_new_tokens=1,
+        max_new_tokens=settings.turn_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=padding,
+    )
+    turns = []
+    for row in out[:, width:].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row))
+        turns.append(row[:end])
+    return turns
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,70 @@
+"""Adapters with a nonlinearity: steps after the linear solution, judged by the adapter's own forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llm_variator.engine.layers import HiddenDecompressor
+from llm_variator.train.least_squares import _Moments
+from llm_variator.train.refinement import HELD_OUT, refine
+
+DIM, RANK, TOKENS = 12, 6, 6000
+
+
+def sample(bend: float, seed: int = 0):
+    """Features of unlike sizes, and what tokens lack: linear in them, and bent by so much."""
+    draw = torch.Generator().manual_seed(seed)
+    features = (
+        torch.randn(TOKENS, 2 * DIM, generator=draw) @ torch.randn(2 * DIM, 2 * DIM, generator=draw) / 4
+    )
+    inner = torch.randn(2 * DIM, RANK, generator=draw) / 2
+    outer = torch.randn(RANK, DIM, generator=draw)
+    plain = features @ inner
+    missing = (plain * (1 - bend) + bend * (2 * plain).tanh()) @ outer + 0.5
+    scale = torch.logspace(-1, 3, 2 * DIM)  # some channels are a thousand times larger
+    return (features + 0.3) * scale, missing, 0.5 + torch.rand(TOKENS, 1, generator=draw)
+
+
+def error(adapter: HiddenDecompressor, given, gain) -> float:
+    """By the adapter itself: the weighted share of what is lacking that it does not give, on held-out tokens."""
+    features, missing, weights = (part[::HELD_OUT].double() for part in given)
+    merged, own = features[:, :DIM], features[:, DIM:]
+    with torch.no_grad():
+        restored = adapter.double()(merged, own[:, None])[:, 0] - merged
+    adapter.float()
+    left, lacking = ((x * gain).square() * weights for x in (restored - missing, missing))
+    return float(left.sum() / lacking.sum())
+
+
+def solved(given, gain, activation: str) -> HiddenDecompressor:
+    adapter, moments = HiddenDecompressor(DIM, RANK, activation=activation), _Moments()
+    moments.add(*given)
+    moments.solve(adapter, gain)
+    return adapter
+
+
+@pytest.mark.parametrize("bend", [0.0, 1.0])
+def test_steps_find_what_a_linear_map_cannot_say(bend):
+    given, gain = sample(bend), torch.linspace(0.5, 2, DIM)
+    linear = error(solved(given, gain, "identity"), given, gain)
+    adapter = solved(given, gain, "tanh")
+    before, after = refine(
+        adapter, [tuple(part[:3000] for part in given), tuple(part[3000:] for part in given)], gain, steps=600
+    )
+    assert before == pytest.approx(linear, rel=0.02, abs=1e-4)
+    assert error(adapter, given, gain) == pytest.approx(after, rel=0.01, abs=1e-5)
+    assert after < (0.7 * before if bend else 0.01)
+
+
+def test_what_steps_do_not_improve_stays():
+    """Without a step the adapter is the linear map, as near as tanh is the identity."""
+    given, gain = sample(0.3), torch.ones(DIM)
+    adapter = solved(given, gain, "tanh")
+    before, after = refine(adapter, [given], gain, steps=0)
+    assert after == pytest.approx(before, abs=0.005)
+    assert error(adapter, given, gain) == pytest.approx(after, rel=0.01)
+    weights = [parameter.clone() for parameter in adapter.parameters()]
+    again = solved(given, gain, "tanh")
+    refine(again, [given], gain, steps=0)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again.parameters(), weights, strict=True))
