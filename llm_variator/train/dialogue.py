@@ -71,9 +71,14 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
     return Frame(*(list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts[:3]))
 
 
+def read(argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line, with its recipe, gives."""
+    return cli.read(Settings, argv, prog="python -m llm_variator.train.dialogue")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the conversations; raises VariatorError for wrong input."""
-    settings = cli.read(Settings, argv, prog="python -m llm_variator.train.dialogue")
+    settings = read(argv)
     if settings.output.suffix != ".jsonl":
         raise VariatorError(
             f"--output {settings.output}: conversations are lines of JSON, name it FILE.jsonl"
