@@ -211,13 +211,18 @@ class VariatorConfig:
 
         Args:
             parts: at least one.
-            **given: fields in place of what the parts say, such as `dense_tail`, in which they may then differ.
+            **given: dense ends, `decode_block` and `base` in place of what the parts say: in these they may differ.
 
         Raises:
             VariatorError: two parts have the same site, or differ in what one configuration says only once.
         """
         if not parts:
             raise VariatorError("there is nothing to join: name at least one plugin")
+        free = ("dense_head", "dense_tail", "decode_block", "base")
+        if wrong := sorted(given.keys() - set(free)):
+            raise VariatorError(
+                f"{', '.join(wrong)}: of joined plugins only {', '.join(free)} can be given anew"
+            )
         sites = [site for part in parts for site in part.sites]
         if twice := sorted({site for site in sites if sites.count(site) > 1}):
             raise VariatorError(
@@ -229,10 +234,8 @@ class VariatorConfig:
             values = {getattr(part, field) for part in among}
             if len(values) > 1:
                 both = " and ".join(sorted(map(str, values)))
-                raise VariatorError(
-                    f"plugins to join must have the same {field}, these have {both}: make one anew, or give "
-                    f"join_plugins {field}=..."
-                )
+                mend = f"give {field}" if field in free else "make one of them anew"
+                raise VariatorError(f"plugins to join must have the same {field}, these have {both}: {mend}")
             return values.pop() if values else getattr(cls, field)
 
         restoring = [part for part in parts if {"ffn", "attention"} & set(part.sites)]

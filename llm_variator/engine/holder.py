@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, reduce
 from types import MappingProxyType
 from typing import Any, Self
 
+import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -128,15 +129,19 @@ class PluginHolder(nn.Module):
         Args:
             names: of loaded plugins.
             plugin_name: of the new one.
-            **given: fields of its configuration in place of theirs, such as `dense_tail`.
+            **given: `dense_head`, `dense_tail` or `decode_block` in place of theirs.
 
         Raises:
             VariatorError: two have the same site, or they differ in what a plugin says only once and is not given.
         """
         parts = [self.plugin(name) for name in names]
-        joined = self._build(VariatorConfig.joined([part.config for part in parts], **given))
+        # each of them was loaded onto this model, under whatever name it was made
+        config = VariatorConfig.joined([part.config for part in parts], base=self.signature, **given)
+        joined = self._build(config)
         joined.load_state_dict({name: value for part in parts for name, value in part.state_dict().items()})
-        return self._put(plugin_name, joined.to(next(parts[0].parameters()).dtype))
+        dtypes = [parameter.dtype for part in parts for parameter in part.parameters()]
+        widest = reduce(torch.promote_types, dtypes or [torch.float32])
+        return self._put(plugin_name, joined.to(widest))
 
     def delete_plugin(self, name: str) -> None:
         """Forget a plugin; if it was active, the model is dense again."""

@@ -44,7 +44,11 @@ class Load(flags.Stored, Plugins):
     url: str | None = flag(None, "of a running server; default: start one, for as long as it takes")
     log: Path | None = flag(None, "file for the output of a server that is started")
     policy: JsonMapping | None = flag(None, "arguments of its LoadPolicy, as JSON")
-    choices: tuple[Choice, ...] = flag((0, 2, 4, AUTO), "fixed ratios and auto")
+    choices: tuple[Choice, ...] = flag(
+        (0, 2, 4, AUTO),
+        "fixed ratios and auto; no word: no server, the answers of --earlier are judged anew",
+        may_be_empty=True,
+    )
     requests: PositiveInt = flag(300, "for each choice")
     tokens: tuple[PositiveInt, ...] = flag((384, 640), "shortest and longest prompt")
     max_tokens: PositiveInt = flag(8, "generated tokens")
@@ -88,6 +92,8 @@ def measure_load(settings: Load, plugins: dict[str, str], server_flags: list[str
         seed=SEED,
         max_tokens=settings.max_tokens,
     )
+    if not settings.choices:
+        return _judged(earlier, asked)
     own = contextlib.nullcontext(settings.url) if settings.url else served(settings, plugins, server_flags)
     with own as url:
         return {"settings": shared, **asyncio.run(_load(settings, url, asked, earlier))}
@@ -316,6 +322,17 @@ def _compared(
         strange = [own for own, *others in zip(answers, *fixed.values(), strict=True) if own not in others]
         figures |= {"answers_unlike_every_fixed_ratio": len(strange), "fixed_ratios": sorted(fixed)}
     return figures
+
+
+def _judged(earlier: list[dict[str, Any]], asked: Asked) -> dict[str, Any]:
+    """The earlier figures, with what is said of answers made anew."""
+    if not earlier:
+        raise VariatorError(
+            "there is nothing to do: give --choices, or --earlier FILE to judge its answers anew"
+        )
+    known = {choice: row for figures in earlier for choice, row in figures["choices"].items()}
+    again = {choice: row | _compared(choice, row, known, asked.judge) for choice, row in known.items()}
+    return earlier[-1] | {"choices": again}
 
 
 def _token_ids(row: dict[str, Any]) -> list[list[int]]:

@@ -6,6 +6,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -92,8 +93,11 @@ def _squad(model: str, count: int, lengths: Sequence[int], max_tokens: int) -> A
             f"tokens, {count} are wanted: widen --tokens"
         )
 
+    stops = questions.stop_tokens(tokenizer)
+
     def percent(of: Callable[[str, Sequence[str]], float], answers: Sequence[Sequence[int]]) -> list[float]:
-        texts = [questions.decode_answer(tokenizer, tokens) for tokens in answers]
+        whole = [list(takewhile(lambda token: token not in stops, tokens)) for tokens in answers]
+        texts = [questions.decode_answer(tokenizer, tokens) for tokens in whole]
         return [100 * of(text, example.golds) for text, example in zip(texts, examples, strict=True)]
 
     def judge(answers: Sequence[Sequence[int]], dense: Sequence[Sequence[int]] | None) -> dict[str, Any]:

@@ -199,10 +199,10 @@ def _start_by_least_squares(settings: Settings, run: Run, trainer: VariatorTrain
         desc=f"least squares over {tokens:,} tokens", unit=" layers", disable=not is_main_process()
     ) as bar:
 
-        def fitted(layer: str) -> None:
+        def fitted(layer: str, said: str) -> None:
             bar.update()
-            if ":" in layer:
-                bar.write(layer)
+            if said and is_main_process():
+                bar.write(f"{layer}: {said}")
 
         LeastSquares(run.plugin, batches).fit(fitted, steps=settings.init_steps)
 

@@ -33,7 +33,7 @@ class Settings(flags.BaseModel):
 
     output: Path = flag(REQUIRED, "a .jsonl file, which is text for --data", metavar="FILE")
     count: PositiveInt = flag(160, "conversations")
-    tokens: PositiveInt = flag(640, "least tokens in each")
+    tokens: PositiveInt = flag(640, "tokens in each; the last turn is cut there")
     turn_tokens: PositiveInt = flag(160, "most tokens in a turn")
     temperature: PositiveFloat = flag(1.0, "of the sampling")
     top_p: Share = flag(0.95, "sample among the likeliest tokens that have this share together")
@@ -68,7 +68,13 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
         raise VariatorError(
             "this model's chat template does not write every turn as it is: choose another model"
         )
-    return Frame(*(list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts[:3]))
+    frame = Frame(*(list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts[:3]))
+    if not {frame.answering[0], frame.asking[0]} <= set(tokenizer.all_special_ids):
+        raise VariatorError(
+            "this model's chat template does not end turns with a special token, so nothing says where one ends: "
+            "choose another model"
+        )
+    return frame
 
 
 def read(argv: Sequence[str] | None = None) -> Settings:
@@ -93,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = _done(partial, record)
     with tqdm(desc="writing", total=settings.count, initial=len(lines), unit=" conversations") as bar:
         while len(lines) < settings.count:
-            torch.manual_seed(settings.seed + len(lines))
+            torch.manual_seed(settings.seed * 1_000_003 + len(lines))
             rows = write(
                 model, tokenizer, frame, min(settings.batch_size, settings.count - len(lines)), settings
             )
@@ -109,7 +115,7 @@ def _done(partial: Path, record: str) -> list[str]:
     """The lines of an earlier run with the same settings."""
     if not partial.exists():
         return []
-    first, *lines = partial.read_text(encoding="utf-8").splitlines()
+    first, *lines = partial.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if first != record:
         raise VariatorError(
             f"{partial} is of a run with other settings: delete it, or choose another --output"
@@ -121,7 +127,7 @@ def _done(partial: Path, record: str) -> list[str]:
 def write(
     model: Any, tokenizer: PreTrainedTokenizerBase, frame: Frame, count: int, settings: Settings
 ) -> list[list[int]]:
-    """`count` conversations as token ids, each of at least `settings.tokens` and cut there."""
+    """`count` conversations as token ids, each of `settings.tokens`."""
     rows = [list(frame.opening) for _ in range(count)]
     answers = False
     while min(map(len, rows)) < settings.tokens:

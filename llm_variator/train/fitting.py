@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llm_variator.config import VariatorConfig
+from llm_variator.config import WEIGHTS_FILE, VariatorConfig
 from llm_variator.engine.hooks import host_of
 from llm_variator.engine.plugin import base_signature
 from llm_variator.errors import VariatorError
 from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_result
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import parse_sources
-from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.models import load_model, load_tokenizer, plugin_folder
 from llm_variator.train.distributed import world_size
 from llm_variator.train.futures import FUTURES, Samples
 from llm_variator.train.scores import TOGETHER, Fit, Moments, Watch, targets
@@ -101,7 +102,7 @@ class _Fitting:
         self._settings, self._base, self._model = settings, base, VariatorModel(base)
         beside = None
         if settings.beside:
-            beside = self._model.load_plugin(settings.beside, BESIDE, dtype=base.dtype)
+            beside = self._model.load_plugin(settings.beside, BESIDE, dtype=torch.float32)
         self.watch = Watch(base, beside)
         self._count = int(host_of(base).config.num_hidden_layers)
         self._config = config.resolved(base_signature(host_of(base), self._count), decoder=True)
@@ -140,7 +141,7 @@ class _Fitting:
     def _check_ratios(self) -> None:
         """Refuse before the fit what would be refused after it."""
         if self._settings.beside:
-            VariatorConfig.joined([self._model.plugins[BESIDE], self._config])
+            VariatorConfig.joined([self._model.plugins[BESIDE], self._config], base=self._model.signature)
         if not self.asks_for_ratios:
             self._model.add_plugin(KEPT, self._config)
             self._model.delete_plugin(KEPT)
@@ -283,9 +284,13 @@ def _record(settings: Settings, ends: tuple[int, int] | None) -> str:
         "seed",
         "fit_samples",
         "fit_tokens",
-        *(["beside"] if settings.beside else []),
     )
-    return json.dumps({"ends": ends} | {name: getattr(settings, name) for name in names}, sort_keys=True)
+    record = {"ends": ends} | {name: getattr(settings, name) for name in names}
+    if settings.beside:
+        record["beside"] = hashlib.sha256(
+            (plugin_folder(settings.beside) / WEIGHTS_FILE).read_bytes()
+        ).hexdigest()
+    return json.dumps(record, sort_keys=True)
 
 
 def _device(settings: Settings) -> str:

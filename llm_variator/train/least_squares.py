@@ -55,13 +55,15 @@ class LeastSquares:
         self._gain, self._adds_up = _gain(ends), ends[0].adds_up
 
     @torch.no_grad()
-    def fit(self, progress: Callable[[str], None] = lambda name: None, *, steps: int = 1000) -> None:
+    def fit(
+        self, progress: Callable[[str, str], None] = lambda name, said: None, *, steps: int = 1000
+    ) -> None:
         """Set the restoring layers of the active plugin, over the grouped tokens of the batches.
 
         Takes two passes over them, and the memory of a few residual streams, whatever the model's depth.
 
         Args:
-            progress: is called with the name of each fitted layer, and how much of what it lacks is left.
+            progress: is called with the name of each fitted layer, and what is to be said of its steps.
             steps: for adapters that are not linear, after the closed form (`refinement`).
 
         Raises:
@@ -78,13 +80,13 @@ class LeastSquares:
                 for one in passes:
                     moments.add(*(sample := one.reach((site, layer))))
                     if not is_linear:
-                        samples.append(tuple(part.to(torch.bfloat16) for part in sample))
+                        samples.append(sample)
                 decompressor, said = plugin.sites[site, layer].decompressor, ""
                 moments.solve(decompressor, self._gain)
                 if not is_linear:
                     before, after = refine(decompressor, samples, self._gain, steps=steps)
-                    said = f": {before:.3f} left by the linear map, {after:.3f} after {steps} steps"
-                progress(f"{site} {layer}{said}")
+                    said = f"{before:.3f} left by the linear map, {after:.3f} after {steps} steps"
+                progress(f"{site} {layer}", said)
 
 
 def restoring_sites(plugin: CompressionPlugin) -> list[tuple[str, int]]:

@@ -5,7 +5,8 @@ Not in the paper. Steps on what one layer reads and lacks need no pass of the mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from llm_variator.engine.layers import HiddenDecompressor
 SMALL = 0.25
 """Root mean square of what goes into the activation at the start: there tanh is the identity, to 2 %."""
 BATCH, RATE = 4096, 1e-2
-HELD_OUT = 20  # every so many tokens one
+HELD_OUT = 20  # of so many tokens one
 
 Sample = tuple[Tensor, Tensor, Tensor]
 """Of N grouped tokens: features (g°, h) (N, 2d), what g° lacks (N, d), weights (N, 1)."""
@@ -27,8 +28,8 @@ def refine(
 ) -> tuple[float, float]:
     """Go on from a linear solution to one with the adapter's activation; returns its errors before and after.
 
-    Errors are weighted shares of what is lacking, on every twentieth token, which is held out: that of the linear map,
-    and that of the adapter in the end. Where steps do not lower it, the adapter stays what the first step found.
+    Errors are weighted shares of what is lacking, on the last twentieth of the tokens, which is held out: that of the
+    linear map, and that of the adapter in the end. Where steps do not lower it, the adapter is what they began with.
 
     Args:
         decompressor: holds the linear solution, as if its activation were the identity.
@@ -37,65 +38,62 @@ def refine(
         steps: of Adam, at a rate that falls to 0 (cosine).
         seed: of the batches.
     """
-    features, missing, weights = (
-        torch.cat([each.cpu() for each in parts]) for parts in zip(*samples, strict=True)
+    inner, outer = decompressor.down, decompressor.up
+    device = inner.weight.device
+    features, missing, weights = (torch.cat(parts).to(device) for parts in zip(*samples, strict=True))
+    known, held = torch.arange(len(features), device=device).tensor_split(
+        [-max(1, len(features) // HELD_OUT)]
     )
-    held = torch.arange(len(features)) % HELD_OUT == 0
-    known = (~held).nonzero()[:, 0]
-    gain = gain.float()
-    middle, spread = (of(features[known].float(), 0) for of in (torch.mean, torch.std))
-    spread = spread.clamp(min=1e-6)
+    if not len(known):
+        return math.nan, math.nan
+    gain = gain.to(device, torch.float32)
+    middle = features[known].float().mean(0)
+    spread = features[known].float().std(0, correction=0).clamp(min=1e-6)
 
     # in standardised features and weighted channels, so that one rate suits all
-    down, up = (
-        decompressor.down.weight.detach().cpu().float() * spread,
-        decompressor.up.weight.detach().cpu().float(),
-    )
-    offset = decompressor.up.bias.detach().cpu().float() + up @ (
-        decompressor.down.bias.detach().cpu().float()
-        + decompressor.down.weight.detach().cpu().float() @ middle
-    )
-    linear = [down, torch.zeros(len(down)), up * gain[:, None], offset * gain]
-    size = F.linear((features[known[:BATCH]].float() - middle) / spread, down).square().mean(0).sqrt()
-    shrink = SMALL / size.clamp(min=1e-6)
-    parameters = [linear[0] * shrink[:, None], linear[1], linear[2] / shrink, linear[3]]
-    parameters = [parameter.clone().requires_grad_() for parameter in parameters]
+    down, up = inner.weight.detach().float(), outer.weight.detach().float()
+    offset = outer.bias.detach().float() + up @ (inner.bias.detach().float() + down @ middle)
+    linear = [down * spread, torch.zeros_like(down[:, 0]), up * gain[:, None], offset * gain]
 
-    def errors(rows: Tensor, *, activation: str) -> tuple[Tensor, Tensor]:
+    def read(rows: Tensor) -> Tensor:
+        return (features[rows].float() - middle) / spread
+
+    size = F.linear(read(known[:BATCH]), linear[0]).square().mean(0).sqrt()
+    shrink = SMALL / size.clamp(min=1e-6)
+    start = [linear[0] * shrink[:, None], linear[1], linear[2] / shrink, linear[3]]
+
+    def errors(
+        rows: Tensor, own: list[Tensor], activation: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Sums of squares over the rows: what is left, and what was lacking."""
-        inner_weight, inner_bias, outer_weight, outer_bias = parameters if activation == "tanh" else linear
-        inner = F.linear((features[rows].float() - middle) / spread, inner_weight, inner_bias)
-        wanted = missing[rows].float() * gain
-        given = F.linear(inner.tanh() if activation == "tanh" else inner, outer_weight, outer_bias)
-        w = weights[rows].float()
+        wanted, w = missing[rows].float() * gain, weights[rows].float()
+        given = F.linear(activation(F.linear(read(rows), own[0], own[1])), own[2], own[3])
         return ((wanted - given).square() * w).sum(), (wanted.square() * w).sum()
 
     @torch.no_grad()
-    def held_out(activation: str) -> float:
-        sums = [errors(rows, activation=activation) for rows in held.nonzero()[:, 0].split(BATCH)]
+    def held_out(own: list[Tensor], activation: Callable[[Tensor], Tensor] = torch.tanh) -> float:
+        sums = [errors(rows, own, activation) for rows in held.split(BATCH)]
         left, lacking = (torch.stack(each).sum() for each in zip(*sums, strict=True))
         return float(left / lacking)
 
-    before, at_start = held_out("identity"), held_out("tanh")
-    start = [parameter.detach().clone() for parameter in parameters]
-    adam = torch.optim.Adam(parameters, lr=RATE)
+    trained = [parameter.clone().requires_grad_() for parameter in start]
+    adam = torch.optim.Adam(trained, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
     draw = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for _ in range(steps):
-            rows = known[torch.randint(len(known), (min(BATCH, len(known)),), generator=draw)]
-            left, lacking = errors(rows, activation="tanh")
+            rows = known[torch.randint(len(known), (min(BATCH, len(known)),), generator=draw).to(device)]
+            left, lacking = errors(rows, trained, torch.tanh)
             adam.zero_grad()
             (left / lacking).backward()
             adam.step()
             schedule.step()
-    after = held_out("tanh")
-    if after > at_start:
-        parameters, after = start, at_start
+    best, after = [parameter.detach() for parameter in trained], held_out(trained)
+    if not after <= held_out(start):  # more, or no number
+        best, after = start, held_out(start)
     with torch.no_grad():
-        inner_weight, inner_bias, outer_weight, outer_bias = (parameter.detach() for parameter in parameters)
-        decompressor.down.weight.copy_(inner_weight / spread)
-        decompressor.down.bias.copy_(inner_bias - (inner_weight / spread) @ middle)
-        decompressor.up.weight.copy_(outer_weight / gain[:, None])
-        decompressor.up.bias.copy_(outer_bias / gain)
-    return before, after
+        inner.weight.copy_(best[0] / spread)
+        inner.bias.copy_(best[1] - (best[0] / spread) @ middle)
+        outer.weight.copy_(best[2] / gain[:, None])
+        outer.bias.copy_(best[3] / gain)
+    return held_out(linear, activation=lambda x: x), after

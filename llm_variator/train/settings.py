@@ -234,6 +234,8 @@ class Settings(
             raise VariatorError(f"{what} trains no plugin: leave out {', '.join(given)}")
         if not is_plugin and self.init != "copy":
             raise VariatorError(f"--init {self.init} is for plugins: leave it out")
+        if len(self.plugin) > 1:
+            config_flags = [name for name in config_flags if name not in ("--dense-head", "--dense-tail")]
         if self.plugin and config_flags:
             raise VariatorError(f"--plugin keeps its own configuration: leave out {', '.join(config_flags)}")
         if self.student and self.method != "distill":
@@ -261,6 +263,11 @@ class Settings(
         is_new = self.stage == "pretrain" and self.method == "variator" and not self.plugin
         return is_new and self.plugin_config().selects
 
+    def ends_given(self) -> dict[str, int]:
+        """The dense ends that the user or the recipe gave."""
+        ends = {"dense_head": self.dense_head, "dense_tail": self.dense_tail}
+        return {name: count for name, count in ends.items() if count is not None}
+
     @property
     def folder(self) -> Path:
         """Where the run is kept: --output, or runs/NAME."""
@@ -281,6 +288,7 @@ class Settings(
                 ratios = [config.k] if isinstance(config.k, int) else config.k.values()
                 kept = [f"keep{self.keep:g}"] if config.selects else [f"k{'-'.join(map(str, ratios))}"]
                 parts += [*kept, *config.sites]
+                parts += [f"beside-{Path(self.beside).name}"] if self.beside else []
         return "-".join(parts)
 
 

@@ -266,11 +266,14 @@ def _adapted(settings: Settings, teacher: PreTrainedModel) -> Learner:
 def _plugin_learner(settings: Settings, base: PreTrainedModel) -> PluginLearner:
     set_seed(settings.seed)
     model = VariatorModel(base, None if settings.plugin else settings.plugin_config())
-    if settings.plugin:
+    if len(settings.plugin) == 1:
+        model.load_plugin(settings.plugin[0], "default", dtype=torch.float32)
+        model.set_plugin("default")
+    elif settings.plugin:
         for folder in settings.plugin:
-            model.load_plugin(folder, f"from {len(model.plugins)}", dtype=torch.float32)
+            model.load_plugin(folder, f"part {len(model.plugins)}", dtype=torch.float32)
         parts = list(model.plugins)
-        model.join_plugins(parts, "default")
+        model.join_plugins(parts, "default", **settings.ends_given())
         model.set_plugin("default")
         for part in parts:
             model.delete_plugin(part)

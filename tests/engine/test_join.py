@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import make_variator, prompts, randomise
@@ -82,12 +84,32 @@ def test_joined_is_one_plugin_made_at_once(name, form):
 def test_one_site_alone_is_left_as_it_was():
     """Where the other site does nothing, the joined plugin is the one that does something."""
     model = parts("llama", VariatorConfig(k=1, sites=("kv",), compressor="mean", dense_head=2, dense_tail=3))
-    model.join_plugins(["default", "kv"], "both")
+    model.join_plugins(["kv", "default"], "both")  # the first has no weights
     (ids,) = prompts(50)
     with torch.no_grad():
         alone = model(ids, prompt_length=40).logits
         with model.use_plugin("both"):
             torch.testing.assert_close(model(ids, prompt_length=40).logits, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [("default", "kv"), ("kv", "default")])
+def test_weights_keep_the_wider_dtype(order):
+    model = parts("llama", MERGED)
+    model.plugin().to(torch.bfloat16)
+    joined = model.join_plugins(order, "both")
+    assert {parameter.dtype for parameter in joined.parameters()} == {torch.float32}
+    pairs = zip(joined.kv.parameters(), model.plugin("kv").parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_a_base_may_have_other_names():
+    """A plugin made for a copy of the base: it was loaded, so it fits."""
+    model = parts("llama", MERGED)
+    other = dataclasses.replace(
+        MERGED, base=dataclasses.replace(model.signature, name="a/copy", weights="other")
+    )
+    model.add_plugin("copy", other)
+    assert model.join_plugins(["default", "copy"], "both").config.base == model.signature
 
 
 def test_encoders_join_too():
@@ -112,10 +134,18 @@ def test_what_does_not_go_together_is_refused():
     model = parts("llama", tail)
     with pytest.raises(
         VariatorError,
-        match=r"same dense_tail, these have 3 and 9: .* give join_plugins dense_tail=",
+        match="same dense_tail, these have 3 and 9: give dense_tail",
     ):
         model.join_plugins(["default", "kv"], "both")
     assert model.join_plugins(["default", "kv"], "both", dense_tail=9).config.ends == (2, 9)
+    with pytest.raises(VariatorError, match="r: of joined plugins only dense_head, dense_tail"):
+        model.join_plugins(["default", "kv"], "more", dense_tail=9, r=7)
+    model.add_plugin("some", VariatorConfig(sites=("kv",), layers=(1,), dense_head=2, dense_tail=3))
+    with pytest.raises(
+        VariatorError, match=r"same layers, these have \(1,\) and None: make one of them anew"
+    ):
+        model.join_plugins(["default", "some"], "more")
+    model.delete_plugin("some")
     with pytest.raises(VariatorError, match="have site ffn: leave out all but one"):
         model.join_plugins(["default", "both"], "more")
     with pytest.raises(VariatorError, match="no plugin named 'k8'"):

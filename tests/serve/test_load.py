@@ -13,6 +13,7 @@ from llm_variator.serve.load import (
     Answer,
     Load,
     _compared,
+    _shared,
     _summary,
     arrivals,
     measure_load,
@@ -73,6 +74,36 @@ def test_earlier_runs_with_other_settings_are_refused_before_a_server_starts(tmp
         measure_load(settings, {}, ["--enforce-eager"])
 
 
+def test_answers_of_an_earlier_run_are_judged_anew(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("words and words " * 400)
+    words = [
+        "load",
+        "--model",
+        model_folder(),
+        "--data",
+        str(text),
+        "--requests",
+        "3",
+        "--tokens",
+        "30",
+        "--choices",
+    ]
+    shared = _shared(read(words), [])
+    rows = {
+        "0": {"answers": ["1 2", "3 4", "5 6"]},
+        "auto": {"answers": ["1 2", "3 9", "5 6"], "tokens_as_dense": 9},
+    }
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"figures": {"settings": shared, "arriving_seconds": 7, "choices": rows}}))
+    found = measure_load(read([*words, "--earlier", str(earlier)]), {}, [])
+    assert (found["arriving_seconds"], found["settings"]) == (7, shared)
+    assert found["choices"]["auto"]["tokens_as_dense"] == 5 / 6
+    assert found["choices"]["auto"]["answers_unlike_every_fixed_ratio"] == 1
+    with pytest.raises(VariatorError, match="nothing to do: give --choices"):
+        measure_load(read(words), {}, [])
+
+
 def test_quantile():
     values = list(range(1, 101))
     assert [quantile(values, q) for q in (0.5, 0.99, 1.0)] == [50, 99, 100]
@@ -127,6 +158,7 @@ def test_answers_to_questions_are_judged(tmp_path, monkeypatch):
     # the right answer is the first word of each passage
     gold = [tokenizer.decode(prompt).split("\n\n")[-1].split()[1] for prompt in asked.prompts]
     right = [tokenizer(f" {word}\nmore", add_special_tokens=False)["input_ids"] for word in gold]
+    right[0] = [*right[0][:-5], tokenizer.eos_token_id, *right[0]]  # what comes after the end does not count
     wrong = [tokenizer(" nothing", add_special_tokens=False)["input_ids"]] * 6
     assert asked.judge(right, None) == {"exact_match": 100.0, "f1": 100.0}
     half = asked.judge(right[:3] + wrong[3:], right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -157,6 +158,10 @@ def test_plugins_of_different_sites_are_trained_on_together(tmp_path):
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(VariatorError, match=r"same dense_head, these have 1 and 2"):
         train(tmp_path / "new", plugin=f"{tmp_path / 'ffn'},{tmp_path / 'other'}", **none)
+    train(tmp_path / "new", plugin=f"{tmp_path / 'ffn'},{tmp_path / 'other'}", **none | dict(dense_head=2))
+    assert json.loads((tmp_path / "new" / "variator_config.json").read_text())["dense_head"] == 2
+    with pytest.raises(VariatorError, match="--plugin keeps its own configuration: leave out --dense-head"):
+        train(tmp_path / "newer", plugin=tmp_path / "ffn", k=None, r=None, dense_head=2)
 
 
 def test_process_prints_one_line_and_exits_with_2(tmp_path):

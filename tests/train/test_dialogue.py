@@ -13,7 +13,7 @@ from llm_variator.sources.corpora import read_windows
 from llm_variator.sources.models import byte_tokenizer, load_tokenizer
 from llm_variator.train import dialogue
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_turns_are_framed_as_the_template_says(model, tmp_path):
     frame = dialogue.frame_of(tokenizer)
     assert [tokenizer.decode(part) for part in (frame.opening, frame.answering, frame.asking)] == [
         "<user>",
-        "</><assistant>",
-        "</><user>",
+        "</s><assistant>",
+        "</s><user>",
     ]
     settings = dialogue.Settings(model=model, output=tmp_path / "x.jsonl", tokens=90, turn_tokens=30)
     torch.manual_seed(0)
@@ -92,6 +92,12 @@ def test_the_same_seed_writes_the_same_and_a_stopped_run_goes_on(model, tmp_path
     assert read_windows(str(tmp_path / "whole.jsonl"), load_tokenizer(model), seq_length=60).shape[1] == 60
 
 
+def test_lines_that_hold_what_breaks_lines_elsewhere(tmp_path):
+    lines = [json.dumps({"text": f"one{mark}two"}, ensure_ascii=False) for mark in "\u2028\u0085\x1e"]
+    (tmp_path / "x.part").write_text("\n".join(["record", *lines]) + "\n", encoding="utf-8")
+    assert dialogue._done(tmp_path / "x.part", "record") == lines
+
+
 def test_wrong_input(model, tmp_path):
     (tmp_path / "there.jsonl").write_text("{}")
     with pytest.raises(VariatorError, match="is there already"):
@@ -100,9 +106,13 @@ def test_wrong_input(model, tmp_path):
         run(model, tmp_path / "x.txt")
     with pytest.raises(VariatorError, match="no chat template"):
         dialogue.frame_of(byte_tokenizer())
+    endless = byte_tokenizer()
+    endless.chat_template = TEMPLATE.replace("</s>", "\n")
+    with pytest.raises(VariatorError, match="does not end turns with a special token"):
+        dialogue.frame_of(endless)
     shouting = byte_tokenizer()
     shouting.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | lower }}</>{% endfor %}"
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | lower }}</s>{% endfor %}"
     )
     with pytest.raises(VariatorError, match="does not write every turn as it is"):
         dialogue.frame_of(shouting)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from llm_variator.engine.layers import HiddenDecompressor
+from llm_variator.train import refinement
 from llm_variator.train.least_squares import _Moments
 from llm_variator.train.refinement import HELD_OUT, refine
 
@@ -28,7 +31,7 @@ def sample(bend: float, seed: int = 0):
 
 def error(adapter: HiddenDecompressor, given, gain) -> float:
     """By the adapter itself: the weighted share of what is lacking that it does not give, on held-out tokens."""
-    features, missing, weights = (part[::HELD_OUT].double() for part in given)
+    features, missing, weights = (part[-(TOKENS // HELD_OUT) :].double() for part in given)
     merged, own = features[:, :DIM], features[:, DIM:]
     with torch.no_grad():
         restored = adapter.double()(merged, own[:, None])[:, 0] - merged
@@ -57,14 +60,25 @@ def test_steps_find_what_a_linear_map_cannot_say(bend):
     assert after < (0.7 * before if bend else 0.01)
 
 
-def test_what_steps_do_not_improve_stays():
-    """Without a step the adapter is the linear map, as near as tanh is the identity."""
+@pytest.mark.parametrize("rate", [1e3, math.inf])
+def test_steps_that_do_harm_are_taken_back(rate, monkeypatch):
+    """Then the adapter is the linear map, as near as tanh is the identity."""
     given, gain = sample(0.3), torch.ones(DIM)
-    adapter = solved(given, gain, "tanh")
-    before, after = refine(adapter, [given], gain, steps=0)
+    linear = error(solved(given, gain, "identity"), given, gain)
+    adapter, untouched = (solved(given, gain, "tanh") for _ in range(2))
+    refine(untouched, [given], gain, steps=0)
+    monkeypatch.setattr(refinement, "RATE", rate)
+    before, after = refine(adapter, [given], gain, steps=5)
+    assert before == pytest.approx(linear, rel=0.01)
     assert after == pytest.approx(before, abs=0.005)
     assert error(adapter, given, gain) == pytest.approx(after, rel=0.01)
+    pairs = zip(adapter.parameters(), untouched.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_nothing_to_learn_from_leaves_the_adapter():
+    given, gain = [part[:1] for part in sample(0.3)], torch.ones(DIM)
+    adapter = solved(sample(0.3), gain, "tanh")
     weights = [parameter.clone() for parameter in adapter.parameters()]
-    again = solved(given, gain, "tanh")
-    refine(again, [given], gain, steps=0)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again.parameters(), weights, strict=True))
+    assert all(map(math.isnan, refine(adapter, [given], gain, steps=5)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(adapter.parameters(), weights, strict=True))

@@ -139,6 +139,29 @@ def test_the_base_is_left_as_it_was():
     assert not any(block.self_attn._forward_pre_hooks for block in base.model.layers)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+@torch.no_grad()
+def test_a_wrapped_base_is_left_as_it_was(beside):
+    """Whichever of both functions of attention goes first."""
+    base = make_decoder("llama")
+    model = VariatorModel(base)
+    model.add_plugin("ffn", VariatorConfig(k=4, r=5))
+    model.add_plugin("kv", VariatorConfig(sites=("kv",), compressor="select", block=4))
+    ids = sample().context[None]
+    with model.use_plugin("kv"):
+        wanted = model(ids).logits
+    watch = Watch(base, model.plugin("ffn") if beside else None)
+    with watch.attached():
+        watch.read(sample(kind="passages"))
+        with model.use_plugin("kv"):
+            assert torch.equal(model(ids).logits, wanted)
+        base(ids)
+    with model.use_plugin("kv"):
+        assert torch.equal(model(ids).logits, wanted)
+    model.unload()
+    assert all(block.self_attn.config is base.config for block in base.model.layers)
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="the extra `quant` is not installed"
 )
@@ -434,7 +457,7 @@ def test_scores_beside_a_plugin_that_merges_in_ffns(tmp_path):
     randomise(model.plugin())
     model.save_pretrained(tmp_path / "ffn")
     run(tmp_path / "alone")
-    run(tmp_path / "both", beside=tmp_path / "ffn")
+    run(tmp_path / "both", beside=tmp_path / "ffn", dtype="bfloat16")  # rounds the base, not the plugin
     ffn, alone, both = (
         load_file(tmp_path / name / "variator.safetensors") for name in ("ffn", "alone", "both")
     )
@@ -447,6 +470,10 @@ def test_scores_beside_a_plugin_that_merges_in_ffns(tmp_path):
         run(tmp_path / "other", beside=tmp_path / "ffn", dense_tail=9)
     with pytest.raises(VariatorError, match="is of another run"):  # sums of other reads
         run(tmp_path / "alone", "--resume", beside=tmp_path / "ffn")
+    randomise(model.plugin("default"), seed=5)
+    model.save_pretrained(tmp_path / "ffn", plugin_name="default")
+    with pytest.raises(VariatorError, match="is of another run"):  # of a plugin that is another one by now
+        run(tmp_path / "both", "--resume", beside=tmp_path / "ffn", dtype="bfloat16")
     with pytest.raises(VariatorError, match="--beside is for scores"):
         main(["--model", model_folder(), "--beside", str(tmp_path / "ffn")])
 

@@ -292,20 +292,31 @@ class OwnAttentionFunction:
         self.own = attention.config = own
 
     def put(self) -> None:
-        """Give the module the config that names the function."""
-        if not self._covered:
-            self.attention.config = self.own
+        """Give the module the config that names the function, below those that were put since."""
+        above, config = self._find(self.own)
+        if config is not self.own:
+            self._place(above, self.own)
 
     def remove(self) -> None:
-        """Give the module its own config back."""
-        if not self._covered:
+        """Take it out again."""
+        above, config = self._find(self.own)
+        if config is self.own:
+            self._place(above, self.own.variator_stock)
+        elif above is None:
             self.attention.config = self.stock
 
-    @property
-    def _covered(self) -> bool:
-        """Whether another function, put later, stands before this one."""
-        config = self.attention.config
-        return config is not self.own and hasattr(config, "variator_stock")
+    def _find(self, wanted: Any) -> tuple[Any, Any]:
+        """That config or the model's own, whichever comes first from the module down, and the one above it."""
+        above, config = None, self.attention.config
+        while config is not wanted and hasattr(config, "variator_stock"):
+            above, config = config, config.variator_stock
+        return above, config
+
+    def _place(self, above: Any, config: Any) -> None:
+        if above is None:
+            self.attention.config = config
+        else:
+            above.variator_stock = config
 
 
 def attention_forward(
