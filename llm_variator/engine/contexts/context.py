@@ -93,7 +93,7 @@ class CompressedContext:
         return KVCacheReport.of(self._alive())
 
     def kept(self, row: int = 0) -> list[list[Tensor]]:
-        """Where the entries of every layer's KV heads stand: [layer][head] -> (entries,) int64 columns, ascending.
+        """Where the entries of every layer's KV heads stand: `kept()[layer][head]` (entries,) int64, ascending columns.
 
         Read from the cache, so it is what attention sees. Columns count as in `input_ids`, without those of padding.
         Where tokens were merged, an entry stands at the last token of its group.
