@@ -204,6 +204,17 @@ def test_the_reference_names_what_is_there():
     assert set(listed) == {name for name in exported if not name.startswith("_")}
 
 
+def test_docstrings_of_the_reference_hold_no_link_by_accident():
+    """`a[b][c]` outside of backticks is a link to the site's generator, and `make docs` would fail."""
+    package = importlib.import_module("llm_variator")
+    for name in package.__all__:
+        shown = getattr(package, name)
+        members = vars(shown).values() if inspect.isclass(shown) else ()
+        for documented in (shown, *members):
+            text = re.sub(r"`[^`]*`", "", getattr(documented, "__doc__", None) or "")
+            assert not re.search(r"\]\[", text), (name, text)
+
+
 # Commands
 
 
