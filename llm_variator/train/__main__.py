@@ -99,7 +99,6 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     kept = {key: value for key, value in vars(settings).items() if key not in FREE_ON_RESUME}
     # what is learned depends on the micro-batches of a step, wherever they run
     kept["grad_accum"] *= world_size()
-    kept["plugin"] = ",".join(settings.plugin) or None
     plain: dict[str, Any] = json.loads(json.dumps(kept))
     return plain
 
@@ -111,6 +110,9 @@ def _check_same_settings(settings: Settings) -> None:
     except (OSError, ValueError) as error:
         raise VariatorError(f"cannot resume: {record} is not readable ({error}); start anew") from None
     before = {key: value for key, value in before.items() if key not in FREE_ON_RESUME}
+    if isinstance(before.get("plugin"), str):  # of a version that took one
+        before["plugin"] = [before["plugin"]]
+    before = {key: value for key, value in before.items() if (key, value) != ("plugin", None)}
     now = _deciding(settings)
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     # a flag that is younger than the run: it ran as the default does
