@@ -11,8 +11,8 @@ from llm_variator.report.results import Number, Result
 
 RULE = (
     "Keeps answers: the F1 of its answers, less two standard errors, is at most five points below the dense model's, "
-    "for few questions are no proof. Of those, the fewest operations and the fewest KV entries; of all shipped plugins, "
-    "the fewest operations."
+    "for few questions are no proof. Of those, the fewest operations and the fewest KV entries; of all shipped "
+    "plugins, the fewest operations."
 )
 _ERRORS, _MOST = 2, 5.0
 
