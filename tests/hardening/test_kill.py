@@ -60,7 +60,7 @@ class Killer:
         begun, limit = _used(process.pid), self.random.uniform(0, longest)
         self.used = begun
         while process.exitcode is None and self.used - begun < limit:
-            self.used = max(_used(process.pid), begun)
+            self.used = max(_used(process.pid), self.used)  # of a process that is gone, 0
             time.sleep(0.002)
             assert time.monotonic() < deadline, "the victim does not end"
         time.sleep(self.random.uniform(0, 0.01))  # the system counts processor time in steps of as much
@@ -118,6 +118,7 @@ def test_a_run_and_its_resumption(request, figures, processes, tmp_path, victim)
     whole.mkdir()
     alone = Killer(processes, victim, whole, model_folder())
     assert not alone.strike(longest=PATIENCE), "left alone, it ends by itself"
+    assert alone.used > 0, "or the others would be killed before they do anything"
     expected = load_file(whole / "variator.safetensors")
     total = runs = 0
     while total < kills:
