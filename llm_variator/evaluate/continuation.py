@@ -16,7 +16,7 @@ from llm_variator.engine.cache.naming import cache_of
 from llm_variator.evaluate import questions
 from llm_variator.measures import tables
 from llm_variator.measures.loading import load_variator
-from llm_variator.measures.metrics import continuation_nats
+from llm_variator.measures.metrics import continuation_nats, reference_nats
 from llm_variator.measures.quality import difference
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
@@ -108,14 +108,13 @@ def score_continuation(
         plugins: name in the model -> label in the table.
         batch_size: rows in one forward pass.
     """
-    with model.disable_plugin():
-        dense = continuation_nats(model, windows, context, batch_size=batch_size)
-        absent = continuation_nats(model, windows[:, context - 1 :], 1, batch_size=batch_size)
+    references = reference_nats(model, windows, context, batch_size=batch_size)
 
     def score(label: str, nats: list[float], kv_share: float) -> Score:
-        return Score(label, statistics.fmean(nats), *difference(nats, dense), kv_share)
+        return Score(label, statistics.fmean(nats), *difference(nats, references["dense"]), kv_share)
 
-    scores = [score("dense", dense, 1.0), score("no context", absent, 1 / context)]
+    scores = [score("dense", references["dense"], 1.0)]
+    scores.append(score("no context", references["no_context"], 1 / context))
     for name, label in plugins.items():
         with model.use_plugin(name):
             nats = continuation_nats(model, windows, context, batch_size=batch_size)

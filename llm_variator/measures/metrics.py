@@ -21,10 +21,18 @@ def reference_conditions(
     model: VariatorModel, input_ids: Tensor, prompt_length: int, *, batch_size: int = 4
 ) -> dict[str, float]:
     """`dense` and `no_context`, each in mean nats per token: what no plugin can change."""
+    found = reference_nats(model, input_ids, prompt_length, batch_size=batch_size)
+    return {name: statistics.fmean(nats) for name, nats in found.items()}
+
+
+def reference_nats(
+    model: VariatorModel, input_ids: Tensor, prompt_length: int, *, batch_size: int = 4
+) -> dict[str, list[float]]:
+    """The same of each row."""
     with model.disable_plugin():
         return {
-            "dense": continuation_cross_entropy(model, input_ids, prompt_length, batch_size=batch_size),
-            "no_context": continuation_cross_entropy(
+            "dense": continuation_nats(model, input_ids, prompt_length, batch_size=batch_size),
+            "no_context": continuation_nats(
                 model, input_ids[:, prompt_length - 1 :], prompt_length=1, batch_size=batch_size
             ),
         }

@@ -48,7 +48,9 @@ def refine(
         return math.nan, math.nan
     gain = gain.to(device, torch.float32)
     middle = features[known].float().mean(0)
-    spread = features[known].float().std(0, correction=0).clamp(min=1e-6)
+    spread = features[known].float().std(0, correction=0)
+    # of a channel that hardly varies here, no step makes weights that would carry away one that does elsewhere
+    spread = spread.clamp(min=max(1e-6, 1e-3 * float(spread.mean())))
 
     # in standardised features and weighted channels, so that one rate suits all
     down, up = inner.weight.detach().float(), outer.weight.detach().float()

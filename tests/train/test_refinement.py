@@ -76,6 +76,22 @@ def test_steps_that_do_harm_are_taken_back(rate, monkeypatch):
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
+def test_a_channel_that_never_varied_does_not_carry_tokens_away():
+    """What it does later was never seen: it weighs no more than others that vary little."""
+    features, missing, weights = sample(1.0)
+    features[:, 3] = 7.0
+    given, gain = (features, missing, weights), torch.ones(DIM)
+    adapter = solved(given, gain, "tanh")
+    refine(adapter, [given], gain, steps=300)
+    spread = features.std(0)
+    assert adapter.down.weight[:, 3].abs().max() < 1.1 / (1e-3 * spread.mean())
+    moved = features[-50:].clone()
+    moved[:, 3] += 1e-4 * float(spread.mean())
+    with torch.no_grad():
+        outs = [adapter(x[:, :DIM], x[:, None, DIM:]) - x[:, None, :DIM] for x in (features[-50:], moved)]
+    assert (outs[1] - outs[0]).abs().max() < 0.5 * outs[0].std()
+
+
 def test_nothing_to_learn_from_leaves_the_adapter():
     given, gain = [part[:1] for part in sample(0.3)], torch.ones(DIM)
     adapter = solved(sample(0.3), gain, "tanh")

@@ -55,7 +55,7 @@ def strip(base: nn.Module) -> None:
         for hooks in _hooks(module):
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and hook.call is None]:
                 del hooks[key]
-        if (stock := getattr(module.__dict__.get("config"), "variator_stock", None)) is not None:
+        while (stock := getattr(module.__dict__.get("config"), "variator_stock", None)) is not None:
             module.config = stock
 
 
