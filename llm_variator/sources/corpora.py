@@ -7,6 +7,11 @@ A source is one string:
     name[/split][:column]                   `<data dir>/<name>/<split>.parquet`, split `train` by default
     name[:config][:split][:column]          a dataset of the Hub; leave a part empty to skip it
 
+In training also
+
+    task:NAME                               a task's training examples, each with its answer
+    end:SOURCE                              of every document the end, by itself: one window, which ends where it does
+
 `SOURCE=WEIGHT` draws a source that many times in each pass over the data.
 """
 
@@ -31,6 +36,7 @@ from llm_variator.sources.models import hub_reachable
 from llm_variator.sources.text import without_surrogates
 
 EMBEDDED = "pydoc-topics"
+TASK, END = "task:", "end:"
 DATA_DIR_VARIABLE = "VARIATOR_DATA"
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 
@@ -150,6 +156,15 @@ def cut_windows(documents: Sequence[Tensor], seq_length: int, tokenizer: PreTrai
     rows = len(stream) // body
     windows = stream[: rows * body].view(rows, body)
     return torch.cat((torch.tensor([opening], dtype=torch.int32).expand(rows, len(opening)), windows), dim=1)
+
+
+def end_windows(documents: Sequence[Tensor], seq_length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The last tokens of every document that is long enough: int32 (windows, seq_length), opened as above."""
+    empty = tokenizer("")["input_ids"]
+    opening = torch.tensor(empty[:1] if empty[:1] == [tokenizer.bos_token_id] else [], dtype=torch.int32)
+    body = seq_length - len(opening)
+    found = [torch.cat((opening, ids[-body:])) for ids in documents if len(ids) >= body]
+    return torch.stack(found) if found else torch.empty(0, seq_length, dtype=torch.int32)
 
 
 def enough(windows: Tensor, count: int, source: str) -> Tensor:

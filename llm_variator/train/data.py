@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
 from llm_variator.sources.corpora import (
+    END,
+    TASK,
     Source,
     cut_windows,
+    end_windows,
     read_documents,
     read_windows,
     repeat_passages,
@@ -34,7 +37,6 @@ from llm_variator.sources.tasks.examples import Example, load_examples
 # Which documents are held out does not depend on the run's seed, so that figures of different seeds compare.
 _SPLIT_SEED = 20231208
 _HELD_OUT_SHARE = 0.1
-_TASK = "task:"
 _SHOTS = 8  # examples of a task in one document, as in a prompt with examples
 _BATCHES_IN_A_POOL = 32  # within which examples are sorted by length
 
@@ -71,13 +73,20 @@ def build_corpus(
     train, held_out = [], []
     share = -(-eval_windows // len(eval_sources or sources))
     for source in sources:
-        documents = tokenize(_read(source.name, data_dir), tokenizer)
+        at_end = source.name.startswith(END)
+        documents = tokenize(_read(source.name.removeprefix(END), data_dir), tokenizer)
+        cut = partial(end_windows if at_end else cut_windows, seq_length=seq_length, tokenizer=tokenizer)
         rest = documents
         if not eval_sources:
             rest, held = hold_out(documents, share * seq_length)
-            held_out.append(cut_windows(held, seq_length, tokenizer)[:share])
-        train.append(cut_windows(rest, seq_length, tokenizer))
+            held_out.append(cut(held)[:share])
+        train.append(cut(rest))
         if not len(train[-1]):
+            if at_end:
+                raise VariatorError(
+                    f"data {source.name!r}: no document has the {seq_length} tokens of a window: give longer ones or a "
+                    "smaller --seq-length"
+                )
             total = sum(map(len, documents))
             raise VariatorError(
                 f"data {source.name!r} has {total} tokens, too few to train on windows of {seq_length} "
@@ -97,9 +106,9 @@ def build_corpus(
 
 def _read(source: str, data_dir: Path | None) -> list[str]:
     """The documents of a source, or of `task:NAME`: a task's training examples, each with its answer."""
-    if not source.startswith(_TASK):
+    if not source.startswith(TASK):
         return read_documents(source, data_dir)
-    examples = load_examples(source.removeprefix(_TASK), "train", data_dir=data_dir)
+    examples = load_examples(source.removeprefix(TASK), "train", data_dir=data_dir)
     texts = [example.decoder_prompt + example.continuation for example in examples]
     random.Random(_SPLIT_SEED).shuffle(texts)  # neighbours often share their passage
     return ["\n\n".join(texts[start : start + _SHOTS]) for start in range(0, len(texts), _SHOTS)]

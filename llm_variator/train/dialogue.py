@@ -1,43 +1,54 @@
-"""`python -m llm_variator.train.dialogue`: conversations that a chat model writes by itself, as text to train on.
+"""`python -m llm_variator.train.dialogue`: what a model writes by itself, as text to train on.
 
-The model is given where a user's turn begins and writes that turn, then the answer, and so on (Xu et al. 2024,
-"Magpie"): what a plugin meets in chats, in the model's own words, from a seed and without data. It can be stopped at
-any moment: called again, it goes on with the next batch.
+Conversations: a chat model is given where a user's turn begins and writes that turn, then the answer, and so on (Xu et
+al. 2024, "Magpie"): what a plugin meets in chats, in the model's own words, from a seed and without data. Or, with
+`--after`, what any model writes after given texts and questions: a plugin that is to answer as the model does has to
+predict just that. It can be stopped at any moment: called again, it goes on with the next batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm_variator import cli
 from llm_variator.cli import REQUIRED, flag, flags
-from llm_variator.cli.values import PositiveFloat, PositiveInt, Share
+from llm_variator.cli.values import NaturalFloat, PositiveInt, Share
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
+from llm_variator.sources.corpora import TASK, read_windows, spread
 from llm_variator.sources.models import load_model, load_tokenizer
+from llm_variator.sources.tasks import load_examples
 
 _MARK = "MARKOFATURN"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(flags.BaseModel):
-    """Have a chat model write conversations, one JSON object with a "text" in each line."""
+class Settings(flags.LocalData, flags.BaseModel):
+    """Have a chat model write conversations, or any model go on with texts, each a line of JSON with a "text"."""
 
     output: Path = flag(REQUIRED, "a .jsonl file, which is text for --data", metavar="FILE")
-    count: PositiveInt = flag(160, "conversations")
+    after: tuple[str, ...] = flag(
+        (),
+        "instead of conversations, what the model writes after texts of these, as many of each: sources as in "
+        "llm_variator.train; of task:TASK examples with answers and one without",
+        metavar="SOURCE",
+    )
+    count: PositiveInt = flag(160, "texts")
     tokens: PositiveInt = flag(640, "tokens in each; the last turn is cut there")
-    turn_tokens: PositiveInt = flag(160, "most tokens in a turn")
-    temperature: PositiveFloat = flag(1.0, "of the sampling")
+    turn_tokens: PositiveInt = flag(160, "most tokens in a turn; with --after, those that the model writes")
+    temperature: NaturalFloat = flag(1.0, "of the sampling; 0: always the likeliest token")
     top_p: Share = flag(0.95, "sample among the likeliest tokens that have this share together")
-    batch_size: PositiveInt = flag(16, "conversations written at once")
+    batch_size: PositiveInt = flag(16, "texts written at once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,23 +103,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.output.exists():
         raise VariatorError(f"--output {settings.output} is there already: choose another, or delete it")
     tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
-    frame = frame_of(tokenizer)
+    frame = None if settings.after else frame_of(tokenizer)
+    given = openings(tokenizer, settings)
     model = load_model(settings.model, **settings.loading(), device=settings.device).eval()
     partial = settings.output.with_suffix(".part")
-    record = json.dumps({**vars(settings), "output": None, "device": None}, sort_keys=True)
+    record = json.dumps({**vars(settings), "output": None, "data_dir": None, "device": None}, sort_keys=True)
     lines = _done(partial, record)
-    with tqdm(desc="writing", total=settings.count, initial=len(lines), unit=" conversations") as bar:
+    with tqdm(desc="writing", total=settings.count, initial=len(lines), unit=" texts") as bar:
         while len(lines) < settings.count:
             torch.manual_seed(settings.seed * 1_000_003 + len(lines))
-            rows = write(
-                model, tokenizer, frame, min(settings.batch_size, settings.count - len(lines)), settings
-            )
+            size = min(settings.batch_size, settings.count - len(lines))
+            if frame:
+                rows = write(model, tokenizer, frame, size, settings)
+            else:
+                rows = go_on(model, given[len(lines) : len(lines) + size], settings)
             lines += [json.dumps({"text": tokenizer.decode(row)}, ensure_ascii=False) for row in rows]
             write_atomically(partial, "\n".join([record, *lines]) + "\n")
             bar.update(len(rows))
     write_atomically(settings.output, "\n".join(lines) + "\n")
     partial.unlink()
-    print(f"{settings.count} conversations in {settings.output}")
+    print(f"{settings.count} texts in {settings.output}")
 
 
 def _done(partial: Path, record: str) -> list[str]:
@@ -146,23 +160,98 @@ def _turns(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
     ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=True,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=0,
-        min_new_tokens=1,
-        max_new_tokens=settings.turn_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=padding,
-    )
+    options = {"min_new_tokens": 1, "eos_token_id": sorted(ends), "pad_token_id": padding}
+    out = model.generate(input_ids=ids, attention_mask=mask, **_sampling(settings), **options)
     turns = []
     for row in out[:, width:].tolist():
         end = next((place for place, token in enumerate(row) if token in ends), len(row))
         turns.append(row[:end])
     return turns
+
+
+def openings(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[list[int]]:
+    """What `--after` names as token ids, `count` beginnings in random order, each as long as leaves room to go on.
+
+    Raises:
+        VariatorError: there is no room, or a source cannot be read or is too short.
+    """
+    tokens = settings.tokens - settings.turn_tokens
+    if settings.after and tokens < 1:
+        raise VariatorError(
+            f"--turn-tokens {settings.turn_tokens} leaves nothing to go on with: give more --tokens"
+        )
+    draw = random.Random(settings.seed)
+    found: list[list[int]] = []
+    for source in settings.after:
+        share = -(-settings.count // len(settings.after))
+        if source.startswith(TASK):
+            found += _questions(source.removeprefix(TASK), tokenizer, tokens, share, draw, settings.data_dir)
+            continue
+        windows = spread(
+            read_windows(source, tokenizer, seq_length=tokens, data_dir=settings.data_dir), share
+        )
+        if len(windows) < share:
+            raise VariatorError(
+                f"{source} has {len(windows)} texts of {tokens} tokens, {share} are wanted: lower --count or --tokens"
+            )
+        found += windows.tolist()
+    draw.shuffle(found)
+    return found[: settings.count]
+
+
+def _questions(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    count: int,
+    draw: random.Random,
+    data_dir: Path | None,
+) -> list[list[int]]:
+    """`count` times the last `tokens` of a prompt that ends where the answer follows; the same examples never twice."""
+    examples = load_examples(task, "train", data_dir=data_dir)
+    draw.shuffle(examples)
+    found: list[list[int]] = []
+    texts: list[str] = []
+    for example in examples:
+        texts.append(example.decoder_prompt)
+        ids = list(tokenizer("\n\n".join(texts))["input_ids"])
+        if len(ids) >= tokens:
+            found.append(ids[-tokens:])
+            texts = []
+            if len(found) == count:
+                return found
+        else:
+            texts[-1] += example.continuation
+    raise VariatorError(
+        f"task:{task} has examples for {len(found)} prompts of {tokens} tokens, {count} are wanted: lower --count or "
+        "--tokens"
+    )
+
+
+@torch.inference_mode()
+def go_on(model: Any, rows: list[list[int]], settings: Settings) -> list[list[int]]:
+    """The rows, which are of one length, with `settings.turn_tokens` more."""
+    ids = torch.tensor(rows, device=model.device)
+    out: Tensor = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        **_sampling(settings),
+        min_new_tokens=settings.turn_tokens,
+    )
+    return out.tolist()
+
+
+def _sampling(settings: Settings) -> dict[str, Any]:
+    """Arguments of `generate`."""
+    if not settings.temperature:
+        return {"do_sample": False, "max_new_tokens": settings.turn_tokens}
+    return {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": 0,
+        "max_new_tokens": settings.turn_tokens,
+    }
 
 
 if __name__ == "__main__":

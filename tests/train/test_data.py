@@ -18,6 +18,7 @@ from llm_variator.sources.corpora import (
     EMBEDDED,
     Source,
     cut_windows,
+    end_windows,
     parse_sources,
     read_documents,
     read_windows,
@@ -277,6 +278,34 @@ def test_windows_hold_the_text_in_order(tokenizer):
     stream = [token for row in tokens for token in (*row.tolist(), EOS)]
     assert windows.dtype == torch.int32
     assert windows.flatten().tolist() == stream[: len(stream) // 5 * 5]
+
+
+def test_end_windows_are_the_ends_of_single_documents(tmp_path, tokenizer):
+    texts = ["one two three", "short", "four five six seven"]
+    windows = end_windows(tokenize(texts, tokenizer), 8, tokenizer)
+    assert windows.dtype == torch.int32
+    assert [tokenizer.decode(row) for row in windows] == [texts[0][-8:], texts[2][-8:]]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    more = dict(eval_windows=1, eval_sources=[Source(EMBEDDED, 1.0)])
+    corpus = build_corpus([Source(f"end:{file}", 2.0)], tokenizer, seq_length=8, **more)
+    assert torch.equal(corpus.train[0], windows)
+    with pytest.raises(VariatorError, match="no document has the 30 tokens of a window"):
+        build_corpus([Source(f"end:{file}", 2.0)], tokenizer, seq_length=30, **more)
+
+
+def test_end_windows_open_as_others_do():
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    windows = end_windows(tokenize(["hello world", "rld", "x"], tokenizer), 4, tokenizer)
+    assert (
+        windows.tolist()
+        == [[tokenizer.bos_token_id, *tokenizer("rld", add_special_tokens=False)["input_ids"]]] * 2
+    )
 
 
 def test_windows_open_as_the_tokenizer_opens_a_text():

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from conftest import make_decoder
+from tiny_tasks import write_tasks
 
 from llm_variator import VariatorError
 from llm_variator.sources.corpora import read_windows
-from llm_variator.sources.models import byte_tokenizer, load_tokenizer
+from llm_variator.sources.models import byte_tokenizer, load_model, load_tokenizer
+from llm_variator.sources.tasks import load_examples
 from llm_variator.train import dialogue
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -90,6 +92,60 @@ def test_the_same_seed_writes_the_same_and_a_stopped_run_goes_on(model, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cut.jsonl", "other.jsonl", "whole.jsonl"]
     # what is written is text to train on, special tokens and all
     assert read_windows(str(tmp_path / "whole.jsonl"), load_tokenizer(model), seq_length=60).shape[1] == 60
+
+
+def test_going_on_with_texts_and_questions(model, tmp_path):
+    """The likeliest tokens after the end of a text, and after a question without its answer."""
+    data = write_tasks(tmp_path / "data", "squad", train=60)
+    (tmp_path / "a.txt").write_text("abcdefgh " * 200)
+    sources = ["--after", "task:squad", tmp_path / "a.txt", "--temperature", 0, "--data-dir", data]
+    texts = run(model, tmp_path / "out.jsonl", *sources)
+    tokenizer = load_tokenizer(model)
+    base = load_model(model)
+    given = openings(tokenizer, tmp_path, data)
+    assert len(texts) == len(given) == 5
+    assert {len(row) for row in given} == {60}
+    kinds = [tokenizer.decode(row).endswith("\nAnswer:") for row in given]
+    assert sum(kinds) in (2, 3)
+    examples = load_examples("squad", "train", data_dir=data)
+    asked = [
+        tokenizer.decode(row)[-20:] for row, is_question in zip(given, kinds, strict=True) if is_question
+    ]
+    assert len(set(asked)) == len(asked)
+    assert all(any(one.decoder_prompt.endswith(end) for one in examples) for end in asked)
+    for row, written in zip(given, texts, strict=True):
+        ids = torch.tensor([row])
+        for _ in range(30):
+            with torch.no_grad():
+                likeliest = base(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat((ids, likeliest), dim=1)
+        assert written == tokenizer.decode(ids[0])
+
+
+def openings(tokenizer, folder, data):
+    settings = dialogue.Settings(
+        model="m",
+        output=folder / "x.jsonl",
+        after=("task:squad", str(folder / "a.txt")),
+        data_dir=data,
+        count=5,
+        tokens=90,
+        turn_tokens=30,
+    )
+    return dialogue.openings(tokenizer, settings)
+
+
+def test_too_little_to_go_on_with(model, tmp_path):
+    data = write_tasks(tmp_path / "data", "squad", train=4)
+    (tmp_path / "a.txt").write_text("abcdefgh " * 10)
+    with pytest.raises(
+        VariatorError, match=r"task:squad has examples for \d prompts of 60 tokens, 5 are wanted"
+    ):
+        run(model, tmp_path / "x.jsonl", "--after", "task:squad", "--data-dir", data)
+    with pytest.raises(VariatorError, match=r"a\.txt has 1 texts of 60 tokens, 5 are wanted"):
+        run(model, tmp_path / "x.jsonl", "--after", tmp_path / "a.txt")
+    with pytest.raises(VariatorError, match="--turn-tokens 90 leaves nothing to go on with"):
+        run(model, tmp_path / "x.jsonl", "--after", "task:squad", "--turn-tokens", 90)
 
 
 def test_lines_that_hold_what_breaks_lines_elsewhere(tmp_path):
