@@ -23,7 +23,7 @@ from llm_variator.sources.corpora import parse_sources
 from llm_variator.sources.models import load_model, load_tokenizer, plugin_folder
 from llm_variator.train.distributed import world_size
 from llm_variator.train.futures import FUTURES, Samples
-from llm_variator.train.scores import TOGETHER, Fit, Moments, Watch, targets
+from llm_variator.train.scores import TOGETHER, Explained, Fit, Moments, Watch, targets
 from llm_variator.train.settings import Settings
 from llm_variator.train.shares import Budget, costs
 
@@ -55,6 +55,8 @@ def fit_scores(settings: Settings, argv: Sequence[str], started: float, result: 
     with fitting.watch.attached():
         moments = fitting.gather(file)
         fits = {name: moments.solve(name) for name in moments.present()}
+        tokens, samples = int(moments.tokens()), moments.samples
+        del moments  # of a large model they are gigabytes
         explained = fitting.explained(fits)
         fitting.choose(fits)
         if fitting.asks_for_ratios:
@@ -65,8 +67,8 @@ def fit_scores(settings: Settings, argv: Sequence[str], started: float, result: 
         "explained": explained,
         "fits": fitting.names,
         "kept": kept,
-        "tokens": int(moments.tokens()),
-        "samples": moments.samples,
+        "tokens": tokens,
+        "samples": samples,
         "peak_memory_gib": peak_memory_gib(),
         "config": model.plugin().config.to_dict(),
     }
@@ -81,7 +83,7 @@ def fit_scores(settings: Settings, argv: Sequence[str], started: float, result: 
     shares = {length: f"{share:.3f} of a prompt of {length} tokens" for length, share in kept.items()}
     facts = {
         "fitted on": scrub_paths(", ".join(settings.data)),
-        "fit": f"{figures['tokens']:,} tokens of {moments.samples} contexts of {_words(settings.fit_tokens)} tokens",
+        "fit": f"{tokens:,} tokens of {samples} contexts of {_words(settings.fit_tokens)} tokens",
         "entries": ", ".join(shares.values()),
         "explained variance, held out": ", ".join(f"{name} {r2:.2f}" for name, r2 in explained.items()),
         "wall time": f"{stored['wall_seconds']:.0f} s on {where}",
@@ -183,14 +185,11 @@ class _Fitting:
 
     def explained(self, fits: Mapping[str, Fit]) -> dict[str, float]:
         """The share of each target's variance that its fit explains on the samples left out, mean over all heads."""
-        held = Moments(len(self.watch.layers), self.watch.dim, self.watch.heads)
+        held = Explained(fits)
         for index in range(self._settings.fit_samples, len(self._samples)):
-            sample = self._samples[index]
-            features, energies = self.watch.read(sample)
-            held.add(sample.kind, features, targets(energies))
-        return {
-            name: float(held.explained(name, fits[name]).mean()) for name in held.present() if name in fits
-        }
+            features, energies = self.watch.read(self._samples[index])
+            held.add(features, targets(energies))
+        return {name: float(share.mean()) for name, share in held.shares().items()}
 
     def choose(self, fits: Mapping[str, Fit]) -> None:
         """Keep the fits that the score is made of."""

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llm_variator.engine.cache.naming import cache_argument
-from llm_variator.engine.devices import input_device
+from llm_variator.engine.devices import execution_device, input_device
 from llm_variator.engine.files import write_atomically
 from llm_variator.engine.hooks import architecture_of, host_of
 from llm_variator.engine.hooks.attention import OwnAttentionFunction
@@ -47,7 +47,7 @@ LEAST = 1e-16
 TOGETHER = "together"
 TARGETS = (*FUTURES, TOGETHER)
 """What is fitted: the energies of each future, and their sum."""
-_SUMS = ("counts", "grams", "cross", "squares")
+_SUMS = ("counts", "grams", "cross")
 
 _FUNCTION = "variator_watch"  # the name under which transformers finds `_attend`
 
@@ -263,7 +263,7 @@ def _log_shares(query: Tensor, key: Tensor, rows: slice, scaling: float) -> Iter
 
 def _value_norms(output: nn.Module, head_dim: int, dtype: torch.dtype) -> Tensor:
     """W_hᵀ W_h (H, e, e) of every query head, with which |W_h v|² = vᵀ W_hᵀ W_h v; through the module itself."""
-    device = next(output.parameters()).device
+    device = execution_device(output)
     eye = torch.eye(int(output.in_features), dtype=dtype, device=device)  # type: ignore[arg-type]
     parts = (
         (output(eye) - output(torch.zeros_like(eye[:1]))).float().unflatten(0, (-1, head_dim))
@@ -295,7 +295,6 @@ class Moments:
         counts: (kinds, targets) of tokens.
         grams: (kinds, layers, d + 1, d + 1) of features, the last of which is 1.
         cross: (kinds, targets, layers, d + 1, KV heads) of features and targets.
-        squares: (kinds, targets, layers, KV heads) of targets.
     """
 
     def __init__(self, layers: int, dim: int, heads: int) -> None:
@@ -304,7 +303,6 @@ class Moments:
         self.counts = torch.zeros(kinds, wanted, dtype=torch.float64)
         self.grams = torch.zeros(kinds, layers, dim + 1, dim + 1, dtype=torch.float64)
         self.cross = torch.zeros(kinds, wanted, layers, dim + 1, heads, dtype=torch.float64)
-        self.squares = torch.zeros(kinds, wanted, layers, heads, dtype=torch.float64)
 
     def add(
         self, kind: str, features: Mapping[int, Tensor], targets: Mapping[str, Mapping[int, Tensor]]
@@ -320,7 +318,6 @@ class Moments:
             for name, target in targets.items():
                 t, y = TARGETS.index(name), target[layer].double()
                 self.cross[k, t, place] += (x.T @ y).cpu()
-                self.squares[k, t, place] += y.square().sum(0).cpu()
 
     def save(self, file: Path, record: str) -> None:
         """Write all sums into `file`, whole or not at all; `record` says what they are of."""
@@ -337,17 +334,18 @@ class Moments:
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
-                read = {name: opened.get_tensor(name) for name in _SUMS}
-                samples = int(metadata["samples"])
+                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in _SUMS}
+                if metadata.get("record") not in records or any(
+                    shape != getattr(self, name).shape for name, shape in shapes.items()
+                ):
+                    raise VariatorError(
+                        f"cannot resume: {file} is of another run; start anew in another --output"
+                    )
+                for name in _SUMS:
+                    getattr(self, name).copy_(opened.get_tensor(name))
+                self.samples = int(metadata["samples"])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise VariatorError(f"cannot resume: {file} is not readable ({error}); start anew") from None
-        if metadata.get("record") not in records or any(
-            read[name].shape != getattr(self, name).shape for name in _SUMS
-        ):
-            raise VariatorError(f"cannot resume: {file} is of another run; start anew in another --output")
-        self.samples = samples
-        for name, value in read.items():
-            setattr(self, name, value)
 
     def present(self) -> list[str]:
         """The targets that some sample has."""
@@ -357,32 +355,19 @@ class Moments:
         """Tokens of all samples."""
         return float(self.counts[:, TARGETS.index(TOGETHER)].sum())
 
-    def _of(self, target: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Count, gram, cross and squares of one target, over the samples that have it."""
+    def solve(self, target: str, ridge: float = RIDGE) -> Fit:
+        """Ridge regression of one target, over the samples that have it; in the memory of one layer."""
         t = TARGETS.index(target)
         there = self.counts[:, t] > 0
-        return (
-            self.counts[there, t].sum(0),
-            self.grams[there].sum(0),
-            self.cross[there, t].sum(0),
-            self.squares[there, t].sum(0),
-        )
-
-    def solve(self, target: str, ridge: float = RIDGE) -> Fit:
-        """Ridge regression of one target, over the samples that have it."""
-        _, gram, cross, _ = self._of(target)
-        added = ridge * gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(-1)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
+        eye = torch.eye(self.grams.shape[-1], dtype=self.grams.dtype)
         eye[-1, -1] = 0  # the mean is free
-        solution = torch.cholesky_solve(cross, torch.linalg.cholesky(gram + added[:, None, None] * eye))
-        return Fit(solution[:, :-1].mT, solution[:, -1])
-
-    def explained(self, target: str, fit: Fit) -> Tensor:
-        """The share of a target's variance in these samples that `fit` explains, (layers, KV heads)."""
-        count, gram, cross, squares = self._of(target)
-        solution = torch.cat((fit.weight, fit.bias[..., None]), dim=-1).mT
-        left = squares - 2 * (solution * cross).sum(1) + (solution * (gram @ solution)).sum(1)
-        return 1 - left / (squares - cross[:, -1].square() / count)
+        solutions = []
+        for place in range(self.grams.shape[1]):
+            gram, cross = self.grams[there, place].sum(0), self.cross[there, t, place].sum(0)
+            gram += ridge * gram.diagonal()[:-1].mean() * eye
+            solutions.append(torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).mT)
+        solution = torch.stack(solutions)
+        return Fit(solution[..., :-1], solution[..., -1])
 
 
 class Fit(NamedTuple):
@@ -392,6 +377,35 @@ class Fit(NamedTuple):
     """(layers, KV heads, d)."""
     bias: Tensor
     """(layers, KV heads)."""
+
+
+class Explained:
+    """The share of targets' variance that fits explain in samples they were not made of."""
+
+    def __init__(self, fits: Mapping[str, Fit]) -> None:
+        self._fits = fits
+        self._sums: dict[str, list[Tensor | float]] = {name: [0.0] * 4 for name in fits}
+
+    def add(self, features: Mapping[int, Tensor], targets: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Tokens of one sample, as in `Moments.add`."""
+        for name in self._fits.keys() & targets.keys():
+            found = []
+            for place, (layer, x) in enumerate(features.items()):
+                y, fit = targets[name][layer].double().cpu(), self._fits[name]
+                left = y - x.double().cpu() @ fit.weight[place].mT - fit.bias[place]
+                found.append(
+                    (torch.full_like(y[0], len(y)), y.sum(0), y.square().sum(0), left.square().sum(0))
+                )
+            new = [torch.stack(parts) for parts in zip(*found, strict=True)]
+            self._sums[name] = [total + part for total, part in zip(self._sums[name], new, strict=True)]
+
+    def shares(self) -> dict[str, Tensor]:
+        """Of every target that a sample had, (layers, KV heads)."""
+        found = {}
+        for name, (count, total, squares, left) in self._sums.items():
+            if isinstance(count, Tensor):
+                found[name] = 1 - left / (squares - total**2 / count)
+        return found
 
 
 def targets(energies: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Tensor]]:

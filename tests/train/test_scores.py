@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from llm_variator.sources.models import byte_tokenizer, load_model
 from llm_variator.train import fitting, scores
 from llm_variator.train.__main__ import main
 from llm_variator.train.futures import FUTURES, KINDS, Sample, Samples
-from llm_variator.train.scores import TOGETHER, Moments, Watch, targets
+from llm_variator.train.scores import TOGETHER, Explained, Moments, Watch, targets
 from llm_variator.train.shares import Budget, costs, entries
 
 CONTEXT, ROWS = 40, slice(3, 31)
@@ -200,11 +201,13 @@ def test_fits_are_numpy_s_least_squares():
     watch = Watch(make_decoder("llama"))
     moments = Moments(len(watch.layers), watch.dim, watch.heads)
     rows: dict[str, list] = {}
+    seen: list[tuple] = []
     with watch.attached():
         for seed in range(6):
             one = sample(seed, KINDS[seed % 2])
             features, energies = watch.read(one)
             moments.add(one.kind, features, targets(energies))
+            seen.append((features, dict(energies)))
             energies[TOGETHER] = {
                 layer: sum(own[layer] for own in energies.values()) for layer in watch.layers
             }
@@ -222,7 +225,49 @@ def test_fits_are_numpy_s_least_squares():
         assert np.allclose(fit.bias[1], solution[-1], atol=1e-8), name
         left = ((y - np.c_[x, np.ones(len(x))] @ solution) ** 2).sum(0)
         wanted = 1 - left / ((y - y.mean(0)) ** 2).sum(0)
-        assert np.allclose(moments.explained(name, fit)[1], wanted, atol=1e-8), name
+        held = Explained({name: fit})
+        for features, energies in seen:
+            held.add(features, targets(energies))
+        assert np.allclose(held.shares()[name][1], wanted, atol=1e-8), name
+
+
+def test_weights_that_stay_on_the_disk(tmp_path):
+    """What a model reads is the same where its layers are on the disk and come for their pass alone."""
+    make_decoder("llama").save_pretrained(tmp_path)
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(parts, "cpu") | {"model.layers": "disk"}
+    found = []
+    for more in ({}, {"device_map": places}):
+        base = load_model(tmp_path, **more)
+        assert base.model.layers[0].mlp.up_proj.weight.is_meta == bool(more)
+        watch = Watch(base)
+        with watch.attached():
+            found.append((*watch.read(sample()), *watch.effects(sample(), seed=1)))
+    assert_equal(*found)
+
+
+def assert_equal(ours, theirs):
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+        return
+    assert len(ours) == len(theirs) > 0
+    for key in ours if isinstance(ours, dict) else range(len(ours)):
+        assert_equal(ours[key], theirs[key])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux says of its memory")
+def test_the_checkpoint_of_a_model_is_not_copied_into_memory(tmp_path):
+    """Its pages can be given up and read again, so scores of a model can be fitted that is larger than the memory."""
+    config = make_decoder("llama").config
+    config.hidden_size, config.intermediate_size, config.head_dim = 512, 8192, 128
+    type(make_decoder("llama"))(config).bfloat16().save_pretrained(tmp_path)
+    base = load_model(tmp_path)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [line[0].split("-") for line in lines if line[-1] == str(tmp_path / "model.safetensors")]
+    place = base.model.layers[0].mlp.up_proj.weight.data_ptr()
+    assert any(int(first, 16) <= place < int(end, 16) for first, end in ranges), (
+        "recipes/llama-3.1-8b/kv.yaml"
+    )
 
 
 # --- ratios
