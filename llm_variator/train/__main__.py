@@ -29,7 +29,13 @@ from llm_variator.train.least_squares import LeastSquares
 from llm_variator.train.objective import forward_arguments
 from llm_variator.train.settings import FREE_ON_RESUME, SCHEDULES, Settings, check_machine
 from llm_variator.train.stages import Run, prepare
-from llm_variator.train.trainer import VariatorTrainer, checkpoints, last_complete_checkpoint
+from llm_variator.train.trainer import (
+    START,
+    VariatorTrainer,
+    checkpoints,
+    keep_start,
+    last_complete_checkpoint,
+)
 
 RUN_FILE = "run.json"
 RESULT_FILE = "training.json"
@@ -58,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_atomically(settings.folder / RUN_FILE, json.dumps(_deciding(settings), indent=2) + "\n")
     trainer = _trainer(settings, run, resuming=checkpoint is not None)
     if settings.init == "least-squares" and checkpoint is None:
-        _start_by_least_squares(settings, run, trainer)
+        if settings.resume:
+            run.learner.load(settings.folder / START)
+        else:
+            _start_by_least_squares(settings, run, trainer)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
@@ -77,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check_output(settings: Settings) -> Path | None:
     """The checkpoint to resume from, if any; raises before any long work if the folder cannot be used."""
     if settings.resume:
-        checkpoint = last_complete_checkpoint(settings.folder)
+        started = not checkpoints(settings.folder) and (settings.folder / START).exists()
+        checkpoint = None if started else last_complete_checkpoint(settings.folder)
         _check_same_settings(settings)
         return checkpoint
     if checkpoints(settings.folder):
@@ -207,6 +217,8 @@ def _start_by_least_squares(settings: Settings, run: Run, trainer: VariatorTrain
                 bar.write(f"{layer}: {said}")
 
         LeastSquares(run.plugin, batches).fit(fitted, steps=settings.init_steps)
+    if is_main_process():
+        keep_start(run.learner, settings.folder)
 
 
 def _held_out(settings: Settings, trainer: VariatorTrainer, run: Run) -> dict[str, float]:
@@ -269,6 +281,7 @@ def _finish(
     else:
         run.learner.save(settings.folder)
         run.tokenizer.save_pretrained(settings.folder)
+    shutil.rmtree(settings.folder / START, ignore_errors=True)
     if settings.drop_checkpoints:
         for checkpoint in checkpoints(settings.folder):
             shutil.rmtree(checkpoint)

@@ -33,6 +33,8 @@ from llm_variator.train.judges import Judge
 from llm_variator.train.learners import Learner, PluginLearner
 from llm_variator.train.objective import Objective
 
+START = "start"
+"""Folder of what a run begins with, where that took long."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STATE_FILE = "trainer_state.json"  # the last file the Trainer writes into a checkpoint
 _UNSHOWN = {
@@ -228,6 +230,15 @@ def last_complete_checkpoint(folder: Path) -> Path:
             f"nothing to resume: {folder} holds no complete checkpoint; start without --resume"
         )
     return complete[-1]
+
+
+def keep_start(learner: Learner, folder: Path) -> None:
+    """Write what was set before the first step into `folder`/start, whole or not at all."""
+    part = folder / f"{START}.part"
+    for old in (part, folder / START):
+        shutil.rmtree(old, ignore_errors=True)
+    learner.save(part)
+    part.rename(folder / START)
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -16,7 +16,9 @@ from tiny import model_folder, train, words
 from llm_variator import VariatorConfig, VariatorError, VariatorModel, cli
 from llm_variator.sources.models import load_model
 from llm_variator.train.__main__ import main
+from llm_variator.train.least_squares import LeastSquares
 from llm_variator.train.settings import Settings
+from llm_variator.train.trainer import VariatorTrainer
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,22 @@ def test_least_squares_reads_more_than_a_short_run(tmp_path, capsys):
     train(tmp_path / "run", max_steps=1, init="least-squares", init_tokens=1000)
     wanted = re.search(r"least squares over ([\d,]+) tokens", capsys.readouterr().err)
     assert 1000 <= int(wanted[1].replace(",", "")) < 1100
+
+
+def test_a_start_by_least_squares_outlives_a_kill_before_the_first_checkpoint(tmp_path, monkeypatch):
+    given = dict(max_steps=2, init="least-squares", init_tokens=200, save_every=2)
+    train(tmp_path / "whole", **given)
+    assert not (tmp_path / "whole" / "start").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            VariatorTrainer, "training_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", **given)
+    monkeypatch.setattr(LeastSquares, "__init__", lambda *args: pytest.fail("fitted anew"))
+    train(tmp_path / "run", "--resume", **given)
+    ours, theirs = (load_file(tmp_path / name / "variator.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("init", ["copy", "least-squares"])
