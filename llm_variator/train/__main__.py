@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             _start_by_least_squares(settings, run, trainer)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if settings.steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         if checkpoints(settings.folder):
             print(f"\n--resume goes on from the last checkpoint in {settings.folder}", file=sys.stderr)
@@ -156,7 +157,7 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
     keeps_best = settings.stage != "pretrain" and settings.save_every > 0
     arguments = TrainingArguments(
         output_dir=str(settings.folder),
-        max_steps=settings.steps,
+        max_steps=max(1, settings.steps),  # with none it only evaluates
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accum,
@@ -172,7 +173,7 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
         eval_steps=settings.eval_every,
         eval_on_start=not resuming,
         save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or settings.steps,
+        save_steps=settings.save_every or max(1, settings.steps),
         save_total_limit=settings.save_total_limit,
         load_best_model_at_end=keeps_best,
         metric_for_best_model=run.judge.figure if keeps_best else None,

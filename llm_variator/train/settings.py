@@ -103,7 +103,9 @@ class Optimisation:
     """Optimisation."""
 
     max_steps: Natural | None = flag(
-        None, "optimiser steps (default: 1000; with --compressor kv=select none, its scores are fitted)"
+        None,
+        "optimiser steps (default: 1000; with --compressor kv=select none, its scores are fitted); 0: what least "
+        "squares set, or the plugins that are joined, as they are",
     )
     batch_size: PositiveInt = flag(2, "rows in a micro-batch, on each device")
     grad_accum: PositiveInt = flag(1, "micro-batches in a step")
@@ -249,7 +251,8 @@ class Settings(
             raise VariatorError(
                 "--beside is for scores that are fitted: give --compressor kv=select, or --plugin A,B"
             )
-        if self.max_steps == 0 and not self.fits_scores:
+        in_closed_form = self.fits_scores or len(self.plugin) > 1 or self.init == "least-squares"
+        if self.max_steps == 0 and not in_closed_form:
             raise VariatorError("--max-steps: expected a whole number of at least 1, got 0")
 
     @property

@@ -126,6 +126,13 @@ def test_least_squares_reads_more_than_a_short_run(tmp_path, capsys):
     assert 1000 <= int(wanted[1].replace(",", "")) < 1100
 
 
+def test_least_squares_alone(tmp_path):
+    figures = train(tmp_path / "run", max_steps=0, init="least-squares", init_tokens=200)
+    assert figures["steps"] == 0
+    assert figures["held_out"]["compressed"] > 0
+    assert load_file(tmp_path / "run" / "variator.safetensors")["ffn.0.decompressor.down.weight"].norm() > 0
+
+
 def test_a_start_by_least_squares_outlives_a_kill_before_the_first_checkpoint(tmp_path, monkeypatch):
     given = dict(max_steps=2, init="least-squares", init_tokens=200, save_every=2)
     train(tmp_path / "whole", **given)
@@ -172,6 +179,10 @@ def test_plugins_of_different_sites_are_trained_on_together(tmp_path):
     )
     ffn, kv, run = (load_file(tmp_path / name / "variator.safetensors") for name in ("ffn", "kv", "run"))
     assert run.keys() == ffn.keys() | kv.keys()
+    train(tmp_path / "joined", plugin=f"{tmp_path / 'ffn'},{tmp_path / 'kv'}", max_steps=0, **none)
+    joined = load_file(tmp_path / "joined" / "variator.safetensors")
+    assert joined.keys() == run.keys()
+    assert all(torch.equal(value, (ffn | kv)[name]) for name, value in joined.items())
     model = VariatorModel(load_model(model_folder()), VariatorConfig(sites=("kv",), dense_head=2))
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(VariatorError, match=r"same dense_head, these have 1 and 2"):
