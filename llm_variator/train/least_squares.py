@@ -396,10 +396,6 @@ class _Moments:
         rank = min(decompressor.down.out_features, len(directions))
         directions = directions[:, -rank:]  # (d, rank), those that explain most
         down, up = whole @ directions, directions.T / gain
-        # of the many equal products the one with factors of equal size: a step of Adam, of one size in all weights,
-        # hardly moved one of them and threw the other about
-        balance = (up.norm(dim=1) / down.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-30)
-        down, up = down * balance, up / balance[:, None]
         with torch.no_grad():
             for weights in decompressor.parameters():
                 weights.zero_()

@@ -59,16 +59,6 @@ def test_brings_the_model_nearer_to_the_dense_one(kind, ragged):
         assert float(error(model, made)) < 0.8 * before
 
 
-def test_factors_are_of_equal_size():
-    """Of equal products the one that Adam's steps, of one size in all weights, can go on from."""
-    model = make_variator("llama", VariatorConfig(k=2, sites=("ffn",), r=8, dense_head=0, dense_tail=0))
-    LeastSquares(model, batches("llama", ragged=False)).fit()
-    for own in model.plugin().sites.values():
-        inner, outer = own.decompressor.down.weight.norm(dim=1), own.decompressor.up.weight.norm(dim=0)
-        assert inner.min() > 0
-        torch.testing.assert_close(inner, outer)
-
-
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 def test_no_step_from_the_last_layer_s_solution_does_better(ragged, monkeypatch):
     """By autograd: the gradient of the model's own final error vanishes at the unregularised solution."""
