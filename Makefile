@@ -52,7 +52,7 @@ demo: $(VENV)/.demo
 		--prompt-file $(PROMPT) --max-new-tokens 64
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
