@@ -251,9 +251,12 @@ class Settings(
             raise VariatorError(
                 "--beside is for scores that are fitted: give --compressor kv=select, or --plugin A,B"
             )
-        in_closed_form = self.fits_scores or len(self.plugin) > 1 or self.init == "least-squares"
-        if self.max_steps == 0 and not in_closed_form:
+        if self.max_steps == 0 and not self._is_closed_form():
             raise VariatorError("--max-steps: expected a whole number of at least 1, got 0")
+
+    def _is_closed_form(self) -> bool:
+        """Whether something is left to do without steps."""
+        return self.fits_scores or len(self.plugin) > 1 or self.init == "least-squares"
 
     @property
     def steps(self) -> int:

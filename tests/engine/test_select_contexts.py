@@ -336,12 +336,19 @@ def test_contexts_in_a_pool_answer_as_without(decoder, name):
     model, pool = make(decoder, CONFIGS[name]), KVPool(3000, block_size=3)
     document, question = prompts(41, 19)
     batch = [row[0].tolist() for row in prompts(50, 21, 36)]
-    for what, chunk in ((document, None), (document, 9), (batch, None), (batch, 13)):
+    beams, chunks = dict(num_beams=3, **GREEDY), dict(prefill_chunk_size=7, **GREEDY)
+    cases = (
+        (document, None, (GREEDY, chunks)),
+        (document, 9, (beams,)),
+        (batch, None, (beams,)),
+        (batch, 13, (chunks,)),
+    )
+    for what, chunk, ways in cases:
         paged, plain_one = (model.compress(what, pool=p, prefill_chunk_size=chunk) for p in (pool, None))
         same_cache(paged, plain_one)
         longer = [context.extend(question, prefill_chunk_size=chunk) for context in (paged, plain_one)]
         same_cache(*longer)
-        for options in (GREEDY, dict(num_beams=3, **GREEDY), dict(prefill_chunk_size=7, **GREEDY)):
+        for options in ways:
             wanted = model.generate(question, context=longer[1], **options)
             assert torch.equal(model.generate(question, context=longer[0], **options), wanted)
         (_, after), (_, wanted) = (
