@@ -147,8 +147,7 @@ def cut_windows(documents: Sequence[Tensor], seq_length: int, tokenizer: PreTrai
 
     Every window opens with the beginning-of-text token where the tokenizer puts one before a text.
     """
-    empty = tokenizer("")["input_ids"]
-    opening = empty[:1] if empty[:1] == [tokenizer.bos_token_id] else []
+    opening = _opening(tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     end = torch.tensor(separator, dtype=torch.int32)
     stream = torch.cat([part for document in documents for part in (document, end)] or [end])
@@ -160,11 +159,15 @@ def cut_windows(documents: Sequence[Tensor], seq_length: int, tokenizer: PreTrai
 
 def end_windows(documents: Sequence[Tensor], seq_length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The last tokens of every document that is long enough: int32 (windows, seq_length), opened as above."""
-    empty = tokenizer("")["input_ids"]
-    opening = torch.tensor(empty[:1] if empty[:1] == [tokenizer.bos_token_id] else [], dtype=torch.int32)
+    opening = torch.tensor(_opening(tokenizer), dtype=torch.int32)
     body = seq_length - len(opening)
     found = [torch.cat((opening, ids[-body:])) for ids in documents if len(ids) >= body]
     return torch.stack(found) if found else torch.empty(0, seq_length, dtype=torch.int32)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    empty = list(tokenizer("")["input_ids"])
+    return empty[:1] if empty[:1] == [tokenizer.bos_token_id] else []
 
 
 def enough(windows: Tensor, count: int, source: str) -> Tensor:

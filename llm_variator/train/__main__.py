@@ -87,8 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check_output(settings: Settings) -> Path | None:
     """The checkpoint to resume from, if any; raises before any long work if the folder cannot be used."""
     if settings.resume:
-        started = not checkpoints(settings.folder) and (settings.folder / START).exists()
-        checkpoint = None if started else last_complete_checkpoint(settings.folder)
+        try:
+            checkpoint = last_complete_checkpoint(settings.folder)
+        except VariatorError:
+            if not (settings.folder / START).exists():
+                raise
+            checkpoint = None
         _check_same_settings(settings)
         return checkpoint
     if checkpoints(settings.folder):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
-from llm_variator.sources.corpora import Source, cut_windows, read_documents, tokenize
+from llm_variator.sources.corpora import TASK, Source, cut_windows, read_documents, tokenize
 from llm_variator.sources.tasks import find_task, load_examples
 from llm_variator.sources.tasks.examples import Example
 
@@ -29,7 +29,6 @@ CONTINUATION = 128  # tokens that go on
 STRETCH = 512  # most neighbouring tokens of one context that a sample fits
 _QUESTIONS = 320  # most tokens of questions with their answers
 _REQUEST = "\n\nRepeat the previous text exactly.\n\n"
-_TASK = "task:"
 _DOCUMENTS_AT_ONCE = 8
 
 
@@ -178,15 +177,15 @@ def _times(lengths: Sequence[int], length: int) -> int:
 
 def _has_passages(source: str) -> bool:
     """Whether a source is a task of questions about passages."""
-    return source.startswith(_TASK) and {"question", "context"} <= set(
-        find_task(source.removeprefix(_TASK)).columns
+    return source.startswith(TASK) and {"question", "context"} <= set(
+        find_task(source.removeprefix(TASK)).columns
     )
 
 
 def _documents(source: str, data_dir: Path | None) -> list[str]:
-    if not source.startswith(_TASK):
+    if not source.startswith(TASK):
         return read_documents(source, data_dir)
-    examples = load_examples(source.removeprefix(_TASK), "train", data_dir=data_dir)
+    examples = load_examples(source.removeprefix(TASK), "train", data_dir=data_dir)
     return [example.decoder_prompt + example.continuation for example in examples]
 
 
@@ -220,7 +219,7 @@ class _Passages:
         self._tokenizer, self._seed = tokenizer, seed
         self._groups: list[list[Example]] = []
         for source in sources:
-            examples = load_examples(source.name.removeprefix(_TASK), "train", data_dir=data_dir)
+            examples = load_examples(source.name.removeprefix(TASK), "train", data_dir=data_dir)
             self._groups += [
                 list(part) for _, part in groupby(examples, key=lambda one: one.inputs["context"])
             ]

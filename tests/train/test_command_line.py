@@ -143,6 +143,7 @@ def test_a_start_by_least_squares_outlives_a_kill_before_the_first_checkpoint(tm
         )
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", **given)
+    (tmp_path / "run" / "checkpoint-2").mkdir()  # the kill came while it was written
     monkeypatch.setattr(LeastSquares, "__init__", lambda *args: pytest.fail("fitted anew"))
     train(tmp_path / "run", "--resume", **given)
     ours, theirs = (load_file(tmp_path / name / "variator.safetensors") for name in ("run", "whole"))
