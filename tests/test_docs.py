@@ -112,14 +112,14 @@ def test_the_first_screen_shows_and_starts():
     start = README.read_text(encoding="utf-8").split("\n## ")
     assert re.findall(r"!\[.+?\]\((.+?)\)", start[0]) == [
         "docs/figures/concept.svg",
-        "eval/results/smollm2-135m-frontier-plugins.png",
+        "eval/results/smollm2-135m-frontier-shipped.png",
     ]
     assert start[1].startswith("60 seconds\n\n```bash\nmake demo\n```")
     assert start[2].startswith("The first program\n\n```python\n")
 
 
 def test_the_table_of_plugins_is_what_was_measured():
-    file = ROOT / "eval/results/smollm2-135m-frontier-plugins.json"
+    file = ROOT / "eval/results/smollm2-135m-frontier-shipped.json"
     figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
     answers = {row["condition"]: row["f1"] for row in figures["questions"]["rows"]}
     expected = {}

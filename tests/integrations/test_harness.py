@@ -361,7 +361,7 @@ def test_the_shipped_plugin_on_real_weights(smollm2):
     base, tokenizer = smollm2
     lm = VariatorLM(base, tokenizer=tokenizer, plugin="smollm2-135m/k2", batch_size=2)
     try:
-        context = "The town has a market, a school and two bridges. " * 12 + "The number of its bridges is"
+        context = "The town has a market, a school and two bridges. " * 20 + "The number of its bridges is"
         pairs = [(context, " two"), (context, " seven, as everybody knows"), (context[49:], " two")]
         found = log_likelihoods(lm, pairs)
         for (text, continuation), (value, _) in zip(pairs, found, strict=True):

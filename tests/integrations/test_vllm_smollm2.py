@@ -36,8 +36,8 @@ def ffn(smollm2, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(smollm2, tmp_path_factory):
-    k4 = make_plugin("smollm2-135m", tmp_path_factory.mktemp("kv") / "k4", 4, **BOTH)
-    return {"k2": "smollm2-135m/k2", "k4": k4}
+    folder = tmp_path_factory.mktemp("kv")
+    return {f"k{k}": make_plugin("smollm2-135m", folder / f"k{k}", k, **BOTH) for k in (2, 4)}
 
 
 def check(plugins, prompts, orders, **options):
