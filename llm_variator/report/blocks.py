@@ -22,6 +22,8 @@ class Pair:
 
     ours: Sequence[Number]
     paper: Paper | None
+    spread: Sequence[Number] = ()
+    """Of each of ours between seeds; empty where there was one."""
 
 
 Cell = str | Number | Paper | Pair | None

@@ -100,8 +100,8 @@ def _ours(result: Result, printed: Mapping[str, Any]) -> Table:
     for name in names:
         line: list[Cell] = [name]
         for task in columns:
-            scores = [node.show(".1f") for _, node in cells[name][task]["score"].items()]
-            line.append(Pair([score for score in scores if score], beside(name, task)))
+            score, spread = (_numbers(cells[name][task][key]) for key in ("score", "spread"))
+            line.append(Pair(score, beside(name, task), spread if len(spread) == len(score) else ()))
         if with_mean:
             line.append(_pair(figures["averages"][name].show(".1f"), beside(name, "average")))
         cost = figures["costs"][name]
@@ -109,8 +109,15 @@ def _ours(result: Result, printed: Mapping[str, Any]) -> Table:
             line.append(_pair(cost[kind].show(".1f"), beside(name, kind)))
         lines.append(line)
     notes = [f"Model: {figures['model'].text or 'not named'}. {_TABLE_NOTE}", *_measured_on(cells)]
+    if any(isinstance(cell, Pair) and cell.spread for line in lines for cell in line):
+        notes.insert(1, "Behind ±: the standard deviation between adaptations that differ in their seed.")
     head = ["", *(NAMES.get(task, task) for task in columns), *(["average"] if with_mean else [])]
     return Table(result.title, [*head, "parameters", "operations"], lines, notes, [result.name])
+
+
+def _numbers(metrics: Node) -> list[Number]:
+    found = (node.show(".1f") for _, node in metrics.items())
+    return [number for number in found if number]
 
 
 def _pair(ours: Number | None, beside: Paper | None) -> Pair:

@@ -16,6 +16,7 @@ A recipe is a YAML mapping:
       Variator: {plugin: {k: 4}}                       # pre-trained, then adapted to each task
       w/o PT: {plugin: {k: 4}, pretrain: false}
       LTP: {method: ltp, adapt: {max_steps: 100}}      # flags of this row's runs
+    seeds: 3                                           # adaptations of each cell, whose mean and spread are shown
     paper: {Original: {sst2: 94.3}}                    # what the paper printed, shown beside ours
 
 With `extends: OTHER.yaml`, a file beside it, whatever a recipe does not say is taken from there. Flags are those of
@@ -71,6 +72,8 @@ class TableRecipe:
     tasks: Mapping[str, Flags]
     paper: Mapping[str, Mapping[str, Any]]
     note: str
+    seeds: int = 1
+    """Adaptations of each cell, from one fine-tuned model and one pre-trained plugin."""
 
     def flags(self, stage: str, row: Row | None = None, task: str | None = None) -> dict[str, Any]:
         """Flags of a run, the more particular ones winning: options, stage, task, method, row."""
@@ -87,7 +90,9 @@ class TableRecipe:
             self.flags("pretrain", row),
             self.flags("adapt", row, task),
         ]
-        text = json.dumps([model, dataclasses.asdict(row), *stages], sort_keys=True, default=str)
+        several = [self.seeds] if self.seeds > 1 and row.adapt is not None else []
+        said = [model, dataclasses.asdict(row), *stages, *several]
+        text = json.dumps(said, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -103,12 +108,27 @@ def read_table(path: str | Path) -> TableRecipe:
     def fail(message: str) -> VariatorError:
         return VariatorError(f"table {path}: {message}")
 
-    known = {"title", "model", "columns", "options", "methods", "tasks", "rows", "paper", "note", *STAGES}
+    known = {
+        "title",
+        "model",
+        "columns",
+        "options",
+        "methods",
+        "tasks",
+        "rows",
+        "paper",
+        "note",
+        "seeds",
+        *STAGES,
+    }
     for key in content:
         _check_name(key, known, fail)
     for key in ("title", "model", "columns", "rows"):
         if not content.get(key):
             raise fail(f"{key!r} is missing")
+    seeds = content.get("seeds", 1)
+    if type(seeds) is not int or seeds < 1:
+        raise fail(f"seeds: {seeds!r} is no number of adaptations; give 1 or more")
     for task in [*content["columns"], *content.get("tasks", {})]:
         _check_name(task, set(TASKS), fail)
     for method, stages in content.get("methods", {}).items():
@@ -143,6 +163,7 @@ def read_table(path: str | Path) -> TableRecipe:
         tasks=content.get("tasks", {}),
         paper=content.get("paper", {}),
         note=str(content.get("note", "")).strip(),
+        seeds=seeds,
     )
 
 

@@ -40,7 +40,7 @@ def markdown(
         words = [row.name]
         for task in table.columns:
             cell = cells.get(row.name, {}).get(task)
-            words.append(_cell(cell and cell["score"], table.paper.get(row.name, {}).get(task)))
+            words.append(_shown(cell) + _beside(table.paper.get(row.name, {}).get(task)))
         if with_mean:
             mean = f"{means[row.name]:.1f}" if row.name in means else PENDING
             words.append(mean + _beside(table.paper.get(row.name, {}).get("average")))
@@ -54,6 +54,8 @@ def markdown(
         f"Model: {model}. In brackets: what the paper printed for its own models.",
         f"Parameters, and operations of reading {TOKENS} tokens (of T5 by its encoder), in per cent of the original.",
     ]
+    if table.seeds > 1:
+        notes.append(f"Mean ± standard deviation of {table.seeds} adaptations that differ in their seed.")
     if table.note:
         notes.append(table.note)
     for task in table.columns:
@@ -67,9 +69,14 @@ def markdown(
     )
 
 
-def _cell(score: Mapping[str, float] | None, paper: Any) -> str:
-    ours = PENDING if score is None else "/".join(f"{value:.1f}" for value in score.values())
-    return ours + _beside(paper)
+def _shown(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return PENDING
+    spread = cell.get("spread", {})
+    return "/".join(
+        f"{value:.1f}" + (f" ± {spread[metric]:.1f}" if spread else "")
+        for metric, value in cell["score"].items()
+    )
 
 
 def _beside(paper: Any) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Runner:
         """The figures of one cell, from finished runs or new ones.
 
         `score`: by metric, in percent; `steps` and `data` of the last run; `best_settings`, where a grid was
-        searched; `command` and `wall_seconds` of the last run.
+        searched; `command` and `wall_seconds` of the last run. Of several seeds `score` is the mean, `spread`
+        the standard deviation between them, and `runs` has the cell of each.
         """
         teacher = self._searched(
             "finetune", self._table.flags("finetune", task=task), task=task, model=self._model
@@ -81,7 +83,12 @@ class Runner:
         if row.adapt is None:
             return _cell(self._evaluated(teacher, task, start))
         flags = {**self._table.flags("adapt", row, task), **start}
-        return _cell(self._searched("adapt", flags, task=task, model=teacher.as_posix(), method=row.method))
+        cells = []
+        for more in range(self._table.seeds):
+            seed = {"seed": flags.get("seed", 0) + more} if more else {}
+            named: dict[str, Any] = {"task": task, "model": teacher.as_posix(), "method": row.method}
+            cells.append(_cell(self._searched("adapt", flags | seed, **named)))
+        return _over_seeds(cells)
 
     def _searched(self, stage: str, flags: Flags, **more: Any) -> Path:
         """The run with the best held-out figure of all combinations in `grid`; the only one without a grid."""
@@ -165,6 +172,18 @@ def _result(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise VariatorError(f"{file} is not readable ({error}): delete {folder} to run it anew") from None
     return result
+
+
+def _over_seeds(cells: list[Cell]) -> Cell:
+    if len(cells) == 1 or not cells[0]:
+        return cells[0]
+    scores = {metric: [cell["score"][metric] for cell in cells] for metric in cells[0]["score"]}
+    return {
+        **cells[-1],
+        "score": {metric: statistics.mean(values) for metric, values in scores.items()},
+        "spread": {metric: statistics.stdev(values) for metric, values in scores.items()},
+        "runs": cells,
+    }
 
 
 def _cell(folder: Path) -> Cell:

@@ -93,7 +93,10 @@ def folder(tmp_path_factory) -> Path:
         "small-figure4": table_result("Figure 4: backbone sizes, m", {"Original": {"sst2": cell(93.0)}}),
         "small-table1": table_result(
             "Table 1: main results, m",
-            {"w/o ~ odd": {"sst2": cell(50.04)}, "Variator": {"squad": {"score": {"exact_match": 1.0, "f1": 2.0}}}},
+            {"w/o ~ odd": {"sst2": cell(50.04)}, "Variator": {"squad": {"score": {"exact_match": 1.0, "f1": 2.0}}},
+             "LTP": {"sst2": cell(60.0) | {"spread": {"accuracy": 0.21}},
+                     "squad": {"score": {"exact_match": 52.1, "f1": 61.0},
+                               "spread": {"exact_match": 1.3, "f1": 0.4}}}},
             costs={"Variator": {"parameters": 0.94, "operations": 56.5}},
         ),
         "smoke-table3": table_result("Table 3, smoke", {"Original": {"rte": cell(12.3)}}),
@@ -173,6 +176,15 @@ def test_ours_stands_above_the_papers(page):
     assert "80.4/88.1" in row
     assert ">1.0</a>/<a" in row
     assert ">0.9</a>" in row
+
+
+def test_spread_between_seeds_stands_beside_the_mean_and_is_explained(page):
+    table = page[page.index("Table 1: main results, m") :]
+    row = table[table.index('<th scope="row">LTP</th>') :]
+    row = re.sub("<[^>]*>", "", row[: row.index("</tr>")])
+    assert "60.0 ± 0.2" in row
+    assert "52.1 ± 1.3/61.0 ± 0.4" in row
+    assert "the standard deviation between adaptations" in table[: table.index("</section>")]
 
 
 def test_results_that_only_prove_that_they_run_stay_out_of_the_tables(tmp_path, folder):

@@ -128,6 +128,8 @@ GOOD = {"title": "t", "model": "tiny-t5", "columns": ["rte"], "rows": {"Variator
         ({"paper": {"B": {}}}, "unknown 'B'"),
         ({"methods": {"ltp": {"train": {}}}}, "unknown 'train'"),
         ({"extends": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
+        ({"seeds": 0}, "seeds: 0 is no number of adaptations; give 1 or more"),
+        ({"seeds": [0, 1]}, "is no number of adaptations"),
     ],
 )
 def test_wrong_recipe(tmp_path, change, message):
@@ -188,6 +190,38 @@ def test_grid_takes_the_best_of_all_combinations(tmp_path, data):
     best = max(max(score for _, score in result["held_out_history"]) for result in results)
     chosen = figures["cells"]["Original"]["rte"]
     assert max(score for _, score in chosen["held_out_history"]) == best
+
+
+def test_several_seeds_share_their_teacher_and_show_their_spread(tmp_path, data):
+    recipe = {
+        "extends": str(FOLDER / "smoke" / SHARED),
+        "title": "seeds",
+        "seeds": 3,
+        "columns": ["mrpc"],
+        "adapt": {"max_steps": 4, "learning_rate": 0.05},
+        "rows": {"Original": {"method": "original"}, "LTP": {"method": "ltp"}},
+    }
+    file = tmp_path / "seeds.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    cells = run(file, tmp_path, data)["cells"]
+    kinds = sorted(folder.name.rsplit("-", 1)[0] for folder in (tmp_path / "runs").iterdir())
+    assert kinds == ["adapt-mrpc-ltp"] * 3 + ["finetune-mrpc"]
+    assert "spread" not in cells["Original"]["mrpc"]
+    cell = cells["LTP"]["mrpc"]
+    assert ["--seed=1" in each["command"] for each in cell["runs"]] == [False, True, False]
+    for metric, mean in cell["score"].items():
+        found = [each["score"][metric] for each in cell["runs"]]
+        assert mean == pytest.approx(sum(found) / 3)
+        squares = sum((value - mean) ** 2 for value in found)
+        assert cell["spread"][metric] == pytest.approx((squares / 2) ** 0.5)
+    text = (tmp_path / "results" / f"{tmp_path.name}-seeds.md").read_text(encoding="utf-8")
+    assert f"| LTP | {cell['score']['f1']:.1f} ± {cell['spread']['f1']:.1f}/" in text
+    recipe["seeds"] = 2
+    file.write_text(yaml.safe_dump(recipe))
+    table = read_table(file)
+    marks = {row.name: table.digest(row, "mrpc", table.model) for row in table.rows}
+    assert marks["Original"] == cells["Original"]["mrpc"]["recipe"]
+    assert marks["LTP"] != cell["recipe"]
 
 
 def test_markdown_shows_ours_the_papers_and_what_is_pending(tmp_path):
