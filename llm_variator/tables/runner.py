@@ -151,7 +151,9 @@ class Runner:
 def _run_name(flags: Flags) -> str:
     kept = {name: value for name, value in flags.items() if name not in _CIRCUMSTANCES}
     # what a resumed run may change in general still makes another run in a table
-    kept |= {name: flags[name] for name in ("max_steps", "test_limit", "eval_every") if name in flags}
+    kept |= {
+        name: flags[name] for name in ("max_steps", "patience", "test_limit", "eval_every") if name in flags
+    }
     mark = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
     parts = [flags["stage"], flags.get("task"), flags.get("method")]
     return "-".join([*(part for part in parts if part), mark])

@@ -158,7 +158,6 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
     if settings.tensorboard:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(settings.folder / "runs"))
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    keeps_best = settings.stage != "pretrain" and settings.save_every > 0
     arguments = TrainingArguments(
         output_dir=str(settings.folder),
         max_steps=max(1, settings.steps),  # with none it only evaluates
@@ -179,9 +178,9 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or max(1, settings.steps),
         save_total_limit=settings.save_total_limit,
-        load_best_model_at_end=keeps_best,
-        metric_for_best_model=run.judge.figure if keeps_best else None,
-        greater_is_better=run.judge.higher_is_better if keeps_best else None,
+        load_best_model_at_end=settings.keeps_best,
+        metric_for_best_model=run.judge.figure if settings.keeps_best else None,
+        greater_is_better=run.judge.higher_is_better if settings.keeps_best else None,
         logging_steps=settings.logging_every,
         report_to=["tensorboard"] if settings.tensorboard else "none",
         train_sampling_strategy="sequential",
@@ -195,6 +194,7 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
         run.collate,
         objective=run.objective,
         judge=run.judge,
+        patience=settings.patience,
     )
 
 

@@ -18,11 +18,12 @@ from llm_variator.train.losses import LOSSES
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
-# Settings that a resumed run may change: all but --max-steps leave what is learned as it was.
+# Settings that a resumed run may change: all but --max-steps and --patience leave what is learned as it was.
 # `config` is the recipe's name, as the flags of a table may hold it.
 FREE_ON_RESUME = frozenset(
     {"config", "data_dir", "device", "eval_every", "logging_every", "max_steps", "name", "output", "resume"}
     | {"save_dtype", "save_every", "save_total_limit", "tensorboard", "drop_checkpoints", "test_limit"}
+    | {"patience"}
 )
 
 
@@ -166,6 +167,9 @@ class Logs:
     save_every: Natural = flag(
         100, "steps between checkpoints; 0: none. finetune and adapt keep the best of them"
     )
+    patience: PositiveInt | None = flag(
+        None, "stop after this many evaluations without a new best (finetune and adapt; default: never)"
+    )
     save_total_limit: PositiveInt = flag(2, "checkpoints kept")
     drop_checkpoints: bool = flag(False, "delete the checkpoints once the run is finished")
     save_dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "of the finished plugin")
@@ -247,6 +251,10 @@ class Settings(
                 f"the best checkpoint can only be kept if --save-every {self.save_every} is a multiple of "
                 f"--eval-every {self.eval_every}"
             )
+        if self.patience and not self.keeps_best:
+            raise VariatorError(
+                "--patience needs a best checkpoint to go back to: give --stage finetune or adapt, and --save-every"
+            )
         if self.beside and not self.fits_scores:
             raise VariatorError(
                 "--beside is for scores that are fitted: give --compressor kv=select, or --plugin A,B"
@@ -262,6 +270,11 @@ class Settings(
     def steps(self) -> int:
         """Optimiser steps."""
         return 1000 if self.max_steps is None else self.max_steps
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best checkpoint is what is kept in the end, not the last."""
+        return self.stage != "pretrain" and self.save_every > 0
 
     @property
     def fits_scores(self) -> bool:

@@ -64,6 +64,7 @@ class VariatorTrainer(Trainer):
         *,
         objective: Objective,
         judge: Judge,
+        patience: int | None = None,
     ) -> None:
         """Set up the run.
 
@@ -74,13 +75,15 @@ class VariatorTrainer(Trainer):
             collate: a micro-batch from its examples.
             objective: the loss.
             judge: the figures of an evaluation.
+            patience: stop after this many evaluations without a new best.
         """
         assert args.max_steps > 0, "the stream of examples needs its length"
         assert args.train_sampling_strategy == "sequential", "the stream is shuffled already"
         self._learner = learner  # asked for while the Trainer sets itself up
-        # The Trainer wants a dataset to evaluate on; the judge brings its own.
         clock = _Clock()
-        super().__init__(learner.model, args, collate, stream, eval_dataset=[None], callbacks=[clock])
+        callbacks: list[TrainerCallback] = [clock, *([_Patience(patience)] if patience else [])]
+        # The Trainer wants a dataset to evaluate on; the judge brings its own.
+        super().__init__(learner.model, args, collate, stream, eval_dataset=[None], callbacks=callbacks)
         if self.pop_callback(ProgressCallback) is not None:  # the Trainer has none with disable_tqdm
             self.add_callback(_Progress())
         self.step_seconds = clock.seconds
@@ -184,6 +187,29 @@ class _Progress(ProgressCallback):
         if bar is not None and figures:
             words = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()]
             bar.write(f"step {state.global_step:>4}: {', '.join(words)}")
+
+
+class _Patience(TrainerCallback):
+    """Ends a run whose deciding figure has not improved for long; counted in the log, which a resumed run has too."""
+
+    def __init__(self, evaluations: int) -> None:
+        self._evaluations = evaluations
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_if_in_vain(
+            args, state, control
+        )  # of a run that was killed between its last evaluation and its end
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_if_in_vain(args, state, control)
+
+    def _stop_if_in_vain(self, args: Any, state: Any, control: Any) -> None:
+        name = f"eval_{args.metric_for_best_model}"
+        figures = [entry[name] for entry in state.log_history if name in entry and entry["step"]]
+        if figures:
+            best = (max if args.greater_is_better else min)(figures)
+            if len(figures) - 1 - figures.index(best) >= self._evaluations:
+                control.should_training_stop = True
 
 
 class _Clock(TrainerCallback):

@@ -177,6 +177,25 @@ def test_best_checkpoint_is_kept(teachers, data, tmp_path):
         assert torch.equal(value, kept[name]), name
 
 
+def test_patience_ends_what_no_longer_improves(teachers, data, tmp_path):
+    settings = dict(stage="finetune", model=teachers["t5"], task="rte", data_dir=data, learning_rate=30.0)
+    settings |= dict(max_steps=40, save_total_limit=99, patience=2)
+    figures = train(tmp_path / "run", **settings)
+    scores = [score for step, score in figures["held_out_history"] if step]
+    assert figures["steps"] == 2 * len(scores) < 40
+    best = scores.index(max(scores))
+    assert len(scores) - 1 - best == 2
+    assert all(max(scores[place + 1 : place + 3]) > max(scores[: place + 1]) for place in range(best))
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    # killed between the last checkpoint and the end
+    for name in ("training.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    again = train(tmp_path / "run", "--resume", **settings)
+    assert again["held_out"] == figures["held_out"]
+    for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.equal(value, kept[name]), name
+
+
 def test_checkpoints_can_be_dropped_at_the_end(teachers, data, tmp_path):
     adapt(tmp_path / "run", teachers["t5"], data, "--drop-checkpoints", k=2, r=4)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -190,4 +209,6 @@ def test_wrong_combinations(teachers, data, tmp_path):
         adapt(tmp_path / "b", teachers["llama"], data, method="ltp")
     with pytest.raises(VariatorError, match="nothing to train in mean and copy"):
         adapt(tmp_path / "c", teachers["t5"], data, k=2, compressor="mean", decompressor="copy")
+    with pytest.raises(VariatorError, match="--patience needs a best checkpoint to go back to"):
+        adapt(tmp_path / "d", teachers["t5"], data, k=2, r=4, patience=2, save_every=0)
     assert not list(tmp_path.iterdir())
