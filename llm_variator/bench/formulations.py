@@ -34,6 +34,15 @@ class Compare(Settings):
     plugins: tuple[str, ...] = ("ffn:2", "ffn:4", "ffn:8")
     tokens: tuple[PositiveInt, ...] = (2048,)
 
+    def __post_init__(self) -> None:
+        for spec in self.measured():
+            if spec.saved is not None:
+                raise VariatorError(f"bench compare makes its own adapters: give SITES:K in place of {spec}")
+            if spec.keep is not None:
+                raise VariatorError(
+                    f"bench compare times how groups are merged, and {spec} merges none: leave it out"
+                )
+
 
 class PlainLayers(nn.Module):
     """Merge and restore as the equations are written, around any frozen layer."""
@@ -71,10 +80,6 @@ def rows(setting: Setting[Compare]) -> list[dict[str, Any]]:
     shape: Any = Stack if setting.model.is_decoder else EncoderShape
     dim = shape.of(base.config).dim
     ffn = _ffn(setting)
-    if kept := [spec for spec in settings.measured() if spec.keep is not None]:
-        raise VariatorError(
-            f"bench compare times how groups are merged, and {kept[0]} merges none: leave it out"
-        )
     ratios = sorted({spec.k for spec in settings.measured()})
     found = []
     total = (1 + 4 * len(ratios)) * len(settings.tokens) * (settings.repetitions + 1)

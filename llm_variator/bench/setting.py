@@ -1,4 +1,4 @@
-"""What is measured: one model, dense and with plugins of random weights, from the flags all benchmarks share."""
+"""What is measured: one model, dense and with plugins, new or saved, from the flags all benchmarks share."""
 
 from __future__ import annotations
 
@@ -30,14 +30,18 @@ _RANDOM_SCALE = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Plugin:
-    """Sites and ratio of a plugin to measure."""
+    """Sites and ratio of a plugin to measure, of random weights, or where one is saved."""
 
-    sites: tuple[str, ...]
-    k: int
+    sites: tuple[str, ...] = ()
+    k: int = 1
     keep: float | None = None
     """Share of keys and values that heads of unlike ratios keep together; None: tokens are merged."""
+    saved: str | None = None
+    """A folder or a name, which says all the rest."""
 
     def __str__(self) -> str:
+        if self.saved is not None:
+            return Path(self.saved).name
         return (
             f"{'+'.join(self.sites)} k={self.k}"
             if self.keep is None
@@ -66,7 +70,9 @@ class Plugin:
 
 
 def plugin(text: str) -> Plugin:
-    """`ffn,kv:2` -> sites ffn and kv at k=2, `kept:0.25` -> a quarter of all keys and values."""
+    """`ffn,kv:2` -> sites ffn and kv at k=2, `kept:0.25` -> a quarter of all keys and values, `runs/k2` -> that one."""
+    if "/" in text:
+        return Plugin(saved=text)
     sites, colon, number = text.rpartition(":")
     try:
         if not colon:
@@ -79,7 +85,8 @@ def plugin(text: str) -> Plugin:
         VariatorConfig(k=made.k, sites=made.sites)
     except ValueError as error:
         raise VariatorError(
-            f"--plugins: expected sites and a ratio as in ffn,kv:2, or a share as in kept:0.25, got {text!r} ({error})"
+            "--plugins: expected sites and a ratio as in ffn,kv:2, a share as in kept:0.25, or a saved plugin as in "
+            f"runs/k2, got {text!r} ({error})"
         ) from None
     return made
 
@@ -103,8 +110,9 @@ class Settings(flags.Stored, flags.BaseModel):
     threads: PositiveInt | None = flag(None, "CPU threads (default: torch's)")
     plugins: tuple[str, ...] = flag(
         ("ffn:2",),
-        "what to measure beside dense: SITES:K merges, kept:SHARE keeps keys and values",
-        metavar="SITES:K",
+        "what to measure beside dense: SITES:K merges, kept:SHARE keeps keys and values; or a saved plugin, as in "
+        "smollm2-135m/k2 or runs/k2",
+        metavar="PLUGIN",
     )
     r: PositiveInt = flag(64, "bottleneck width")
     dense_head: Natural | None = flag(None, "first tokens kept (default: the configuration's)")
@@ -184,6 +192,9 @@ class Setting(Generic[S_co]):
         """Attach the plugins; after `model.unload()` once more, with other random weights."""
         self.model = VariatorModel(self.base)
         for spec in self.settings.measured():
+            if spec.saved is not None:
+                self.model.load_plugin(spec.saved, str(spec))
+                continue
             self.randomise(self.model.add_plugin(str(spec), spec.config(self.model, self.settings)))
 
     def randomise(self, made: nn.Module) -> None:

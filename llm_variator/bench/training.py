@@ -234,8 +234,8 @@ def check_memory_flags(settings: Memory) -> None:
         raise VariatorError("bench memory counts a base in NF4 as it is: leave out --quantize")
     if load_config(settings.model).is_encoder_decoder or len(settings.plugins) != 1:
         raise VariatorError("bench memory takes a decoder and one plugin in --plugins")
-    if kept := [plugin for plugin in settings.measured() if plugin.keep is not None]:
+    if unlike := [plugin for plugin in settings.measured() if plugin.keep is not None or plugin.saved]:
         raise VariatorError(
-            f"bench memory counts a layer as what three have more than two, and with {kept[0]} no layer is like the "
-            "next: leave it out, and read the peak of bench train on a GPU"
+            f"bench memory counts a layer as what three have more than two, and with {unlike[0]} no layer need be "
+            "like the next: leave it out, and read the peak of bench train on a GPU"
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import randomise
 
-from llm_variator import VariatorConfig, VariatorError
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.bench.__main__ import main, read
 from llm_variator.bench.card import Card
 from llm_variator.bench.formulations import PlainLayers, fused
@@ -24,6 +24,7 @@ from llm_variator.engine.cache import KVCacheReport
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.engine.plugin import weights_digest
 from llm_variator.measures.timing import Case, Spread, interleaved, ratio, timed
+from llm_variator.sources.models import load_model
 
 TINY = ["--random-init", "--device", "cpu", "--repetitions", "2", "--threads", "1"]
 
@@ -358,6 +359,9 @@ def test_plot(tmp_path):
         (["prefill", "--plugins", "kept:1.5"], "between 0 and 1"),
         (["prefill", "--plugins", "kept:0.3", "--model", "tiny-bert"], "is for decoders"),
         *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("memory", "compare")),
+        (["memory", "--plugins", "runs/k2"], "leave it out"),
+        (["compare", "--plugins", "runs/k2"], "give SITES:K in place of k2"),
+        (["prefill", "--plugins", "runs/nowhere"], "nowhere"),
         (["train", "--plugins", "kept:0.3", "--tokens", "100"], "make it longer"),
         (["profile", "--model", "tiny-t5"], "is for decoders"),
     ],
@@ -373,6 +377,17 @@ def test_notes_tell_the_numbers_that_are_used():
     assert f"mean of {_SWAPS}." in Swap.note()
     assert f"({NF4_BITS:.3f} bits per weight)" in Memory.note()
     assert f"Plugin: {ADAM_BYTES} bytes per parameter" in Memory.note()
+
+
+def test_a_saved_plugin_is_measured_as_it_is(tmp_path):
+    made = VariatorModel(load_model("tiny-llama", random_init=True))
+    made.add_plugin("a", VariatorConfig(k=4, sites=("ffn",), r=8, dense_tail=3, dense_head=1))
+    made.save_pretrained(tmp_path / "mine", plugin_name="a")
+    flags = ["prefill", "--model", "tiny-llama", "--tokens", "41", "--plugins"]
+    (dense, saved) = figures(tmp_path, *flags, str(tmp_path / "mine"))["rows"]
+    new = figures(tmp_path, *flags, "ffn:4", "--r", "8", "--dense-tail", "3", "--dense-head", "1")["rows"][1]
+    assert (saved["case"], new["case"]) == ("mine", "ffn k=4")
+    assert saved["operations"] == new["operations"] < dense["operations"]
 
 
 def test_kept_keys_fill_the_share_that_is_asked_for():
