@@ -11,7 +11,7 @@
 # make fuzz   20,000 generated settings, files, recipes and prompts; make soak  2,000 mixed calls; make kill  200 killed
 #             processes; each stores its figures in eval/results. `make test` runs a little of all three
 # make test-playground  the live page in a real browser, in an environment of its own
-# make clean  remove what the targets made (.venv, build outputs, runs)
+# make clean  remove what the targets made (.venv, build outputs, runs/demo)
 
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -173,9 +173,9 @@ kvpress: .venv-kvpress/.done
 	@touch $@
 
 suite: $(VENV)/.test
-	$(BIN)/python -m llm_variator.evaluate harness --model smollm2-135m --compare none,k2,k4=4 --tasks variator_offline \
+	$(BIN)/python -m llm_variator.evaluate harness --model smollm2-135m --compare none,k2,means4=4 --tasks variator_offline \
 		--limit $(LIMIT) --batch_size 8 $(if $(DATA),--data-dir $(DATA)) --output_path eval/results/smollm2-135m-offline.json
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(PLAY) $(OLDEST) $(NEWEST) $(DOCS) .venv-kvpress .venv-lock build dist site *.egg-info runs
+	rm -rf $(VENV) $(VLLM) $(PLAY) $(OLDEST) $(NEWEST) $(DOCS) .venv-kvpress .venv-lock build dist site *.egg-info runs/demo
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "examples:\n"
         "  --model smollm2-135m --plugin smollm2-135m/k2 --tasks variator_sst2 --limit 200 --data-dir DIR\n"
         "  --model variator --model_args pretrained=smollm2-135m,plugin=smollm2-135m/k2 --tasks hellaswag\n"
-        "  --model smollm2-135m --compare none,k2,k4=4 --tasks variator_offline --output_path table.json"
+        "  --model smollm2-135m --compare none,k2,means4=4 --tasks variator_offline --output_path table.json"
     )
     group = parser.add_argument_group("llm_variator")
     add = group.add_argument

@@ -36,7 +36,7 @@ _SHARE = re.compile(r"0?\.\d+")
 
 
 def parse_entries(text: str, model: str) -> list[Entry]:
-    """`none,k2,mine=runs/k4,k4=4` -> entries.
+    """`none,k2,mine=runs/k4,means4=4` -> entries.
 
     Raises:
         VariatorError: an empty list, a label twice, or a name that is no plugin's.
