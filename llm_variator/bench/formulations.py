@@ -35,6 +35,7 @@ class Compare(Settings):
     tokens: tuple[PositiveInt, ...] = (2048,)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for spec in self.measured():
             if spec.saved is not None:
                 raise VariatorError(f"bench compare makes its own adapters: give SITES:K in place of {spec}")

@@ -19,9 +19,11 @@ from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.engine.plan import kv_heads
 from llm_variator.errors import VariatorError
+from llm_variator.generate import parse_plugins
 from llm_variator.measures.timing import CLOCKS, Case, interleaved, timed
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
+from llm_variator.sources.models.plugins import plugin_folder, resolve_plugin
 from llm_variator.train.shares import Budget
 
 DENSE = "dense"
@@ -38,10 +40,12 @@ class Plugin:
     """Share of keys and values that heads of unlike ratios keep together; None: tokens are merged."""
     saved: str | None = None
     """A folder or a name, which says all the rest."""
+    name: str = ""
+    """Of a saved one, as printed."""
 
     def __str__(self) -> str:
         if self.saved is not None:
-            return Path(self.saved).name
+            return self.name
         return (
             f"{'+'.join(self.sites)} k={self.k}"
             if self.keep is None
@@ -72,7 +76,9 @@ class Plugin:
 def plugin(text: str) -> Plugin:
     """`ffn,kv:2` -> sites ffn and kv at k=2, `kept:0.25` -> a quarter of all keys and values, `runs/k2` -> that one."""
     if "/" in text:
-        return Plugin(saved=text)
+        ((name, saved),) = parse_plugins([text]).items()
+        resolve_plugin(saved)
+        return Plugin(saved=saved, name=name)
     sites, colon, number = text.rpartition(":")
     try:
         if not colon:
@@ -111,12 +117,12 @@ class Settings(flags.Stored, flags.BaseModel):
     plugins: tuple[str, ...] = flag(
         ("ffn:2",),
         "what to measure beside dense: SITES:K merges, kept:SHARE keeps keys and values; or a saved plugin, as in "
-        "smollm2-135m/k2 or runs/k2",
+        "smollm2-135m/k2 or NAME=runs/k2",
         metavar="PLUGIN",
     )
-    r: PositiveInt = flag(64, "bottleneck width")
-    dense_head: Natural | None = flag(None, "first tokens kept (default: the configuration's)")
-    dense_tail: Natural | None = flag(None, "last tokens kept (default: the configuration's)")
+    r: PositiveInt = flag(64, "bottleneck width of plugins that are not saved")
+    dense_head: Natural | None = flag(None, "their first tokens kept (default: the configuration's)")
+    dense_tail: Natural | None = flag(None, "their last tokens kept (default: the configuration's)")
     tokens: tuple[PositiveInt, ...] = flag((512,), "lengths to measure")
     repetitions: PositiveInt = flag(7, "times that every case is timed, in turns")
     clock: str = flag(
@@ -133,7 +139,12 @@ class Settings(flags.Stored, flags.BaseModel):
     plot: Path | None = flag(None, "store a plot (needs matplotlib), as .svg or .png", metavar="FILE")
 
     def __post_init__(self) -> None:
-        self.measured()
+        found = self.measured()
+        parse_plugins([f"{each.name}={each.saved}" for each in found if each.saved])  # none twice
+        ends = [name for name in ("dense_head", "dense_tail") if getattr(self, name) is not None]
+        if ends and all(each.saved for each in found):
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in ends)
+            raise VariatorError(f"saved plugins have their own dense ends: leave out {given}")
 
     def measured(self) -> list[Plugin]:
         """What `--plugins` says; raises VariatorError where it says nothing."""
@@ -167,6 +178,9 @@ class Setting(Generic[S_co]):
 
     def __init__(self, settings: S_co) -> None:
         """Load and attach; raises VariatorError where flags do not suit the model."""
+        self._saved = {
+            str(spec): plugin_folder(spec.saved) for spec in settings.measured() if spec.saved is not None
+        }
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
@@ -193,7 +207,7 @@ class Setting(Generic[S_co]):
         self.model = VariatorModel(self.base)
         for spec in self.settings.measured():
             if spec.saved is not None:
-                self.model.load_plugin(spec.saved, str(spec))
+                self.model.load_plugin(self._saved[str(spec)], str(spec))
                 continue
             self.randomise(self.model.add_plugin(str(spec), spec.config(self.model, self.settings)))
 

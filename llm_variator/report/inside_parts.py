@@ -11,10 +11,7 @@ from llm_variator.report.drawings import Drawings
 from llm_variator.report.frontier_parts import superseded_tables
 from llm_variator.report.results import Node, Number, Result
 
-_COMMAND = (
-    "python -m llm_variator.analyze merge --model smollm2-135m --plugin smollm2-135m/k2 "
-    "--json eval/results/smollm2-135m-k2-merge.json"
-)
+_COMMAND = "python -m llm_variator.analyze merge --model smollm2-135m --plugin runs/k2 --json eval/results/merge.json"
 _NO_RESULTS = ("config", "configs", "held_out_history", "loss_history")
 _MOST = 40  # numbers of a file that nothing else shows
 

@@ -151,7 +151,7 @@ def read_table(path: str | Path) -> TableRecipe:
         rows.append(Row(str(name), **settings))
     for name in content.get("paper", {}):
         _check_name(name, {row.name for row in rows}, fail)
-    return TableRecipe(
+    table = TableRecipe(
         name="-".join(path.with_suffix("").parts[-2:]) if path.parent.name else path.stem,
         title=str(content["title"]),
         model=str(content["model"]),
@@ -165,6 +165,10 @@ def read_table(path: str | Path) -> TableRecipe:
         note=str(content.get("note", "")).strip(),
         seeds=seeds,
     )
+    for flags in (table.flags("adapt", row, task) for row in rows for task in table.columns if seeds > 1):
+        if "seed" in flags.get("grid", {}) or type(flags.get("seed", 0)) is not int:
+            raise fail("seeds counts up from one whole number: give seed no other value, and no grid")
+    return table
 
 
 def as_argv(flags: Flags) -> list[str]:

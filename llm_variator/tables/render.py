@@ -62,7 +62,8 @@ def markdown(
         found = [columns[task] for columns in cells.values() if task in columns]
         if found:
             data = "; ".join(f"{what} {text}" for what, text in found[0]["data"].items())
-            steps = sorted({cell["steps"] for cell in found if "steps" in cell})
+            runs = [run for cell in found for run in cell.get("runs", [cell])]
+            steps = sorted({run["steps"] for run in runs if "steps" in run})
             notes.append(f"{task}: {data}; steps: {', '.join(map(str, steps))}.")
     return "\n".join(
         [f"# {table.title}", "", tables.markdown(head, lines), "", *(f"- {note}" for note in notes), ""]

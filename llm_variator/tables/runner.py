@@ -177,13 +177,16 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 def _over_seeds(cells: list[Cell]) -> Cell:
-    if len(cells) == 1 or not cells[0]:
+    if len(cells) == 1:
         return cells[0]
+    if not all(cells):
+        return {}  # a dry run
     scores = {metric: [cell["score"][metric] for cell in cells] for metric in cells[0]["score"]}
     return {
         **cells[-1],
         "score": {metric: statistics.mean(values) for metric, values in scores.items()},
         "spread": {metric: statistics.stdev(values) for metric, values in scores.items()},
+        "steps": max(cell["steps"] for cell in cells),
         "runs": cells,
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from llm_variator import cli
 from llm_variator.engine.files import write_atomically
@@ -31,8 +31,10 @@ from llm_variator.train.settings import FREE_ON_RESUME, SCHEDULES, Settings, che
 from llm_variator.train.stages import Run, prepare
 from llm_variator.train.trainer import (
     START,
+    STATE_FILE,
     VariatorTrainer,
     checkpoints,
+    is_in_vain,
     keep_start,
     last_complete_checkpoint,
 )
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main_process():
         _print_trainable(run)
         write_atomically(settings.folder / RUN_FILE, json.dumps(_deciding(settings), indent=2) + "\n")
-    trainer = _trainer(settings, run, resuming=checkpoint is not None)
+    trainer = _trainer(settings, run, checkpoint)
     if settings.init == "least-squares" and checkpoint is None:
         if settings.resume:
             run.learner.load(settings.folder / START)
@@ -154,13 +156,13 @@ def _print_trainable(run: Run) -> None:
     print(f"{trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters are trained")
 
 
-def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer:
+def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorTrainer:
     if settings.tensorboard:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(settings.folder / "runs"))
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(settings.folder),
-        max_steps=max(1, settings.steps),  # with none it only evaluates
+        max_steps=max(1, _last_step(settings, run, checkpoint)),  # with none it only evaluates
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accum,
@@ -174,7 +176,7 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
         seed=settings.seed,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        eval_on_start=not resuming,
+        eval_on_start=checkpoint is None,
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or max(1, settings.steps),
         save_total_limit=settings.save_total_limit,
@@ -196,6 +198,16 @@ def _trainer(settings: Settings, run: Run, *, resuming: bool) -> VariatorTrainer
         judge=run.judge,
         patience=settings.patience,
     )
+
+
+def _last_step(settings: Settings, run: Run, checkpoint: Path | None) -> int:
+    """Where the run ends at the latest: at its checkpoint, if it was killed after its patience had ended there."""
+    if settings.patience and checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        figure, higher = run.judge.figure, run.judge.higher_is_better
+        if is_in_vain(state.log_history, figure, settings.patience, higher_is_better=higher):
+            return state.global_step
+    return settings.steps
 
 
 def _start_by_least_squares(settings: Settings, run: Run, trainer: VariatorTrainer) -> None:
@@ -274,9 +286,12 @@ def _finish(
         where = (
             result["machine"]["gpu"] or f"{result['machine']['cores']} cores of {result['machine']['cpu']}"
         )
+        read = settings.steps or settings.init == "least-squares"
+        rows = settings.batch_size * settings.grad_accum * world_size()
         facts = {
-            **{name: scrub_paths(value) for name, value in run.data.items()},
-            "steps": f"{settings.steps}, each {settings.batch_size * settings.grad_accum * world_size()} rows",
+            **{name: scrub_paths(value) for name, value in run.data.items() if read or name != "trained on"},
+            **({"made of": ", ".join(settings.plugin)} if settings.plugin else {}),
+            "steps": f"{trainer.state.global_step}, each {rows} rows",
             "loss": settings.loss,
             "wall time": f"{result['wall_seconds']:.0f} s on {where}",
             "held out" if settings.stage != "pretrain" else "held-out figures": words,

@@ -255,6 +255,10 @@ class Settings(
             raise VariatorError(
                 "--patience needs a best checkpoint to go back to: give --stage finetune or adapt, and --save-every"
             )
+        if self.patience and self.save_every != self.eval_every:
+            raise VariatorError(
+                f"--patience needs a checkpoint of every evaluation: give --save-every {self.eval_every}"
+            )
         if self.beside and not self.fits_scores:
             raise VariatorError(
                 "--beside is for scores that are fitted: give --compressor kv=select, or --plugin A,B"

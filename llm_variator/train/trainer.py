@@ -11,11 +11,12 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -36,7 +37,7 @@ from llm_variator.train.objective import Objective
 START = "start"
 """Folder of what a run begins with, where that took long."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_STATE_FILE = "trainer_state.json"  # the last file the Trainer writes into a checkpoint
+STATE_FILE = "trainer_state.json"  # the last file the Trainer writes into a checkpoint
 _UNSHOWN = {
     "epoch",
     "total_flos",
@@ -45,7 +46,7 @@ _UNSHOWN = {
     "train_samples_per_second",
     "train_steps_per_second",
 }
-_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", _STATE_FILE)
+_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", STATE_FILE)
 
 
 class VariatorTrainer(Trainer):
@@ -128,6 +129,7 @@ class VariatorTrainer(Trainer):
     ) -> dict[str, float]:
         """The judge's figures, logged."""
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._judge(self._learner).items()}
+        (metrics,) = broadcast_object_list([metrics])  # all processes keep the same best, and stop together
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -195,21 +197,22 @@ class _Patience(TrainerCallback):
     def __init__(self, evaluations: int) -> None:
         self._evaluations = evaluations
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop_if_in_vain(
-            args, state, control
-        )  # of a run that was killed between its last evaluation and its end
-
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop_if_in_vain(args, state, control)
+        figure, higher = args.metric_for_best_model, args.greater_is_better
+        if is_in_vain(state.log_history, figure, self._evaluations, higher_is_better=higher):
+            control.should_training_stop = True
 
-    def _stop_if_in_vain(self, args: Any, state: Any, control: Any) -> None:
-        name = f"eval_{args.metric_for_best_model}"
-        figures = [entry[name] for entry in state.log_history if name in entry and entry["step"]]
-        if figures:
-            best = (max if args.greater_is_better else min)(figures)
-            if len(figures) - 1 - figures.index(best) >= self._evaluations:
-                control.should_training_stop = True
+
+def is_in_vain(
+    log: Sequence[Mapping[str, Any]], figure: str, evaluations: int, *, higher_is_better: bool
+) -> bool:
+    """Whether the last so many evaluations of a Trainer's log, from step 1 on, have not improved the figure."""
+    name = f"eval_{figure}"
+    figures = [entry[name] for entry in log if name in entry and entry["step"]]
+    if not figures:
+        return False
+    best = (max if higher_is_better else min)(figures)
+    return len(figures) - 1 - figures.index(best) >= evaluations
 
 
 class _Clock(TrainerCallback):
@@ -269,7 +272,7 @@ def keep_start(learner: Learner, folder: Path) -> None:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return any(checkpoint.glob("*.safetensors")) and all(

@@ -24,7 +24,7 @@ from llm_variator.engine.cache import KVCacheReport
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.engine.plugin import weights_digest
 from llm_variator.measures.timing import Case, Spread, interleaved, ratio, timed
-from llm_variator.sources.models import load_model
+from llm_variator.sources.models import load_config, load_model
 
 TINY = ["--random-init", "--device", "cpu", "--repetitions", "2", "--threads", "1"]
 
@@ -361,7 +361,9 @@ def test_plot(tmp_path):
         *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("memory", "compare")),
         (["memory", "--plugins", "runs/k2"], "leave it out"),
         (["compare", "--plugins", "runs/k2"], "give SITES:K in place of k2"),
-        (["prefill", "--plugins", "runs/nowhere"], "nowhere"),
+        (["prefill", "--plugins", "./nowhere"], "nowhere"),
+        (["prefill", "--plugins", "smollm2-135m/k2", "runs/k2"], "two plugins are called 'k2'"),
+        (["prefill", "--plugins", "smollm2-135m/k2", "--dense-tail", "3"], "leave out --dense-tail"),
         (["train", "--plugins", "kept:0.3", "--tokens", "100"], "make it longer"),
         (["profile", "--model", "tiny-t5"], "is for decoders"),
     ],
@@ -388,6 +390,25 @@ def test_a_saved_plugin_is_measured_as_it_is(tmp_path):
     new = figures(tmp_path, *flags, "ffn:4", "--r", "8", "--dense-tail", "3", "--dense-head", "1")["rows"][1]
     assert (saved["case"], new["case"]) == ("mine", "ffn k=4")
     assert saved["operations"] == new["operations"] < dense["operations"]
+    measured = setting("--plugins", f"it-is={tmp_path / 'mine'}").model.plugin("it-is").state_dict()
+    for name, value in made.plugin("a").state_dict().items():
+        assert torch.equal(measured[name], value), name
+
+
+@pytest.mark.parametrize("command", ["decode", "swap", "profile", "train"])
+def test_every_benchmark_takes_a_saved_plugin(command, tmp_path):
+    made = VariatorModel(load_model("tiny-llama", random_init=True))
+    layers = load_config("tiny-llama").num_hidden_layers
+    config = VariatorConfig(
+        k=4, sites=("ffn", "kv"), r=8, dense_tail=70, compressor={"ffn": "mean", "kv": "select"}, block=8,
+        k_per_layer={"ffn": [1] + [4] * (layers - 1)},
+    )  # fmt: skip
+    made.add_plugin("a", config)
+    made.save_pretrained(tmp_path / "mine", plugin_name="a")
+    flags = [command, "--model", "tiny-llama", "--tokens", "150", "--plugins", str(tmp_path / "mine")]
+    assert ("mine" in json.dumps(figures(tmp_path, *flags))) == (
+        command != "train"
+    )  # its rows are parts of a step
 
 
 def test_kept_keys_fill_the_share_that_is_asked_for():

@@ -191,7 +191,8 @@ def test_patience_ends_what_no_longer_improves(teachers, data, tmp_path):
     for name in ("training.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     again = train(tmp_path / "run", "--resume", **settings)
-    assert again["held_out"] == figures["held_out"]
+    for name in ("held_out", "held_out_history", "loss_history", "steps", "best_step"):
+        assert again[name] == figures[name], name
     for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
         assert torch.equal(value, kept[name]), name
 
@@ -211,4 +212,6 @@ def test_wrong_combinations(teachers, data, tmp_path):
         adapt(tmp_path / "c", teachers["t5"], data, k=2, compressor="mean", decompressor="copy")
     with pytest.raises(VariatorError, match="--patience needs a best checkpoint to go back to"):
         adapt(tmp_path / "d", teachers["t5"], data, k=2, r=4, patience=2, save_every=0)
+    with pytest.raises(VariatorError, match="a checkpoint of every evaluation: give --save-every 2"):
+        adapt(tmp_path / "e", teachers["t5"], data, k=2, r=4, patience=2, save_every=4)
     assert not list(tmp_path.iterdir())
