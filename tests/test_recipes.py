@@ -65,6 +65,20 @@ def test_plugin_fits_the_model(recipe, monkeypatch):
     assert isinstance(config.resolved(signature, decoder=True), VariatorConfig)
 
 
+def test_plugins_that_are_joined_have_the_same_dense_ends():
+    """The FFN plugin is another recipe's output, the scores are made by the command in the comment."""
+    made = {read["output"]: read for name in RECIPES if "output" in (read := cli.read_recipe(ROOT / name))}
+    joined = [name for name in RECIPES if len(cli.read_recipe(ROOT / name).get("plugin", ())) > 1]
+    assert len(joined) == 3
+    for name in joined:
+        ffn, scores = cli.read_recipe(ROOT / name)["plugin"]
+        comment = " ".join(re.findall(r"(?m)^#\s*(.*?)\\?$", (ROOT / name).read_text(encoding="utf-8")))
+        tail, output = re.search(r"--dense-tail (\d+)\s+--output (\S+)", comment).groups()
+        assert output == scores, name
+        assert int(tail) == made[ffn]["dense_tail"], name
+        assert made["runs/smollm2-135m-kv4"]["dense_head"] == made[ffn]["dense_head"], name
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_flags_go_before_the_recipe(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
