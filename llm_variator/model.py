@@ -131,7 +131,8 @@ class VariatorModel(TrainableHolder):
             raise VariatorError(f"{folder}: {error}") from None
         built.load_weights(folder)
         warn_if_other_weights(folder, config.base, self.signature.weights)
-        return self._put(plugin_name, built.to(dtype or self._host.dtype))
+        built.to(dtype or self._host.dtype).check_numbers()
+        return self._put(plugin_name, built)
 
     # --- running
 

@@ -6,6 +6,8 @@ g° the frozen layer's output for g, o the restored outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,6 +83,33 @@ class HiddenDecompressor(nn.Module):
             self.up = nn.Linear(r, dim)  # W_u^2, b_u^2
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Make each hidden unit's weights as large in W_1 as in W_2, by powers of two: exactly the same function.
+
+        Least squares leaves large ones in W_1, beyond what float16 holds. Nothing changes where an activation is
+        between the two.
+        """
+        if self.copy or self.activation != "identity":
+            return
+        before = torch.maximum(self.down.weight.abs().amax(1), self.down.bias.abs()).double()
+        after = self.up.weight.abs().amax(0).double()
+        # a unit that says nothing, one of the two is 0, only shrinks: to 1, if it is larger
+        first = before.where(before > 0, torch.minimum(after, 1 / after))
+        second = after.where(after > 0, torch.minimum(before, 1 / before))
+        exponents = ((first.log2() - second.log2()) / 2).round()
+        scale = exponents.where(exponents.isfinite(), exponents.new_zeros(())).exp2().to(self.up.weight.dtype)
+        self.down.weight.div_(scale[:, None])
+        self.down.bias.div_(scale)
+        self.up.weight.mul_(scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HiddenDecompressor:
+        if not self.copy:
+            now = self.down.weight
+            if now.dtype != torch.float16 and not now.is_meta and fn(now.new_zeros(1)).dtype == torch.float16:
+                self.balance()
+        return super()._apply(fn, recurse)
 
     def forward(self, merged: Tensor, groups: Tensor) -> Tensor:
         """Restore `merged` g° (..., d) for the tokens `groups` h (..., k, d): (..., k, d)."""

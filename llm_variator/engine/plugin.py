@@ -5,6 +5,7 @@ Every parameter of a `CompressionPlugin` is trained and saved, and nothing else 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, BaseSignature, VariatorConfig
 from llm_variator.engine.files import write_atomically
@@ -142,16 +143,34 @@ class CompressionPlugin(nn.Module):
     ) -> None:
         """Write weights, config and model card into `folder`; each file appears whole or not at all."""
         folder = Path(folder)
+        weights = dict(self.state_dict())
+        for place, layer in self.named_modules():
+            if dtype == torch.float16 and isinstance(layer, HiddenDecompressor):
+                balanced = copy.deepcopy(layer).half().state_dict()
+                weights |= {f"{place}.{name}": value for name, value in balanced.items()}
         weights = {
             name: value.detach().to("cpu", dtype or value.dtype).contiguous()
-            for name, value in self.state_dict().items()
+            for name, value in weights.items()
         }
+        if name := _no_number_in(weights):
+            raise VariatorError(
+                f"{name} has values that {str(weights[name].dtype).removeprefix('torch.')} does not hold, or that "
+                "training has spoiled: save in bfloat16 or float32, or train at a lower rate"
+            )
         settings = json.dumps(self.config.to_dict(), indent=2) + "\n"
         metadata = {"format": "pt", _SETTINGS: _text_digest(settings)}
         # the config comes last: a folder that has one is complete
         write_atomically(folder / WEIGHTS_FILE, lambda file: save_file(weights, file, metadata=metadata))
         write_atomically(folder / CARD_FILE, card or self.card())
         write_atomically(folder / CONFIG_FILE, settings)
+
+    def check_numbers(self) -> None:
+        """Raise VariatorError if weights are infinite, as where float16 does not hold them."""
+        if name := _no_number_in(self.state_dict()):
+            raise VariatorError(
+                f"{name} has values that {str(self.state_dict()[name].dtype).removeprefix('torch.')} does not hold: "
+                "load the plugin onto a base in bfloat16 or float32"
+            )
 
     def load_weights(self, folder: Path) -> None:
         """Strictly load `folder`'s weights: every key, shape and dtype must fit, or nothing changes."""
@@ -192,6 +211,10 @@ class CompressionPlugin(nn.Module):
                 raise VariatorError(
                     f"{file}: {name} is {value.dtype}, expected floating point; save it again"
                 )
+        if name := _no_number_in(read):
+            raise VariatorError(
+                f"{file}: {name} holds values that are no numbers: have it saved again, in bfloat16 or float32"
+            )
         if settings not in (None, _text_digest((folder / CONFIG_FILE).read_text(encoding="utf-8"))):
             logger.warning(
                 "%s is not the %s that these weights were saved with: it was edited, or a save over another plugin "
@@ -270,3 +293,10 @@ def _text_digest(text: str) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _no_number_in(weights: Mapping[str, Tensor]) -> str | None:
+    """The first of `weights` with an infinity or a NaN in it."""
+    return next(
+        (name for name, value in weights.items() if not value.is_meta and not value.isfinite().all()), None
+    )

@@ -80,6 +80,54 @@ def test_master_weights_may_be_finer_than_the_model():
     assert restore.up.weight.grad.dtype == torch.float32
 
 
+def unlike_factors(activation: str = "identity") -> HiddenDecompressor:
+    """As least squares leave them: what is read by weights that float16 does not hold, and written by tiny ones."""
+    layer = HiddenDecompressor(6, 4, activation=activation)
+    with torch.no_grad():
+        layer.down.weight.normal_(0, 1e5)
+        layer.down.bias.normal_(0, 1e5)
+        layer.up.weight.normal_(0, 1e-5)
+        layer.down.weight[2], layer.down.bias[2] = 0, 0  # units that say nothing
+        layer.up.weight[:, 3] = 0
+    return layer
+
+
+def test_balanced_factors_say_exactly_the_same():
+    layer = unlike_factors()
+    before = {name: value.clone() for name, value in layer.named_parameters()}
+    layer.balance()
+    for unit in (0, 1):
+        scale = float(before["down.bias"][unit] / layer.down.bias[unit])
+        assert scale.hex().startswith("0x1.0000000000000p")
+        assert torch.equal(before["down.weight"][unit], layer.down.weight[unit] * scale)
+        assert torch.equal(before["up.weight"][:, unit] * scale, layer.up.weight[:, unit])
+        rows = max(layer.down.weight[unit].abs().max(), layer.down.bias[unit].abs())
+        assert 0.5 <= rows / layer.up.weight[:, unit].abs().max() <= 2
+    assert torch.equal(layer.up.weight[:, 2], before["up.weight"][:, 2])
+    assert layer.up.weight[:, 3].eq(0).all()
+    assert layer.down.weight[3].abs().max() < 2
+
+
+@pytest.mark.parametrize("cast", [lambda layer: layer.half(), lambda layer: layer.to(torch.float16)])
+def test_float16_holds_large_factors(cast):
+    layer = unlike_factors()
+    h, g = torch.randn(5, 4, 6), torch.randn(5, 6)
+    joined = torch.cat((g[:, None].expand(5, 4, 6), h), dim=-1).double()
+    down, up = layer.down.double(), layer.up.double()
+    expected = g[:, None] + (joined @ down.weight.T + down.bias) @ up.weight.T + up.bias
+    layer.down.float(), layer.up.float()
+    half = cast(torch.nn.ModuleList([layer]))[0]
+    assert all(value.isfinite().all() for value in half.parameters())
+    torch.testing.assert_close(half(g.half(), h.half()).double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_factors_around_an_activation_stay_as_they_are():
+    layer = unlike_factors("tanh")
+    before = layer.down.weight.clone()
+    layer.balance()
+    assert torch.equal(layer.down.weight, before)
+
+
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 def test_groups_may_be_views_of_longer_rows(activation):
     """Between a dense head and tail: the same as each group alone."""

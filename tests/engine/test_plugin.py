@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import struct
@@ -78,6 +79,42 @@ def test_weights_take_the_dtype_asked_for(saved, tmp_path):
     assert {p.dtype for p in model.plugin("kept").parameters()} == {torch.bfloat16}
 
 
+def test_float16_files_hold_large_factors(saved, tmp_path):
+    """Least squares leave weights beyond 65,504: cast as they are, the plugin answered with NaN."""
+    model, _ = saved
+    layer = model.plugin().sites["ffn", 0].decompressor
+    with torch.no_grad():
+        layer.down.weight.mul_(2.0**20), layer.down.bias.mul_(2.0**20), layer.up.weight.mul_(2.0**-20)
+    (ids,) = prompts(30)
+    expected = model(ids).logits
+    kept = {name: value.clone() for name, value in model.plugin().state_dict().items()}
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    assert all(torch.equal(value, kept[name]) for name, value in model.plugin().state_dict().items())
+    model.load_plugin(tmp_path / "half", "half")
+    with model.use_plugin("half"):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
+    model.save_pretrained(tmp_path / "wide")
+    base = model.unload().half()
+    model = VariatorModel.from_pretrained(base, tmp_path / "wide", plugin_name="wide")
+    assert model(ids).logits.isfinite().all()
+
+
+def test_what_float16_cannot_hold_is_neither_saved_nor_loaded(tmp_path):
+    model = make_variator("llama", dataclasses.replace(CONFIG, activation="tanh"))
+    model.save_pretrained(tmp_path / "good", dtype=torch.float16)
+    with torch.no_grad():
+        model.plugin().sites["ffn", 0].decompressor.down.weight.fill_(1e5)
+    with pytest.raises(VariatorError, match=r"down\.weight has values that float16 does not hold"):
+        model.save_pretrained(tmp_path / "good", dtype=torch.float16)
+    assert (
+        load_file(tmp_path / "good/variator.safetensors")["ffn.0.decompressor.down.weight"].isfinite().all()
+    )
+    model.save_pretrained(tmp_path / "wide")
+    base = model.unload().half()
+    with pytest.raises(VariatorError, match="onto a base in bfloat16 or float32"):
+        VariatorModel.from_pretrained(base, tmp_path / "wide", plugin_name="wide")
+
+
 def test_a_plugin_without_weights_can_be_saved(tmp_path):
     model = make_variator("llama", VariatorConfig(k=3, compressor="mean", decompressor="copy"))
     model.save_pretrained(tmp_path)
@@ -134,6 +171,10 @@ DAMAGE = {
     "surplus key": (lambda f: edit(f, lambda w: w.update(extra=torch.ones(1))), "surplus extra"),
     "wrong shape": (lambda f: edit(f, lambda w: w.update({NAME: torch.ones(2, 2)})), f"{NAME} has shape"),
     "wrong dtype": (lambda f: edit(f, lambda w: w.update({NAME: w[NAME].int()})), f"{NAME} is torch.int32"),
+    "no number": (
+        lambda f: edit(f, lambda w: w[NAME].view(-1)[3:4].fill_(float("inf"))),
+        f"{NAME} holds values that are",
+    ),
     "other ratio": (lambda f: settings(f, k=4), "has shape"),
     "other layers": (lambda f: settings(f, layers=[0, 1]), "lacks"),
     "unknown setting": (lambda f: settings(f, speed=9), "unknown setting speed"),
