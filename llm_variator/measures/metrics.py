@@ -45,6 +45,21 @@ def continuation_cross_entropy(
     return statistics.fmean(continuation_nats(model, input_ids, prompt_length, batch_size=batch_size))
 
 
+def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """(n,) fp32 negative log-likelihood of `targets` (n,), in nats, from `logits` (n, vocabulary).
+
+    Raises:
+        VariatorError: predictions are no numbers.
+    """
+    nats = F.cross_entropy(logits.float(), targets, reduction="none")
+    if not nats.isfinite().all():
+        raise VariatorError(
+            f"predictions are no numbers (NaN, in {str(logits.dtype).removeprefix('torch.')}): weights or activations "
+            "overflow, or training diverged; measure in bfloat16 or float32, or train at a lower --learning-rate"
+        )
+    return nats
+
+
 @torch.no_grad()  # not inference mode: FSDP keeps what it gathers
 def continuation_nats(
     model: VariatorModel, input_ids: Tensor, prompt_length: int, *, batch_size: int = 4
@@ -84,8 +99,7 @@ def continuation_nats(
             )
             for logits, tokens in zip(output.logits, batch, strict=True):
                 targets = tokens[prompt_length:]
-                nats = F.cross_entropy(logits[:-1].float(), targets, reduction="sum")
-                found.append(nats.double().item() / continuation)
+                found.append(token_nats(logits[:-1], targets).sum().double().item() / continuation)
     finally:
         model.train(was_training)
     return found

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llm_variator.measures.conditions import Condition, Prompt, follow, greedy
+from llm_variator.measures.metrics import token_nats
 from llm_variator.measures.timing import Case, interleaved, ratio
 from llm_variator.model import VariatorModel
 
@@ -103,7 +103,7 @@ def continue_windows(
         targets = batch[:, context:]
         logits = _after(model, prompt, targets)
         for row, target in zip(logits, targets, strict=True):  # fp32 logits of one row at a time
-            nats.append(F.cross_entropy(row.float(), target).item())
+            nats.append(token_nats(row, target).mean().item())
     return Continuation(nats, texts, same, entries, held)
 
 
@@ -136,7 +136,7 @@ def answer(
                 follow(model, prompt, _row(question.after, model))
             gold = _row(question.gold, model)
             logits = _after(model, prompt.clone(), gold)[0].float()
-            found.nats.append(F.cross_entropy(logits, gold[0], reduction="none").tolist())
+            found.nats.append(token_nats(logits, gold[0]).tolist())
             found.tokens.append(greedy(model, prompt, tokens, stop)[0].tolist())
             found.entries.append(entries)
             found.bytes.append(held)

@@ -72,6 +72,14 @@ def test_prompt_must_leave_a_continuation(model, rows, prompt):
         continuation_cross_entropy(model, rows, prompt)
 
 
+def test_what_is_no_number_is_no_figure(rows):
+    model = make_variator("llama", VariatorConfig(k=2, sites=("ffn",), r=4, dense_head=1, dense_tail=2))
+    with torch.no_grad():
+        model.plugin().sites["ffn", 1].decompressor.up.weight[0, 0] = float("inf")
+    with pytest.raises(VariatorError, match="predictions are no numbers"):
+        continuation_cross_entropy(model, rows, 16)
+
+
 def test_no_rows(model, rows):
     with pytest.raises(VariatorError, match="no text to score"):
         continuation_cross_entropy(model, rows[:0], PROMPT)
