@@ -335,7 +335,7 @@ def test_the_page_says_of_the_shipped_plugins_what_the_readme_says(page):
     head = page[: page.index("</header>")]
     assert re.findall(r'class="value">([^<]+)', head) == ["kv4", "kv4", "k8"]
     assert ">35.8</a>" in head, "of questions in the prompt; the README gives those that come after it"
-    for figure in ("+0.199", "0.429", "+0.004", "0.415"):
+    for figure in ("+0.104", "0.487", "+0.004", "0.415"):
         assert f">{figure}</a>" in head
         assert figure in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "+0.031" not in page[: page.index('<section id="superseded"')]
