@@ -95,7 +95,11 @@ class VariatorModel(TrainableHolder):
                 f"{', '.join(kwargs)}: for loading a model by name; this one is loaded already"
             )
         model = cls(load_model(base, **kwargs) if isinstance(base, str) else base)
-        model.load_plugin(plugin, plugin_name, revision=revision, subfolder=subfolder)
+        try:
+            model.load_plugin(plugin, plugin_name, revision=revision, subfolder=subfolder)
+        except BaseException:
+            model.unload()  # nobody else could: a base that was given is as before
+            raise
         model.set_plugin(plugin_name)
         return model
 
@@ -131,8 +135,7 @@ class VariatorModel(TrainableHolder):
             raise VariatorError(f"{folder}: {error}") from None
         built.load_weights(folder)
         warn_if_other_weights(folder, config.base, self.signature.weights)
-        built.to(dtype or self._host.dtype).check_numbers()
-        return self._put(plugin_name, built)
+        return self._put(plugin_name, built.to(dtype or self._host.dtype))
 
     # --- running
 

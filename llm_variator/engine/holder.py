@@ -215,6 +215,9 @@ class PluginHolder(nn.Module):
             )
         if not name or "." in name:
             raise VariatorError(f"a plugin name must be non-empty and without dots, got {name!r}")
+        if self._host.dtype == torch.float16:  # in which the passes compute with finer weights too
+            plugin.balance()
+        plugin.check_numbers(self._host.dtype)
         blocks = self._architecture.blocks(self._host)
         for layer, own in [(at, own) for (_, at), own in plugin.sites.items()] + [*plugin.selects.items()]:
             own.to(execution_device(blocks[layer]))

@@ -164,12 +164,17 @@ class CompressionPlugin(nn.Module):
         write_atomically(folder / CARD_FILE, card or self.card())
         write_atomically(folder / CONFIG_FILE, settings)
 
-    def check_numbers(self) -> None:
-        """Raise VariatorError if weights are infinite, as where float16 does not hold them."""
-        if name := _no_number_in(self.state_dict()):
+    def balance(self) -> None:
+        """`HiddenDecompressor.balance` of every site: the same function, whose weights float16 holds."""
+        for layer in self.modules():
+            if isinstance(layer, HiddenDecompressor):
+                layer.balance()
+
+    def check_numbers(self, dtype: torch.dtype) -> None:
+        """Raise VariatorError if weights are infinite, or would be in a pass that computes in `dtype`."""
+        if name := _no_number_in({name: value.to(dtype) for name, value in self.state_dict().items()}):
             raise VariatorError(
-                f"{name} has values that {str(self.state_dict()[name].dtype).removeprefix('torch.')} does not hold: "
-                "load the plugin onto a base in bfloat16 or float32"
+                f"{name} has values that float16 does not hold: load the plugin onto a base in bfloat16 or float32"
             )
 
     def load_weights(self, folder: Path) -> None:

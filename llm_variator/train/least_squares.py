@@ -86,6 +86,10 @@ class LeastSquares:
                 if not is_linear:
                     before, after = refine(decompressor, samples, self._gain, steps=steps)
                     said = f"{before:.3f} left by the linear map, {after:.3f} after {steps} steps"
+                if (
+                    self._model.base.dtype == torch.float16
+                ):  # in which the passes compute with finer weights too
+                    decompressor.balance()
                 progress(f"{site} {layer}", said)
 
 

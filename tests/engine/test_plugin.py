@@ -79,6 +79,14 @@ def test_weights_take_the_dtype_asked_for(saved, tmp_path):
     assert {p.dtype for p in model.plugin("kept").parameters()} == {torch.bfloat16}
 
 
+def test_a_base_whose_plugin_could_not_be_loaded_is_as_before(saved):
+    model, folder = saved
+    base = model.unload()
+    with pytest.raises(VariatorError, match="nowhere"):
+        VariatorModel.from_pretrained(base, folder / "nowhere")
+    assert VariatorModel.from_pretrained(base, folder).active_plugin
+
+
 def test_float16_files_hold_large_factors(saved, tmp_path):
     """Least squares leave weights beyond 65,504: cast as they are, the plugin answered with NaN."""
     model, _ = saved
@@ -97,6 +105,9 @@ def test_float16_files_hold_large_factors(saved, tmp_path):
     base = model.unload().half()
     model = VariatorModel.from_pretrained(base, tmp_path / "wide", plugin_name="wide")
     assert model(ids).logits.isfinite().all()
+    model.load_plugin(tmp_path / "wide", "fine", dtype=torch.float32)  # its weights are cast in the pass
+    with model.use_plugin("fine"):
+        assert model(ids).logits.isfinite().all()
 
 
 def test_what_float16_cannot_hold_is_neither_saved_nor_loaded(tmp_path):
@@ -113,6 +124,8 @@ def test_what_float16_cannot_hold_is_neither_saved_nor_loaded(tmp_path):
     base = model.unload().half()
     with pytest.raises(VariatorError, match="onto a base in bfloat16 or float32"):
         VariatorModel.from_pretrained(base, tmp_path / "wide", plugin_name="wide")
+    with pytest.raises(VariatorError, match="onto a base in bfloat16 or float32"):
+        VariatorModel(base).load_plugin(tmp_path / "wide", "fine", dtype=torch.float32)
 
 
 def test_a_plugin_without_weights_can_be_saved(tmp_path):
