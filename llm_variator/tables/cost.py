@@ -9,12 +9,15 @@ from llm_variator import cli
 from llm_variator.baselines import make_student
 from llm_variator.cli import flags
 from llm_variator.config import VariatorConfig
+from llm_variator.engine.groups import split
 from llm_variator.measures.operations import EncoderShape, Stack, encoding, parameters, prefill
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
 from llm_variator.tables.recipe import Row, TableRecipe, as_argv
 
 TOKENS = 512  # of the input, as the paper counts
+ANSWER = 32  # tokens of a decoder's answer to it
+PARTS = ("parameters", "operations")
 
 
 def row_costs(table: TableRecipe, model: str) -> dict[str, dict[str, float]]:
@@ -22,14 +25,20 @@ def row_costs(table: TableRecipe, model: str) -> dict[str, dict[str, float]]:
 
     Returns:
         By row `parameters`, those that the row adds to the model or, for a baseline, has in its place; and
-        `operations` of reading `TOKENS` tokens: of T5 the encoder's, without the decoder.
+        `operations` of reading `TOKENS` tokens: of T5 the encoder's, without the decoder. In a table with site
+        "cross" also `decoder`, operations of T5's decoder for an answer of `ANSWER` tokens, and `cross_entries`,
+        keys and values that its cross-attention holds.
     """
     base = load_model(model, random_init=True, device="meta")
-    return {row.name: _cost(base, row, table) for row in table.rows if row.method != "original"}
+    costs = {row.name: _cost(base, row, table) for row in table.rows if row.method != "original"}
+    if not any("cross" in row.plugin.get("sites", ()) for row in table.rows):
+        return {name: {part: cost[part] for part in PARTS} for name, cost in costs.items()}
+    return costs
 
 
 def _cost(base: PreTrainedModel, row: Row, table: TableRecipe) -> dict[str, float]:
     plugin, keep, counted, shape_of = None, None, base, base.config
+    more: dict[str, float] = {}
     with torch.device("meta"):
         if row.method == "variator":
             attached = VariatorModel(base, _plugin_config(row))
@@ -45,12 +54,22 @@ def _cost(base: PreTrainedModel, row: Row, table: TableRecipe) -> dict[str, floa
                 shape_of = counted.config
             count = parameters(counted)
     if base.config.is_encoder_decoder or base.config.model_type == "bert":
-        dense = encoding(EncoderShape.of(base.config), TOKENS).encoder
-        left = encoding(EncoderShape.of(shape_of), TOKENS, plugin=plugin, keep=keep).encoder
+        whole, part = EncoderShape.of(base.config), EncoderShape.of(shape_of)
+        dense = encoding(whole, TOKENS).encoder
+        left = encoding(part, TOKENS, plugin=plugin, keep=keep).encoder
+        if base.config.is_encoder_decoder:
+            answering = encoding(whole, TOKENS, answer=ANSWER).total - dense
+            ours = encoding(part, TOKENS, answer=ANSWER, plugin=plugin, keep=keep).total - left
+            more = {"decoder": 100 * ours / answering, "cross_entries": 100 * _cross_entries(plugin) / TOKENS}
     else:
         stack = Stack.of(base.config)
         dense, left = prefill(stack, TOKENS).total, prefill(stack, TOKENS, plugin).total
-    return {"parameters": 100 * count / parameters(base), "operations": 100 * left / dense}
+    return {"parameters": 100 * count / parameters(base), "operations": 100 * left / dense} | more
+
+
+def _cross_entries(plugin: VariatorConfig | None) -> int:
+    k = plugin.ratio("cross", 0) if plugin else None
+    return TOKENS if plugin is None or k is None else split(TOKENS, k, *plugin.ends, ragged=True).entries
 
 
 def _plugin_config(row: Row) -> VariatorConfig:

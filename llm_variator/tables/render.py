@@ -7,10 +7,17 @@ from typing import Any
 
 from llm_variator.measures import tables
 from llm_variator.sources.tasks import TASKS, average
-from llm_variator.tables.cost import TOKENS
+from llm_variator.tables.cost import ANSWER, PARTS, TOKENS
 from llm_variator.tables.recipe import TableRecipe
 
 PENDING = "pending"
+
+_PARTS = {
+    "parameters": "parameters",
+    "operations": "operations",
+    "decoder": "decoder's operations",
+    "cross_entries": "entries of cross-attention",
+}
 
 
 def averages(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -34,7 +41,8 @@ def markdown(
     """
     means = averages(cells)
     with_mean = set(TASKS) <= set(table.columns)
-    head = ["", *table.columns, *(["average"] if with_mean else []), "parameters", "operations"]
+    parts = [part for part in _PARTS if any(part in cost for cost in costs.values())] or list(PARTS)
+    head = ["", *table.columns, *(["average"] if with_mean else []), *(_PARTS[part] for part in parts)]
     lines = []
     for row in table.rows:
         words = [row.name]
@@ -45,15 +53,17 @@ def markdown(
             mean = f"{means[row.name]:.1f}" if row.name in means else PENDING
             words.append(mean + _beside(table.paper.get(row.name, {}).get("average")))
         cost = costs.get(row.name)
-        added = "+" if row.method == "variator" else ""
-        words += (
-            [f"{added}{cost['parameters']:.1f} %", f"{cost['operations']:.1f} %"] if cost else ["100 %"] * 2
-        )
+        signs = {"parameters": "+"} if row.method == "variator" else {}
+        words += [f"{signs.get(part, '')}{cost[part]:.1f} %" if cost else "100 %" for part in parts]
         lines.append(words)
     notes = [
         f"Model: {model}. In brackets: what the paper printed for its own models.",
         f"Parameters, and operations of reading {TOKENS} tokens (of T5 by its encoder), in per cent of the original.",
     ]
+    if "decoder" in parts:
+        notes.append(
+            f"Decoder: an answer of {ANSWER} tokens to them, and the keys and values it reads of the input."
+        )
     if table.seeds > 1:
         notes.append(f"Mean ± standard deviation of {table.seeds} adaptations that differ in their seed.")
     if table.note:
@@ -65,9 +75,23 @@ def markdown(
             runs = [run for cell in found for run in cell.get("runs", [cell])]
             steps = sorted({run["steps"] for run in runs if "steps" in run})
             notes.append(f"{task}: {data}; steps: {', '.join(map(str, steps))}.")
-    return "\n".join(
-        [f"# {table.title}", "", tables.markdown(head, lines), "", *(f"- {note}" for note in notes), ""]
-    )
+    text = [f"# {table.title}", "", tables.markdown(head, lines), ""]
+    if distances := _distances(table, cells):
+        notes.append(
+            "Nats: KL from the fine-tuned model, per token of the answer, on the examples that chose the checkpoint."
+        )
+        text += [tables.markdown(["nats from the original", *table.columns], distances), ""]
+    return "\n".join([*text, *(f"- {note}" for note in notes), ""])
+
+
+def _distances(table: TableRecipe, cells: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """How far each row's predictions are from its teacher's, which is less noisy than a score."""
+    lines = []
+    for row in table.rows:
+        nats = [cells.get(row.name, {}).get(task, {}).get("nats_from_teacher") for task in table.columns]
+        if any(value is not None for value in nats):
+            lines.append([row.name, *("" if value is None else f"{value:.3f}" for value in nats)])
+    return lines
 
 
 def _shown(cell: Mapping[str, Any] | None) -> str:

@@ -66,9 +66,10 @@ class Runner:
     def cell(self, row: Row, task: str) -> Cell:
         """The figures of one cell, from finished runs or new ones.
 
-        `score`: by metric, in percent; `steps` and `data` of the last run; `best_settings`, where a grid was
-        searched; `command` and `wall_seconds` of the last run. Of several seeds `score` is the mean, `spread`
-        the standard deviation between them, and `runs` has the cell of each.
+        `score`: by metric, in percent; `steps` and `data` of the last run; `command` and `wall_seconds` of the
+        last run; `nats_from_teacher` (per token of the answer), where the fine-tuned model taught. Of several
+        seeds `score` and the nats are means, `spread` the standard deviation of the scores, and `runs` has the
+        cell of each.
         """
         teacher = self._searched(
             "finetune", self._table.flags("finetune", task=task), task=task, model=self._model
@@ -182,8 +183,10 @@ def _over_seeds(cells: list[Cell]) -> Cell:
     if not all(cells):
         return {}  # a dry run
     scores = {metric: [cell["score"][metric] for cell in cells] for metric in cells[0]["score"]}
+    nats = [cell["nats_from_teacher"] for cell in cells if "nats_from_teacher" in cell]
     return {
         **cells[-1],
+        **({"nats_from_teacher": statistics.mean(nats)} if len(nats) == len(cells) else {}),
         "score": {metric: statistics.mean(values) for metric, values in scores.items()},
         "spread": {metric: statistics.stdev(values) for metric, values in scores.items()},
         "steps": max(cell["steps"] for cell in cells),
@@ -196,9 +199,8 @@ def _cell(folder: Path) -> Cell:
         return {}  # a dry run
     result = _result(folder)
     figures = result["figures"]
-    kept = {
-        name: figures[name] for name in ("steps", "best_step", "held_out_history", "data") if name in figures
-    }
+    names = ("steps", "best_step", "held_out_history", "data", "nats_from_teacher")
+    kept = {name: figures[name] for name in names if figures.get(name) is not None}
     return {
         "score": figures["held_out"],
         **kept,

@@ -25,6 +25,7 @@ from llm_variator.sources.models import load_model
 from llm_variator.sources.models.quantisation import base_bytes, predicted_bytes
 from llm_variator.train.distributed import is_main_process, wants_fsdp, world_size
 from llm_variator.train.fitting import fit_scores
+from llm_variator.train.judges import LossJudge
 from llm_variator.train.least_squares import LeastSquares
 from llm_variator.train.objective import forward_arguments
 from llm_variator.train.settings import FREE_ON_RESUME, SCHEDULES, Settings, check_machine
@@ -82,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         trainer.evaluate()
     held_out = _held_out(settings, trainer, run)
+    distance = None if run.distance is None else run.distance(run.learner)
     if trainer.is_world_process_zero():
-        _finish(settings, argv, trainer, run, held_out, started)
+        _finish(settings, argv, trainer, run, held_out, distance, started)
 
 
 def _check_output(settings: Settings) -> Path | None:
@@ -254,6 +256,7 @@ def _finish(
     trainer: VariatorTrainer,
     run: Run,
     held_out: dict[str, float],
+    distance: dict[str, float] | None,
     started: float,
 ) -> None:
     """Write what was trained and training.json, and print the figures."""
@@ -261,6 +264,7 @@ def _finish(
     figure = run.judge.figure
     figures = {
         "held_out": held_out,
+        "nats_from_teacher": distance and distance[LossJudge.figure],
         "held_out_history": [[entry["step"], entry[f"eval_{figure}"]] for entry in on_the_way],
         "best_step": trainer.state.best_global_step,
         "loss_history": [

@@ -51,18 +51,21 @@ class ContinuationJudge:
 
 
 class LossJudge:
-    """The distillation loss on held-out batches: all there is to measure before a task is chosen."""
+    """The distillation loss on held-out batches.
+
+    Before a task is chosen it is all there is to measure, and afterwards less noisy than the task's figure.
+    """
 
     figure = "distillation_loss"
     higher_is_better = False
 
     def __init__(self, objective: Objective, batches: Sequence[dict[str, Tensor]]) -> None:
-        """`batches`: as the training ones, of the same size each."""
+        """`batches`: as the training ones; all but the last of the same size."""
         self._objective = objective
         self._batches = batches
 
     def __call__(self, learner: Learner) -> dict[str, float]:
-        """Mean over the batches."""
+        """Mean over the rows."""
         model = learner.model
         device = next(model.parameters()).device
         was_training = model.training
@@ -75,7 +78,8 @@ class LossJudge:
                 ]
         finally:
             model.train(was_training)
-        return {self.figure: sum(losses) / len(losses)}
+        rows = [len(next(iter(batch.values()))) for batch in self._batches]
+        return {self.figure: sum(loss * count for loss, count in zip(losses, rows, strict=True)) / sum(rows)}
 
 
 class TaskJudge:

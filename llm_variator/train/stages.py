@@ -51,6 +51,8 @@ class Run:
     """Of the result."""
     data: dict[str, str]
     """What it is trained and measured on, in words: for the model card and the result file."""
+    distance: Judge | None = None
+    """Of the result too, where a fine-tuned model teaches: how far its predictions are from the teacher's."""
 
     @property
     def plugin(self) -> VariatorModel | None:
@@ -203,7 +205,8 @@ def _task_run(settings: Settings) -> Run:
         "measured on": f"{test[0].origin.name}: {test[0].origin.describe(len(test))}",
     }
     judges = (_judge(form, validation, settings), _judge(form, test, settings))
-    return Run(learner, tokenizer, stream, form.collate, objective, *judges, data)
+    distance = None if distillation is None else _distance(learner, form, validation, settings)
+    return Run(learner, tokenizer, stream, form.collate, objective, *judges, data, distance)
 
 
 def _task(settings: Settings) -> Task:
@@ -220,6 +223,13 @@ def _load(settings: Settings) -> PreTrainedModel:
 
 def _judge(form: TaskForm, examples: Sequence[Example], settings: Settings) -> TaskJudge:
     return TaskJudge(form, examples, batch_size=max(8, settings.batch_size))
+
+
+def _distance(learner: Learner, form: TaskForm, examples: Sequence[Example], settings: Settings) -> LossJudge:
+    rows = sorted(examples, key=lambda example: sum(map(len, example.inputs.values())))
+    size = settings.batch_size
+    batches = [form.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return LossJudge(Objective(learner, "kl"), batches)
 
 
 def _part(examples: Sequence[Example], count: int) -> Sequence[Example]:

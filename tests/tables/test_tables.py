@@ -96,12 +96,41 @@ def test_parameters_are_those_of_the_papers_table_1(name, parameters):
     assert costs["LTP"]["operations"] < costs["Variator"]["operations"] < 60
 
 
-def test_plugin_flags_of_a_recipe_mean_what_they_mean_on_the_command_line():
-    table = read_table(FOLDER / "small/figure3-causes.yaml")
-    costs = row_costs(table, "t5-base")
-    whole, part = costs["k=4"], costs["k=4, first layer dense"]  # layers: 1-7, of 12
+@pytest.mark.parametrize("layers", ["1-7", [1, 2, 3, 4, 5, 6, 7]])
+def test_plugin_flags_of_a_recipe_mean_what_they_mean_on_the_command_line(tmp_path, layers):
+    rows = {"whole": {"plugin": {"k": 4}}, "part": {"plugin": {"k": 4, "layers": layers}}}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(GOOD | {"rows": rows}))
+    costs = row_costs(read_table(tmp_path / "t.yaml"), "t5-base")
+    whole, part = costs["whole"], costs["part"]  # 7 of 12 layers
     assert part["parameters"] == pytest.approx(7 / 12 * whole["parameters"])
     assert part["operations"] > whole["operations"]
+
+
+def test_site_cross_shows_what_the_decoder_saves(tmp_path):
+    rows = {
+        "Original": {"method": "original"},
+        "KV": {"plugin": {"k": 4, "sites": ["kv"]}, "pretrain": False},
+        "cross": {"plugin": {"k": 4, "sites": ["cross"]}, "pretrain": False},
+    }
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(GOOD | {"columns": ["squad"], "rows": rows}))
+    table = read_table(tmp_path / "t.yaml")
+    costs = row_costs(table, "t5-base")
+
+    # T5-base by hand: 12 layers, width 768 in and between the heads, FFN 768 -> 3072 -> 768, 32,128 tokens
+    def decoding(states):
+        own = 2 * 32 * (6 * 768**2 + 2 * 768 * 3072)
+        read = 2 * 2 * 768**2 * states
+        scores = 2 * 2 * 768 * (32 * 33 / 2 + 32 * states)
+        return 12 * (own + read + scores) + 2 * 32 * 768 * 32128
+
+    merging = 2 * 768 * 4 * 512 + 2 * 768 * 512
+    assert costs["cross"]["decoder"] == pytest.approx(100 * (decoding(128) + merging) / decoding(512))
+    assert costs["cross"]["cross_entries"] == 25
+    assert costs["KV"]["decoder"] == costs["KV"]["cross_entries"] == 100
+    text = markdown(table, "tiny", {}, costs)
+    assert "operations | decoder's operations | entries of cross-attention |" in text
+    assert "| cross | pending | +0.0 % | 100.0 % |" in text
+    assert "| Original | pending | 100 % | 100 % | 100 % | 100 % |" in text
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -15,6 +15,8 @@ from llm_variator import VariatorError, VariatorModel
 from llm_variator.baselines.ltp import LTP_FILE
 from llm_variator.evaluate.__main__ import main as evaluate
 from llm_variator.sources.models import load_config, load_model, load_tokenizer
+from llm_variator.sources.tasks import find_task, load_examples
+from llm_variator.sources.tasks.forms import form_for
 from llm_variator.train.__main__ import main
 
 SHORT = {
@@ -62,6 +64,7 @@ def test_finetuned_model_is_a_folder_like_any_other(teachers, kind):
     figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))["figures"]
     assert [step for step, _ in figures["held_out_history"]] == [0, 2, 4]
     assert set(figures["held_out"]) == {"accuracy"}
+    assert figures["nats_from_teacher"] is None
     assert figures["data"]["trained on"] == "rte/train.parquet: 16 of 2,490 official rows (0.6%)"
     model = load_model(folder)
     assert len(load_tokenizer(folder)) <= model.config.vocab_size
@@ -82,6 +85,30 @@ def test_plugin_is_adapted_and_the_teacher_left_alone(teachers, data, tmp_path, 
     assert any(parameter.abs().sum() > 0 for parameter in model.plugin().parameters())
     after = load_file(teachers[kind] / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "llama"])
+def test_distance_is_the_kl_of_the_answers_from_the_teacher(teachers, data, tmp_path, kind):
+    more = {"learning_rate": 3.0, "eval_limit": 4, "save_every": 0}  # the last weights, not the best
+    figures = adapt(tmp_path / "plugin", teachers[kind], data, k=4, r=4, **more)
+    examples = load_examples(find_task("rte"), "validation", data_dir=data)
+    few = [examples[index] for index in torch.linspace(0, len(examples) - 1, 4).long().tolist()]
+    teacher = load_model(teachers[kind])
+    plugin = VariatorModel.from_pretrained(load_model(teachers[kind]), tmp_path / "plugin")
+    form = form_for(teacher, find_task("rte"), load_tokenizer(teachers[kind]), max_length=300)
+    terms = []
+    for batch in (form.collate([example]) for example in few):  # one by one, in fp64
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            ours = plugin(**batch).logits.double().softmax(-1)
+            batch.pop("prompt_length", None)
+            theirs = teacher(**batch).logits.double().softmax(-1)
+        kl = (theirs * (theirs / ours).log()).sum(-1)
+        if kind == "llama":  # a token's logits predict the next
+            kl, labels = kl[:, :-1], labels[:, 1:]
+        terms += (kl if kind == "bert" else kl[labels != -100]).flatten().tolist()
+    assert min(terms) > 1e-6  # float32 knows it to a hundredth
+    assert figures["nats_from_teacher"] == pytest.approx(sum(terms) / len(terms), rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert"])
