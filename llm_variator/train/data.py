@@ -215,7 +215,7 @@ class ExampleStream(Dataset[Example]):
     def __init__(self, examples: Sequence[Example], *, length: int, batch_size: int, seed: int) -> None:
         """`length` examples in micro-batches of `batch_size`."""
         self._examples = examples
-        self._sizes = np.array([sum(map(len, example.inputs.values())) for example in examples])
+        self._sizes = np.array([example.size for example in examples])
         self._length = length
         self._batch_size = batch_size
         self._seed = seed

@@ -226,7 +226,7 @@ def _judge(form: TaskForm, examples: Sequence[Example], settings: Settings) -> T
 
 
 def _distance(learner: Learner, form: TaskForm, examples: Sequence[Example], settings: Settings) -> LossJudge:
-    rows = sorted(examples, key=lambda example: sum(map(len, example.inputs.values())))
+    rows = sorted(examples, key=lambda example: example.size)
     size = settings.batch_size
     batches = [form.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     return LossJudge(Objective(learner, "kl"), batches)

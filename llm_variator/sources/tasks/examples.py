@@ -74,6 +74,11 @@ class Example:
     origin: Origin = field(repr=False)
 
     @property
+    def size(self) -> int:
+        """Characters of its inputs, by which batches of similar length are made."""
+        return sum(map(len, self.inputs.values()))
+
+    @property
     def prompt(self) -> str:
         """For a seq2seq model, whose decoder starts with `DECODER_START`."""
         return self.task.template.format_map(self.inputs)

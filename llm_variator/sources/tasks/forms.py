@@ -73,7 +73,7 @@ def predict_all(
 
     `progress` may wrap the iterator over batches, as `tqdm` does.
     """
-    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i].inputs.values())))
+    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
     found: dict[int, Any] = {}
     with _evaluating(model), torch.no_grad():
         for start in progress(iter(range(0, len(order), batch_size))):
