@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llm_variator.errors import VariatorError
 from llm_variator.measures.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.sources.tasks.examples import Example
 from llm_variator.sources.tasks.forms import TaskForm, predict_all
@@ -65,7 +67,7 @@ class LossJudge:
         self._batches = batches
 
     def __call__(self, learner: Learner) -> dict[str, float]:
-        """Mean over the rows."""
+        """Mean over the rows; raises VariatorError where a loss is no number."""
         model = learner.model
         device = next(model.parameters()).device
         was_training = model.training
@@ -78,6 +80,11 @@ class LossJudge:
                 ]
         finally:
             model.train(was_training)
+        if not all(map(math.isfinite, losses)):
+            raise VariatorError(
+                "the loss on held-out examples is no number: train with a lower --learning-rate, or "
+                "with --dtype float32"
+            )
         rows = [len(next(iter(batch.values()))) for batch in self._batches]
         return {self.figure: sum(loss * count for loss, count in zip(losses, rows, strict=True)) / sum(rows)}
 

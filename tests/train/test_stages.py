@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llm_variator.sources.models import load_config, load_model, load_tokenizer
 from llm_variator.sources.tasks import find_task, load_examples
 from llm_variator.sources.tasks.forms import form_for
 from llm_variator.train.__main__ import main
+from llm_variator.train.judges import LossJudge
 
 SHORT = {
     "max_steps": 4,
@@ -109,6 +111,19 @@ def test_distance_is_the_kl_of_the_answers_from_the_teacher(teachers, data, tmp_
         terms += (kl if kind == "bert" else kl[labels != -100]).flatten().tolist()
     assert min(terms) > 1e-6  # float32 knows it to a hundredth
     assert figures["nats_from_teacher"] == pytest.approx(sum(terms) / len(terms), rel=0.02)
+
+
+def test_loss_on_held_out_batches_counts_rows_and_is_a_number():
+    learner = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    batches = [{"x": torch.tensor([1.0, 3.0])}, {"x": torch.tensor([8.0])}]
+
+    def loss(model, batch):
+        return batch["x"].mean()
+
+    assert LossJudge(loss, batches)(learner) == {"distillation_loss": pytest.approx(4.0)}
+    batches[0]["x"][1] = float("nan")
+    with pytest.raises(VariatorError, match="no number: train with a lower --learning-rate"):
+        LossJudge(loss, batches)(learner)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert"])
