@@ -88,10 +88,18 @@ def _distances(table: TableRecipe, cells: Mapping[str, Mapping[str, Any]]) -> li
     """How far each row's predictions are from its teacher's, which is less noisy than a score."""
     lines = []
     for row in table.rows:
-        nats = [cells.get(row.name, {}).get(task, {}).get("nats_from_teacher") for task in table.columns]
-        if any(value is not None for value in nats):
-            lines.append([row.name, *("" if value is None else f"{value:.3f}" for value in nats)])
+        found = [cells.get(row.name, {}).get(task, {}) for task in table.columns]
+        if any("nats_from_teacher" in cell for cell in found):
+            lines.append([row.name, *(_distance(cell) for cell in found)])
     return lines
+
+
+def _distance(cell: Mapping[str, Any]) -> str:
+    if "nats_from_teacher" not in cell:
+        return ""
+    return f"{cell['nats_from_teacher']:.3f}" + (
+        f" ± {cell['spread']['nats_from_teacher']:.3f}" if "spread" in cell else ""
+    )
 
 
 def _shown(cell: Mapping[str, Any] | None) -> str:

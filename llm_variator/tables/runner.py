@@ -183,12 +183,17 @@ def _over_seeds(cells: list[Cell]) -> Cell:
     if not all(cells):
         return {}  # a dry run
     scores = {metric: [cell["score"][metric] for cell in cells] for metric in cells[0]["score"]}
-    nats = [cell["nats_from_teacher"] for cell in cells if "nats_from_teacher" in cell]
+    spread = {metric: statistics.stdev(values) for metric, values in scores.items()}
+    distance: dict[str, float] = {}
+    if all("nats_from_teacher" in cell for cell in cells):
+        nats = [cell["nats_from_teacher"] for cell in cells]
+        distance["nats_from_teacher"] = statistics.mean(nats)
+        spread["nats_from_teacher"] = statistics.stdev(nats)
     return {
         **cells[-1],
-        **({"nats_from_teacher": statistics.mean(nats)} if len(nats) == len(cells) else {}),
+        **distance,
         "score": {metric: statistics.mean(values) for metric, values in scores.items()},
-        "spread": {metric: statistics.stdev(values) for metric, values in scores.items()},
+        "spread": spread,
         "steps": max(cell["steps"] for cell in cells),
         "runs": cells,
     }

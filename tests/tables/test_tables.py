@@ -246,8 +246,12 @@ def test_several_seeds_share_their_teacher_and_show_their_spread(tmp_path, data)
         assert mean == pytest.approx(sum(found) / 3)
         squares = sum((value - mean) ** 2 for value in found)
         assert cell["spread"][metric] == pytest.approx((squares / 2) ** 0.5)
+    nats = [each["nats_from_teacher"] for each in cell["runs"]]
+    mean = sum(nats) / 3
+    spread = (sum((value - mean) ** 2 for value in nats) / 2) ** 0.5
     text = (tmp_path / "results" / f"{tmp_path.name}-seeds.md").read_text(encoding="utf-8")
     assert f"| LTP | {cell['score']['f1']:.1f} ± {cell['spread']['f1']:.1f}/" in text
+    assert f"| LTP | {mean:.3f} ± {spread:.3f} |" in text
     for folder in (tmp_path / "runs").glob("adapt-*"):  # one of them is yet to run
         if cell["runs"][1]["command"] in (folder / "training.json").read_text(encoding="utf-8"):
             shutil.rmtree(folder)
