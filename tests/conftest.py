@@ -209,3 +209,22 @@ def smollm2():
     from llm_variator.sources.models import load_model, load_tokenizer
 
     return load_model("smollm2-135m", dtype=torch.float32), load_tokenizer("smollm2-135m")
+
+
+@pytest.fixture
+def squad(tmp_path):
+    """A data folder with SQuAD in it: twelve passages, three questions to each."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    rows = [
+        {
+            "id": f"{passage}-{question}",
+            "context": f"Passage {passage} is about {'many ' * 20}things.",
+            "question": f"What is {passage}, for the {question}. time?",
+            "answers": {"text": [f"thing {passage}{question}"], "answer_start": [0]},
+        }
+        for passage in range(12)
+        for question in range(3)
+    ]
+    (tmp_path / "squad").mkdir()
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "squad" / "train.parquet")
+    return tmp_path
