@@ -199,6 +199,7 @@ def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorT
         objective=run.objective,
         judge=run.judge,
         patience=settings.patience,
+        relative_steps=settings.relative_steps,
     )
 
 

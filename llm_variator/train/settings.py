@@ -120,6 +120,9 @@ class Optimisation:
     learning_rate: PositiveFloat = flag(1e-3, "at its highest")
     schedule: str = flag("linear", "of the rate after the warm-up", choices=sorted(SCHEDULES))
     warmup_steps: Natural = flag(10, "in which the learning rate rises from 0")
+    relative_steps: bool = flag(
+        False, "the rate is a share of each weight's size at the start: for what least squares set"
+    )
     weight_decay: NaturalFloat = flag(0.0, "of AdamW")
     max_grad_norm: NaturalFloat = flag(1.0, "clip gradients to this norm; 0: never")
     bf16: bool = flag(False, "compute in bfloat16 (autocast)")

@@ -33,6 +33,7 @@ from llm_variator.train.distributed import (
 from llm_variator.train.judges import Judge
 from llm_variator.train.learners import Learner, PluginLearner
 from llm_variator.train.objective import Objective
+from llm_variator.train.optimizer import RelativeAdamW
 
 START = "start"
 """Folder of what a run begins with, where that took long."""
@@ -66,6 +67,7 @@ class VariatorTrainer(Trainer):
         objective: Objective,
         judge: Judge,
         patience: int | None = None,
+        relative_steps: bool = False,
     ) -> None:
         """Set up the run.
 
@@ -77,6 +79,7 @@ class VariatorTrainer(Trainer):
             objective: the loss.
             judge: the figures of an evaluation.
             patience: stop after this many evaluations without a new best.
+            relative_steps: train by `RelativeAdamW`.
         """
         assert args.max_steps > 0, "the stream of examples needs its length"
         assert args.train_sampling_strategy == "sequential", "the stream is shuffled already"
@@ -84,7 +87,15 @@ class VariatorTrainer(Trainer):
         clock = _Clock()
         callbacks: list[TrainerCallback] = [clock, *([_Patience(patience)] if patience else [])]
         # The Trainer wants a dataset to evaluate on; the judge brings its own.
-        super().__init__(learner.model, args, collate, stream, eval_dataset=[None], callbacks=callbacks)
+        super().__init__(
+            learner.model,
+            args,
+            collate,
+            stream,
+            eval_dataset=[None],
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=(RelativeAdamW, {"lr": args.learning_rate}) if relative_steps else None,
+        )
         if self.pop_callback(ProgressCallback) is not None:  # the Trainer has none with disable_tqdm
             self.add_callback(_Progress())
         self.step_seconds = clock.seconds
