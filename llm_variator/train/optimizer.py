@@ -13,9 +13,9 @@ from torch.optim import AdamW
 class RelativeAdamW(AdamW):
     """AdamW that moves each weight by the learning rate times the weight's size at the first step.
 
-    Not in the paper. AdamW's step is as long for every weight, yet adapters read channels of very different size: in T5
-    some tokens are a hundred times larger than their neighbours, and least squares leave weights that differ by five
-    orders of magnitude. A rate that moves the small channels' weights then ruins what the large ones say.
+    Not in the paper. AdamW's step is as long for every weight, yet adapters read channels of very different size, and
+    least squares leave weights that differ by orders of magnitude: a rate that moves those of small channels ruins what
+    those of large ones say.
 
     Sizes are the best product of one factor per row and one per column (as Adafactor's second moments, Shazeer and
     Stern 2018), so a weight that happens to be small moves with its neighbours; vectors have each weight's own. What
