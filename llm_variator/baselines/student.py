@@ -96,11 +96,14 @@ def make_student(
     inner = max(1, round(ffn * getattr(config, width)))
     setattr(config, width, inner)
 
+    if not is_bert:  # an untied head's configuration would untie the embeddings of encoder and decoder too
+        config.tie_word_embeddings = True
     student: PreTrainedModel = type(teacher)(config)
     head, teachers = student.get_output_embeddings(), teacher.get_output_embeddings()
     if head is not None and teachers.weight is not teacher.get_input_embeddings().weight:
         # FLAN's configuration says tied, its weights are not: transformers unties them when it loads them
         head.weight = nn.Parameter(torch.empty_like(teachers.weight))
+    config.tie_word_embeddings = teacher.config.tie_word_embeddings
     weights = teacher.state_dict()
     own: dict[str, Tensor] = {}
     neurons: dict[str, Tensor] = {}  # of each of the teacher's blocks

@@ -19,6 +19,7 @@ from transformers import (
 from llm_variator import VariatorError
 from llm_variator.baselines import make_student
 from llm_variator.baselines.student import spread
+from llm_variator.sources.models import load_model
 from llm_variator.sources.models.aliases import ALIASES
 
 DECODED = torch.tensor([[0, 5, 9, 4]])
@@ -165,9 +166,35 @@ def test_what_cannot_be_made(name, settings, message):
         make_student(make_decoder(name) if name == "llama" else make_encoder(name), **settings)
 
 
+def with_own_head(folder):
+    """A tiny T5 in `folder` as FLAN is saved: its head is its own, and it says so."""
+    model = make_encoder("t5")
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("load", [AutoModelForSeq2SeqLM.from_pretrained, load_model])
+def test_an_own_head_unties_nothing_else(tmp_path, load):
+    teacher = load(with_own_head(tmp_path / "teacher"))
+    for student in (make_student(teacher, ffn=1.0), make_student(teacher)):
+        student.save_pretrained(tmp_path / "student")
+        for model in (student, load(tmp_path / "student")):
+            assert model.encoder.embed_tokens.weight is model.shared.weight
+            assert model.decoder.embed_tokens.weight is model.shared.weight
+            assert model.lm_head.weight is not model.shared.weight
+            assert torch.equal(logits(model), logits(student))
+    whole = make_student(teacher, ffn=1.0)
+    assert torch.equal(logits(whole), logits(teacher))
+    counts = [sum(p.numel() for p in model.parameters()) for model in (whole, teacher)]
+    assert counts[0] == counts[1]
+
+
 @torch.no_grad()
 def test_real_t5_keeps_its_own_head(flan_t5_small, tmp_path):
-    teacher = AutoModelForSeq2SeqLM.from_pretrained(flan_t5_small, dtype=torch.float32)
+    teacher = load_model(flan_t5_small, dtype=torch.float32)
     assert teacher.lm_head.weight is not teacher.shared.weight
     whole = make_student(teacher, ffn=1.0)
     assert torch.equal(logits(whole), logits(teacher))
