@@ -195,6 +195,7 @@ def _random_model(
             with torch.device("meta"):
                 model: PreTrainedModel = auto.from_config(config, dtype=dtype)
             if device.type == "meta":
+                _give_own_head(model)
                 return model.eval()
             if sum(parameter.numel() for parameter in model.parameters()) >= _LARGE:
                 _fill(model, device)
@@ -204,6 +205,17 @@ def _random_model(
         except (ValueError, RuntimeError) as error:
             raise VariatorError(f"{name}: no model of this shape can be built: {reason(error)}") from error
     return model.eval()
+
+
+def _give_own_head(model: PreTrainedModel) -> None:
+    """Count T5's output matrix where its checkpoint has one (v1.1, FLAN): its configuration says tied in any case."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(model.config, "scale_decoder_outputs", True) or head is None:
+        return
+    shared: Any = embeddings.weight
+    if head.weight is shared:
+        head.weight = torch.nn.Parameter(torch.empty_like(shared))
+    model.config.tie_word_embeddings = False
 
 
 def _fill(model: PreTrainedModel, device: torch.device) -> None:
