@@ -21,9 +21,9 @@ from llm_variator import cli
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_result
-from llm_variator.sources.models import load_model
+from llm_variator.sources.models import cpu, load_model
 from llm_variator.sources.models.quantisation import base_bytes, predicted_bytes
-from llm_variator.train.distributed import is_main_process, wants_fsdp, world_size
+from llm_variator.train.distributed import announce, is_main_process, wants_fsdp, world_size
 from llm_variator.train.fitting import fit_scores
 from llm_variator.train.judges import LossJudge
 from llm_variator.train.least_squares import LeastSquares
@@ -173,7 +173,7 @@ def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorT
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
+        bf16=settings.bf16 and not (on_cpu and _is_slow_in_bf16()),
         use_cpu=on_cpu,
         seed=settings.seed,
         eval_strategy="steps",
@@ -201,6 +201,13 @@ def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorT
         patience=settings.patience,
         relative_steps=settings.relative_steps,
     )
+
+
+def _is_slow_in_bf16() -> bool:
+    complaint = cpu.complaint(torch.bfloat16)
+    if complaint:
+        announce(f"--bf16 is left out: {complaint}")
+    return complaint is not None
 
 
 def _last_step(settings: Settings, run: Run, checkpoint: Path | None) -> int:
@@ -274,6 +281,7 @@ def _finish(
         "steps": trainer.state.global_step,
         "processes": world_size(),
         "seconds_per_step": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
+        "bf16": trainer.args.bf16,
         "peak_memory_gib": peak_memory_gib(),
         "data": run.data,
         "config": None if run.plugin is None else run.plugin.plugin().config.to_dict(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
 
 from llm_variator.config import QUANTISATIONS
 from llm_variator.errors import VariatorError
+from llm_variator.sources.models import cpu
 from llm_variator.sources.models.aliases import ALIASES
 from llm_variator.sources.models.configuration import adapted_base, holds_adapter, load_config, read_config
 from llm_variator.sources.models.names import (
@@ -34,6 +36,8 @@ from llm_variator.sources.models.names import (
 )
 from llm_variator.sources.models.quantisation import keep_differentiable, quantisation_config, quantise
 from llm_variator.sources.models.smollm2 import no_progress_bars
+
+logger = logging.getLogger(__name__)
 
 # From so many parameters on, random weights repeat one block of numbers, of prime length so that no two rows are equal.
 # Files of so many bytes load in seconds.
@@ -105,6 +109,8 @@ def load_model(
         torch_device if device_map is None else device_map,
     )
     model.config._name_or_path = model.name_or_path = base_name(name)
+    if model.device.type == "cpu" and quantize is None and (slow := cpu.complaint(model.dtype)):
+        logger.warning("%s; --dtype float32 (in Python dtype='float32') takes twice the memory", slow)
     return model.eval()
 
 
