@@ -125,9 +125,7 @@ class Optimisation:
     )
     weight_decay: NaturalFloat = flag(0.0, "of AdamW")
     max_grad_norm: NaturalFloat = flag(1.0, "clip gradients to this norm; 0: never")
-    bf16: bool = flag(
-        False, "compute in bfloat16 (autocast); left out, in so many words, on CPUs without such products"
-    )
+    bf16: bool = flag(False, "compute in bfloat16 (autocast); in float32 on CPUs without such products")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
 
 
