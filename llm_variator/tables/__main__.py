@@ -1,6 +1,7 @@
 """`python -m llm_variator.tables RECIPE`: run what a table still lacks, and write it as JSON and Markdown.
 
-It can be stopped at any moment: called again, it goes on where it was.
+It can be stopped at any moment: called again, it goes on where it was. Cells that the results have of the same
+recipe are kept, also where their runs are gone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llm_variator.cli import REQUIRED, flag, flags
 from llm_variator.cli.values import Names
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.measures.results import write_result
+from llm_variator.measures.results import scrub_paths, write_result
 from llm_variator.tables.cost import row_costs
 from llm_variator.tables.recipe import TableRecipe, read_table
 from llm_variator.tables.render import averages, markdown
@@ -27,7 +28,7 @@ from llm_variator.tables.runner import Cell, Runner
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(flags.LocalData):
-    """Run the experiments behind a table, skipping finished ones, and write the table."""
+    """Run the experiments behind a table that its results lack, and write the table."""
 
     recipe: Path = flag(REQUIRED, "the table: a YAML file", positional=True)
     model: str | None = flag(None, "in place of the recipe's: alias, local folder or hub id")
@@ -38,6 +39,7 @@ class Settings(flags.LocalData):
     device: Literal["auto", "cpu", "cuda"] | None = flag(
         None, "where to train (default: the recipe's, or auto)"
     )
+    again: bool = flag(False, "also the cells that the results have already, where the recipe is the same")
     dry_run: bool = flag(False, "check the recipe and list the runs it lacks; run nothing")
 
 
@@ -54,12 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = read_table(settings.recipe)
     _check_selection("row", settings.rows, [row.name for row in table.rows])
     _check_selection("column", settings.columns, table.columns)
+    model = settings.model or table.model
+    file = settings.results / f"{table.name}.json"
+    cells = _known_cells(file, table, model)
     chosen = [
         (row, task)
         for task in table.columns
         for row in table.rows
         if (not settings.rows or row.name in settings.rows)
         and (not settings.columns or task in settings.columns)
+        and (settings.again or task not in cells.get(row.name, {}))
     ]
     circumstances = {"device": settings.device, "data_dir": settings.data_dir}
     shared: Any = {"model": settings.model, "circumstances": circumstances}
@@ -69,28 +75,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.dry_run:
         return
     runner = Runner(table, settings.runs, **shared)
-    model = settings.model or table.model
-    file = settings.results / f"{table.name}.json"
-    cells = _known_cells(file, table, model)
     costs = row_costs(table, model)
     for row, task in chosen:
         cell = runner.cell(row, task)
         cells.setdefault(row.name, {})[task] = cell | {"recipe": table.digest(row, task, model)}
+        cells = _in_order(cells, table)
         figures = {
             "title": table.title,
             "model": model,
-            "cells": _in_order(cells, table),
+            "cells": cells,
             "averages": averages(cells),
             "costs": costs,
             "paper": table.paper,
         }
-        result = write_result(
-            file, figures, command=["llm_variator.tables", *argv], seed=None, started=started
-        )
-        text = markdown(table, result["figures"]["model"], cells, costs)
-        write_atomically(file.with_suffix(".md"), text)
-    print(markdown(table, model, cells, costs))
-    print(f"written to {file} and {file.with_suffix('.md')}")
+        write_result(file, figures, command=["llm_variator.tables", *argv], seed=None, started=started)
+        write_atomically(file.with_suffix(".md"), markdown(table, scrub_paths(model), cells, costs))
+    text = markdown(table, scrub_paths(model), cells, costs)
+    write_atomically(file.with_suffix(".md"), text)
+    print(text)
+    if chosen:
+        print(f"written to {file} and {file.with_suffix('.md')}")
+    else:
+        print(f"{file} has all of these: --again measures them anew")
 
 
 def _say_nothing(line: str) -> None:

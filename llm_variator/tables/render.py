@@ -74,7 +74,9 @@ def markdown(
             data = "; ".join(f"{what} {text}" for what, text in found[0]["data"].items())
             runs = [run for cell in found for run in cell.get("runs", [cell])]
             steps = sorted({run["steps"] for run in runs if "steps" in run})
-            notes.append(f"{task}: {data}; steps: {', '.join(map(str, steps))}.")
+            notes.append(
+                f"{task}: {data}; steps: {', '.join(map(str, steps))}.{_teachers(table, cells, task)}"
+            )
     text = [f"# {table.title}", "", tables.markdown(head, lines), ""]
     if distances := _distances(table, cells):
         notes.append(
@@ -82,6 +84,16 @@ def markdown(
         )
         text += [tables.markdown(["nats from the original", *table.columns], distances), ""]
     return "\n".join([*text, *(f"- {note}" for note in notes), ""])
+
+
+def _teachers(table: TableRecipe, cells: Mapping[str, Mapping[str, Any]], task: str) -> str:
+    """A sentence where cells of a task, measured on different days, have different fine-tuned models."""
+    scores = set()
+    for row in table.rows:
+        cell = cells.get(row.name, {}).get(task, {})
+        of_teacher = cell.get("score" if row.method == "original" else "teacher")
+        scores |= {_shown({"score": of_teacher})} if of_teacher else set()
+    return f" Of several fine-tuned models: {', '.join(sorted(scores))}." if len(scores) > 1 else ""
 
 
 def _distances(table: TableRecipe, cells: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

@@ -66,10 +66,10 @@ class Runner:
     def cell(self, row: Row, task: str) -> Cell:
         """The figures of one cell, from finished runs or new ones.
 
-        `score`: by metric, in percent; `steps` and `data` of the last run; `command` and `wall_seconds` of the
-        last run; `nats_from_teacher` (per token of the answer), where the fine-tuned model taught. Of several
-        seeds `score` and the nats are means, `spread` the standard deviation of the scores, and `runs` has the
-        cell of each.
+        `score`: by metric, in percent; `steps`, `data`, `command` and `wall_seconds` of the last run;
+        `nats_from_teacher` (per token of the answer) and `teacher`, the fine-tuned model's own score, where one
+        taught. Of several seeds `score` and the nats are means, `spread` the standard deviation of the scores, and
+        `runs` has the cell of each.
         """
         teacher = self._searched(
             "finetune", self._table.flags("finetune", task=task), task=task, model=self._model
@@ -82,14 +82,17 @@ class Runner:
             pretrained = self._train("pretrain", flags, model=self._model, method=row.method)
             start = {"plugin" if row.method == "variator" else "student": pretrained.as_posix()}
         if row.adapt is None:
-            return _cell(self._evaluated(teacher, task, start))
+            return self._taught(_cell(self._evaluated(teacher, task, start)), teacher)
         flags = {**self._table.flags("adapt", row, task), **start}
         cells = []
         for more in range(self._table.seeds):
             seed = {"seed": flags.get("seed", 0) + more} if more else {}
             named: dict[str, Any] = {"task": task, "model": teacher.as_posix(), "method": row.method}
             cells.append(_cell(self._searched("adapt", flags | seed, **named)))
-        return _over_seeds(cells)
+        return self._taught(_over_seeds(cells), teacher)
+
+    def _taught(self, cell: Cell, teacher: Path) -> Cell:
+        return cell | {"teacher": _cell(teacher)["score"]} if cell else cell
 
     def _searched(self, stage: str, flags: Flags, **more: Any) -> Path:
         """The run with the best held-out figure of all combinations in `grid`; the only one without a grid."""

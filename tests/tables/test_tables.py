@@ -291,9 +291,42 @@ def figures_only(figures: dict) -> dict:
 def test_finished_runs_are_not_repeated(work, data):
     first = run(FOLDER / "smoke/table3.yaml", work, data)
     stamps = {file: file.stat().st_mtime_ns for file in (work / "runs").rglob("training.json")}
-    again = run(FOLDER / "smoke/table3.yaml", work, data)
+    again = run(FOLDER / "smoke/table3.yaml", work, data, "--again")
     assert again == first
     assert stamps == {file: file.stat().st_mtime_ns for file in (work / "runs").rglob("training.json")}
+
+
+def test_stored_cells_outlive_their_runs(tmp_path, data, capsys):
+    recipe = FOLDER / "smoke/table3.yaml"
+    first = run(recipe, tmp_path, data)
+    shutil.rmtree(tmp_path / "runs")
+    page = next((tmp_path / "results").glob("*.md"))
+    said = page.read_text(encoding="utf-8")
+    page.unlink()
+    assert run(recipe, tmp_path, data) == first
+    assert "--again measures them anew" in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8") == said
+    assert not (tmp_path / "runs").exists()
+    row, *others = first["cells"]
+    run(recipe, tmp_path, data, "--again", "--rows", row)
+    assert len(list((tmp_path / "runs").iterdir())) == 1, "the fine-tuned model alone"
+    assert others
+
+
+def test_cells_of_several_teachers_say_so(tmp_path):
+    (tmp_path / "t.yaml").write_text(
+        yaml.safe_dump(GOOD | {"rows": {"Original": {"method": "original"}, "LTP": {"method": "ltp"}}})
+    )
+    table = read_table(tmp_path / "t.yaml")
+    shown = {"data": {"measured on": "all"}, "steps": 3}
+    cells = {
+        "Original": {"rte": shown | {"score": {"accuracy": 70.04}}},
+        "LTP": {"rte": shown | {"score": {"accuracy": 60.0}, "teacher": {"accuracy": 70.0}}},
+    }
+    costs = {"LTP": {"parameters": 100.0, "operations": 56.5}}
+    assert "several" not in markdown(table, "tiny", cells, costs)
+    cells["LTP"]["rte"]["teacher"] = {"accuracy": 71.5}
+    assert "Of several fine-tuned models: 70.0, 71.5." in markdown(table, "tiny", cells, costs)
 
 
 def test_cells_of_another_recipe_are_not_kept(tmp_path, data):
