@@ -38,7 +38,12 @@ class RelativeAdamW(AdamW):
         old = [weight.clone() for _, weight in moved]
         for _, weight in moved:
             weight.zero_()  # then AdamW leaves its step alone, without rounding it to the weight's own precision
-        super().step()
+        try:
+            super().step()
+        except BaseException:  # also a user's Ctrl-C: nothing is lost
+            for (_, weight), before in zip(moved, old, strict=True):
+                weight.copy_(before)
+            raise
         for (group, weight), before in zip(moved, old, strict=True):
             state = self.state[weight]
             if "size" not in state:

@@ -73,6 +73,21 @@ def test_weights_without_a_gradient_stay():
     assert torch.equal(left, torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_weights_outlive_a_step_that_fails(monkeypatch, error):
+    weight = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+
+    def fails(self, closure=None):
+        raise error
+
+    optimizer = RelativeAdamW([weight], lr=0.1)
+    monkeypatch.setattr(AdamW, "step", fails)
+    with pytest.raises(error):
+        optimizer.step()
+    assert weight.tolist() == [[1.0, 2.0]]
+
+
 def test_a_closure_sees_the_weights():
     weight = torch.full((2, 2), 3.0, requires_grad=True)
     optimizer = RelativeAdamW([weight], lr=0.1, weight_decay=0.0)
