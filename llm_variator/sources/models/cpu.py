@@ -21,4 +21,6 @@ def complaint(dtype: torch.dtype) -> str | None:
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether torch has products in `dtype` on this x86 CPU that are more than plain loops."""
-    return dtype not in _ASKED or bool(getattr(torch.ops.mkldnn, _ASKED[dtype])())
+    if dtype not in _ASKED or not torch.backends.mkldnn.is_available():  # without it torch cannot be asked
+        return True
+    return bool(getattr(torch.ops.mkldnn, _ASKED[dtype])())

@@ -97,6 +97,8 @@ def load_model(
             model = _with_adapter(name, torch_dtype, num_labels, seed)
         if quantize is not None:
             quantise(model, quantize, torch_device)
+        elif random_init:  # what a LoRA belongs to has been loaded here already
+            _warn_of_slow_products(model)
         return model.to(torch_device)  # type: ignore[arg-type]
     source = source_of(name)
     model = _pretrained(
@@ -109,9 +111,14 @@ def load_model(
         torch_device if device_map is None else device_map,
     )
     model.config._name_or_path = model.name_or_path = base_name(name)
-    if model.device.type == "cpu" and quantize is None and (slow := cpu.complaint(model.dtype)):
-        logger.warning("%s; --dtype float32 (in Python dtype='float32') takes twice the memory", slow)
+    if quantize is None:
+        _warn_of_slow_products(model)
     return model.eval()
+
+
+def _warn_of_slow_products(model: PreTrainedModel) -> None:
+    if model.device.type == "cpu" and (slow := cpu.complaint(model.dtype)):
+        logger.warning("%s; --dtype float32 (in Python dtype='float32') takes twice the memory", slow)
 
 
 def _pretrained(
