@@ -29,6 +29,7 @@ HARDENING = {
 
 pytest.register_assert_rewrite("selecting")  # what it asserts says what was there
 torch.set_num_threads(1)  # tiny models, and pytest-xdist already fills the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 VOCAB = 97
 SHAPE = dict(

@@ -327,10 +327,16 @@ def test_a_plugin_with_other_classes_goes_on_from_a_shared_context(tmp_path, dec
 # Pools.
 
 
+IN_POOLS = {
+    "llama": ("short tail", "long tail", "dense layer", "one ratio", "some layers", "ffn"),
+    "gemma3": ("short tail", "dense layer", "ffn"),
+    "llama-mha": ("long tail", "one ratio"),
+}
+
+
 @pytest.mark.parametrize(
-    "name", ["short tail", "long tail", "dense layer", "one ratio", "some layers", "ffn"]
+    ("decoder", "name"), [(decoder, name) for decoder in IN_POOLS for name in IN_POOLS[decoder]]
 )
-@pytest.mark.parametrize("decoder", [*FEW, "llama-mha"])
 @torch.no_grad()
 def test_contexts_in_a_pool_answer_as_without(decoder, name):
     model, pool = make(decoder, CONFIGS[name]), KVPool(3000, block_size=3)

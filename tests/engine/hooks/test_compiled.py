@@ -29,7 +29,8 @@ def fresh():
 
 
 def variator(name="llama", config=FFN_KV, **overrides):
-    return make_variator(name, config, **{"num_hidden_layers": 2, **overrides})
+    """One layer, unless a test is of several: tracing takes seconds for each."""
+    return make_variator(name, config, **{"num_hidden_layers": 1, **overrides})
 
 
 def generated(model, ids, **options):
@@ -50,10 +51,18 @@ def breaks():
 
 
 CASES = {
-    "llama": ("llama", FFN_KV, {}),
+    "llama": ("llama", FFN_KV, {"num_hidden_layers": 2}),
     "eager attention": ("llama", FFN_KV, {"attn_implementation": "eager"}),
-    "per layer": ("qwen3", VariatorConfig(k=2, sites=("ffn", "kv"), r=5, k_per_layer={"kv": (3, 1)}), {}),
-    "sliding window": ("gemma3", FFN_KV, {"layer_types": ["sliding_attention", "full_attention"]}),
+    "per layer": (
+        "qwen3",
+        VariatorConfig(k=2, sites=("ffn", "kv"), r=5, k_per_layer={"kv": (3, 1)}),
+        {"num_hidden_layers": 2},
+    ),
+    "sliding window": (
+        "gemma3",
+        FFN_KV,
+        {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "whole attention": ("qwen2", VariatorConfig(k=3, sites=("ffn", "attention"), r=5, dense_tail=2), {}),
 }
 
@@ -80,7 +89,7 @@ def test_same_tokens_without_breaks(case, caplog):
 def test_inductor_makes_the_same_tokens():
     if shutil.which("g++") is None:
         pytest.skip("torch's inductor needs g++ on a CPU")
-    model = variator(num_hidden_layers=1)
+    model = variator()
     (ids,) = prompts(30)
     expected = generated(model, ids)
     with torch.inference_mode():
@@ -93,7 +102,7 @@ def test_inductor_makes_the_same_tokens():
 
 
 def test_swapping_plugins_and_padded_batches():
-    model = variator()
+    model = variator(num_hidden_layers=2)
     randomise(model.add_plugin("k3", VariatorConfig(k=3, sites=("ffn",), r=5)), seed=2)
     batch = pad(prompts(12, 25, 31), "left")
     expected = {}
@@ -158,7 +167,7 @@ def test_what_cannot_be_compiled_says_so_and_is_right(caplog):
 
 
 def test_more_kinds_of_passes_than_torch_compiles(caplog):
-    model = variator(num_hidden_layers=1)
+    model = variator()
     rows = prompts(30, 41, 52)
     expected = [generated(model, ids) for ids in rows]
     model.compile(backend="eager", dynamic=False)
@@ -168,7 +177,7 @@ def test_more_kinds_of_passes_than_torch_compiles(caplog):
 
 
 def test_code_that_does_not_merge_is_found(monkeypatch):
-    model = variator(num_hidden_layers=1)
+    model = variator()
     (ids,) = prompts(30)
     model.compile(backend="eager")
     # stands for code compiled while no plugin was active
@@ -181,7 +190,7 @@ def test_code_that_does_not_merge_is_found(monkeypatch):
 
 
 def test_somebody_elses_torch_compile_stays_right():
-    model = variator(num_hidden_layers=1)
+    model = variator()
     rows = prompts(30, 41)
     with torch.no_grad():
         expected = [model(ids).logits for ids in rows]
@@ -196,7 +205,7 @@ def test_somebody_elses_torch_compile_stays_right():
 
 @pytest.mark.parametrize("part", ["model", "stack", "layer", "ffn"])
 def test_somebody_elses_torch_compile_of_a_dense_pass_does_not_freeze_it(part):
-    model = variator(num_hidden_layers=1)
+    model = variator()
     (ids,) = prompts(30)
     with torch.no_grad():
         expected = model(ids).logits
@@ -211,7 +220,7 @@ def test_somebody_elses_torch_compile_of_a_dense_pass_does_not_freeze_it(part):
 
 
 def test_unload_leaves_nothing_compiled():
-    model = variator(num_hidden_layers=1)
+    model = variator()
     model.compile(backend="eager")
     base = model.unload()
     assert base.base_model._compiled_call_impl is None
@@ -219,7 +228,7 @@ def test_unload_leaves_nothing_compiled():
 
 def test_options_are_torchs_by_name():
     with pytest.raises(VariatorError, match="by name"):
-        variator(num_hidden_layers=1).compile("inductor")
+        variator().compile("inductor")
     with pytest.raises(VariatorError, match="for decoders"):
         make_variator("bert", VariatorConfig(k=2)).compile()
 
