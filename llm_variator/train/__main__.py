@@ -221,14 +221,14 @@ def _last_step(settings: Settings, run: Run, checkpoint: Path | None) -> int:
 
 
 def _start_by_least_squares(settings: Settings, run: Run, trainer: VariatorTrainer) -> None:
-    """On what a longer run would read next: on examples of the fit itself, steps would find too little to mend."""
+    """On the first examples of the run, and those a longer run would read next."""
     assert run.plugin is not None
     if wants_fsdp():
         raise VariatorError(
             "--init least-squares reads whole layers: run it without FSDP first, then give --plugin"
         )
     stream: Any = trainer.train_dataset
-    batches, tokens, start = [], 0, len(stream)
+    batches, tokens, start = [], 0, 0
     while tokens < settings.init_tokens:
         examples = [stream[index] for index in range(start, start + settings.batch_size)]
         batches.append(forward_arguments(run.plugin, trainer._prepare_inputs(run.collate(examples))))
