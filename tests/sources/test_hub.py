@@ -128,17 +128,15 @@ load("someone/plugin-k2/llama/k2@v2")
 load("someone/plugin-k2", revision="v2", subfolder="llama/k2")
 print(VariatorModel.from_pretrained(ours.unload(), "someone/plugin-k2", revision="v2", subfolder="llama/k2").plugins)
 """
-    out = run(fetch, hub, tmp_path).splitlines()
+    wrong = 'load("someone/plugin-k2@v9")\nload("someone/plugin-k2/none@v1")'
+    *out, no_revision, no_folder = run(fetch + wrong, hub, tmp_path).splitlines()
     assert out[:5] == ["1", "7", "7", "9", "9"]
     assert "dense_tail=9" in out[5]
+    assert "repo 'someone/plugin-k2', revision 'v9': " in no_revision
+    assert "subfolder 'none', revision 'v1': " in no_folder
     asked = len(hub.asked)
     assert run(fetch, hub, tmp_path, HF_HUB_OFFLINE="1").splitlines() == out
     assert len(hub.asked) == asked, "offline nothing is asked for"
-    start = fetch[: fetch.index('load("someone')]
-    out = run(start + 'load("someone/plugin-k2@v9")\nload("someone/plugin-k2/none@v1")', hub, tmp_path)
-    wrong = out.splitlines()
-    assert "repo 'someone/plugin-k2', revision 'v9': " in wrong[0]
-    assert "subfolder 'none', revision 'v1': " in wrong[1]
 
 
 def test_refusals_and_silence_end_with_one_clear_error(hub, tmp_path):
