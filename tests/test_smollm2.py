@@ -76,7 +76,7 @@ def test_stepwise_equals_teacher_forced(double, rows):
     assert {layer.entries for layer in report.layers} == {groups + (n - 2 * groups) + 15}
 
 
-@pytest.mark.parametrize("k", [2, 8])
+@pytest.mark.parametrize("k", [2, 3, 4, 8])
 def test_cache_holds_exactly_the_entries(model, monkeypatch, k):
     """Prompts of 1 to 100 tokens, and of some up to 300, through the first layer; the layers do not differ in this."""
     monkeypatch.setattr(model.config, "num_hidden_layers", 1)
@@ -224,7 +224,7 @@ def kept_tensors(cache):
         yield from ((store.keys, store.values) for store in stores)
 
 
-@pytest.mark.parametrize("j", [5, 131, 250])
+@pytest.mark.parametrize("j", [5, 70, 131, 200, 250])
 @torch.no_grad()
 def test_kept_keys_let_nothing_flow_backwards(keeping, j):
     model, ids = keeping

@@ -91,9 +91,8 @@ def test_identity_plugin_is_dense(encoder, sites, side):
 # The whole computation against the plain form, in fp64.
 
 
-@pytest.mark.parametrize(
-    ("implementation", "length"), [("sdpa", 1), ("sdpa", 3), ("sdpa", 16), ("sdpa", 29), ("eager", 29)]
-)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("length", [1, 3, 16, 29])
 @torch.no_grad()
 def test_states_equal_the_plain_form(encoder, config, implementation, length):
     model = make_variator(encoder, config, attn_implementation=implementation).double()
@@ -152,10 +151,8 @@ def test_padding_never_changes_a_result(encoder, config, implementation):
 # Every way of generating works on a compressed encoder.
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [*((name, dict()) for name in T5S), ("t5", dict(num_beams=3, num_return_sequences=2))],
-)
+@pytest.mark.parametrize("name", T5S)
+@pytest.mark.parametrize("options", [dict(), dict(num_beams=3, num_return_sequences=2)])
 def test_generation_of_a_batch_equals_that_of_its_rows(name, config, options):
     model = make_variator(name, config)
     rows = prompts(3, 9, 26)
