@@ -30,29 +30,10 @@ from llm_variator.engine.files import write_atomically
 _ABSOLUTE_PATH = re.compile(r"(?<![\w./~:-])(?:[A-Za-z]:\\|/|~/)[^\s,='\"]+")
 
 
-def write_result(
-    path: str | Path,
-    figures: Mapping[str, Any],
-    *,
-    command: str | Sequence[str],
-    seed: int | None,
-    started: float,
+def result_of(
+    figures: Mapping[str, Any], *, command: str | Sequence[str], seed: int | None, started: float
 ) -> dict[str, Any]:
-    """Write `figures` and their circumstances to a JSON file, whole or not at all.
-
-    Args:
-        path: the file; missing folders are made.
-        figures: what was measured; numbers that are not finite are stored as null.
-        command: what follows `python -m`, as words: `["llm_variator.evaluate", *argv]`, or one string.
-        seed: of the run, None where nothing is random.
-        started: `time.perf_counter()` at the start of the run.
-
-    Returns:
-        What was written.
-
-    Raises:
-        VariatorError: the file cannot be written.
-    """
+    """`figures` with their circumstances, as `write_result` writes them."""
     result = {
         "figures": figures,
         "command": f"python -m {command if isinstance(command, str) else shlex.join(command)}",
@@ -63,9 +44,40 @@ def write_result(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "wall_seconds": round(time.perf_counter() - started, 3),
     }
-    result = _clean(result)
+    plain: dict[str, Any] = _clean(result)
+    return plain
+
+
+def write_result(
+    path: str | Path,
+    figures: Mapping[str, Any],
+    *,
+    command: str | Sequence[str],
+    seed: int | None,
+    started: float,
+) -> None:
+    """Write `figures` and their circumstances to a JSON file, whole or not at all.
+
+    Args:
+        path: the file; missing folders are made.
+        figures: what was measured; numbers that are not finite are stored as null.
+        command: what follows `python -m`, as words: `["llm_variator.evaluate", *argv]`, or one string.
+        seed: of the run, None where nothing is random.
+        started: `time.perf_counter()` at the start of the run.
+
+    Raises:
+        VariatorError: the file cannot be written.
+    """
+    store(path, result_of(figures, command=command, seed=seed, started=started))
+
+
+def store(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Write what `result_of` gave, whole or not at all; missing folders are made.
+
+    Raises:
+        VariatorError: the file cannot be written.
+    """
     write_atomically(Path(path), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    return result
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from transformers import TrainerState, TrainingArguments
 from llm_variator import cli
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
-from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_result
+from llm_variator.measures.results import peak_memory_gib, result_of, scrub_paths, store
 from llm_variator.sources.models import cpu, load_model
 from llm_variator.sources.models.quantisation import base_bytes, predicted_bytes
 from llm_variator.train.distributed import announce, is_main_process, wants_fsdp, world_size
@@ -267,7 +267,7 @@ def _finish(
     distance: dict[str, float] | None,
     started: float,
 ) -> None:
-    """Write what was trained and training.json, and print the figures."""
+    """Write what was trained, then training.json, and print the figures."""
     on_the_way = trainer.evaluations
     figure = run.judge.figure
     figures = {
@@ -287,13 +287,8 @@ def _finish(
         "config": None if run.plugin is None else run.plugin.plugin().config.to_dict(),
         "base": None if run.plugin is None else _base_facts(settings, run.plugin.base),
     }
-    result = write_result(
-        settings.folder / RESULT_FILE,
-        figures,
-        command=["llm_variator.train", *argv],
-        seed=settings.seed,
-        started=started,
-    )
+    command = ["llm_variator.train", *argv]
+    result = result_of(figures, command=command, seed=settings.seed, started=started)
     words = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
     if run.plugin is not None:
         where = (
@@ -314,6 +309,7 @@ def _finish(
     else:
         run.learner.save(settings.folder)
         run.tokenizer.save_pretrained(settings.folder)
+    store(settings.folder / RESULT_FILE, result)  # after the weights: it says that the run is done
     shutil.rmtree(settings.folder / START, ignore_errors=True)
     if settings.drop_checkpoints:
         for checkpoint in checkpoints(settings.folder):

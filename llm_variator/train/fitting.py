@@ -17,7 +17,7 @@ from llm_variator.config import WEIGHTS_FILE, VariatorConfig
 from llm_variator.engine.hooks import host_of
 from llm_variator.engine.plugin import base_signature
 from llm_variator.errors import VariatorError
-from llm_variator.measures.results import peak_memory_gib, scrub_paths, write_result
+from llm_variator.measures.results import peak_memory_gib, result_of, scrub_paths, store
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import parse_sources
 from llm_variator.sources.models import load_model, load_tokenizer, plugin_folder
@@ -72,24 +72,20 @@ def fit_scores(settings: Settings, argv: Sequence[str], started: float, result: 
         "peak_memory_gib": peak_memory_gib(),
         "config": model.plugin().config.to_dict(),
     }
-    stored = write_result(
-        settings.folder / result,
-        figures,
-        command=["llm_variator.train", *argv],
-        seed=settings.seed,
-        started=started,
-    )
-    where = stored["machine"]["gpu"] or f"{stored['machine']['cores']} cores of {stored['machine']['cpu']}"
+    command = ["llm_variator.train", *argv]
+    fitted = result_of(figures, command=command, seed=settings.seed, started=started)
+    where = fitted["machine"]["gpu"] or f"{fitted['machine']['cores']} cores of {fitted['machine']['cpu']}"
     shares = {length: f"{share:.3f} of a prompt of {length} tokens" for length, share in kept.items()}
     facts = {
         "fitted on": scrub_paths(", ".join(settings.data)),
         "fit": f"{tokens:,} tokens of {samples} contexts of {_words(settings.fit_tokens)} tokens",
         "entries": ", ".join(shares.values()),
         "explained variance, held out": ", ".join(f"{name} {r2:.2f}" for name, r2 in explained.items()),
-        "wall time": f"{stored['wall_seconds']:.0f} s on {where}",
-        "command": f"`{stored['command']}`",
+        "wall time": f"{fitted['wall_seconds']:.0f} s on {where}",
+        "command": f"`{fitted['command']}`",
     }
     model.save_pretrained(settings.folder, dtype=getattr(torch, settings.save_dtype), facts=facts)
+    store(settings.folder / result, fitted)
     if settings.drop_checkpoints:
         file.unlink()
     print(f"explained variance, held out: {facts['explained variance, held out']}")

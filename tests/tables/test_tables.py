@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_tasks import write_tasks
+from transformers import PreTrainedTokenizerBase
 
-from llm_variator import VariatorError
+from llm_variator import VariatorError, VariatorModel
 from llm_variator.sources.models import load_model, load_tokenizer
 from llm_variator.tables.__main__ import main
 from llm_variator.tables.cost import row_costs
@@ -346,6 +347,29 @@ def test_cells_of_another_recipe_are_not_kept(tmp_path, data):
     assert set(cells["LTP"]) == {"sst2"}
 
 
+@pytest.mark.parametrize("what", ["fine-tuned model", "plugin"])
+def test_run_stopped_while_it_is_saved_is_not_done(what, tmp_path, data, monkeypatch):
+    recipe, flags = FOLDER / "smoke/table3.yaml", ["--rows", "Variator (FFN)"]
+    whole = run(recipe, tmp_path / "whole", data, *flags)
+    owner = PreTrainedTokenizerBase if what == "fine-tuned model" else VariatorModel
+    save = owner.save_pretrained
+
+    def stop(model, folder, *args, **options):
+        if "checkpoint-" not in str(folder):
+            raise KeyboardInterrupt
+        return save(model, folder, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "save_pretrained", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path, data, *flags)
+    assert figures_only(run(recipe, tmp_path, data, *flags)) == figures_only(whole)
+    saved = [
+        sorted(file.name for file in (tmp_path / place).glob("*/*.*")) for place in ("runs", "whole/runs")
+    ]
+    assert saved[0] == saved[1]
+
+
 def test_table_killed_twice_ends_like_the_one_that_was_not(tmp_path, data):
     recipe = {
         "extends": str(FOLDER / "smoke" / SHARED),
@@ -366,11 +390,15 @@ def test_table_killed_twice_ends_like_the_one_that_was_not(tmp_path, data):
     def entries() -> int:  # os.walk passes over folders that the table deletes meanwhile; rglob raises
         return sum(len(folders) + len(files) for _, folders, files in os.walk(killed))
 
+    said = tmp_path / "said"
     for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with said.open("w") as log:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         before = entries()
         while entries() <= before + 3:
-            assert process.poll() is None, "the table ended before it could be killed"
+            assert process.poll() is None, (
+                f"the table ended before it could be killed: {said.read_text()[-500:]}"
+            )
             time.sleep(0.01)
         time.sleep(draw.random())
         process.send_signal(signal.SIGKILL)
