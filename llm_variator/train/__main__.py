@@ -161,7 +161,6 @@ def _print_trainable(run: Run) -> None:
 def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorTrainer:
     if settings.tensorboard:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(settings.folder / "runs"))
-    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(settings.folder),
         max_steps=max(1, _last_step(settings, run, checkpoint)),  # with none it only evaluates
@@ -173,8 +172,8 @@ def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorT
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16 and not (on_cpu and _is_slow_in_bf16()),
-        use_cpu=on_cpu,
+        bf16=settings.bf16 and not (settings.on_cpu and _is_slow_in_bf16()),
+        use_cpu=settings.on_cpu,
         seed=settings.seed,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
@@ -189,7 +188,7 @@ def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorT
         report_to=["tensorboard"] if settings.tensorboard else "none",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
+        dataloader_pin_memory=not settings.on_cpu,
     )
     return VariatorTrainer(
         run.learner,

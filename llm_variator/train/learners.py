@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from llm_variator.errors import VariatorError
@@ -24,6 +25,10 @@ class Learner(Protocol):
 
     def teaching(self) -> AbstractContextManager[Any]:
         """A block in which the given model computes what is to be learned."""
+        ...
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Bring a separate teacher where the Trainer brings the model, to compute in the same precision."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -46,6 +51,9 @@ class PluginLearner:
         """Without the plugin."""
         with self.model.disable_plugin():
             yield self.model
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Nothing: the teacher is the model."""
 
     def save(self, folder: Path) -> None:
         """Weights, configuration and card of the plugin."""
@@ -75,6 +83,11 @@ class ModelLearner:
         if self._teacher is None:
             raise VariatorError("this model has no teacher: it learns from the task's labels alone")
         yield self._teacher
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """The teacher to the model's device, under the same autocast."""
+        if self._teacher is not None:
+            self._teacher = accelerator.prepare_model(self._teacher, evaluation_mode=True)
 
     def save(self, folder: Path) -> None:
         """As `save_pretrained` of the model does, in one file."""

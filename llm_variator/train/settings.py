@@ -289,6 +289,11 @@ class Settings(
         is_new = self.stage == "pretrain" and self.method == "variator" and not self.plugin
         return is_new and self.plugin_config().selects
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it trains on the CPU."""
+        return self.device == "cpu" or not torch.cuda.is_available()
+
     def ends_given(self) -> dict[str, int]:
         """The dense ends that the user or the recipe gave."""
         ends = {"dense_head": self.dense_head, "dense_tail": self.dense_tail}

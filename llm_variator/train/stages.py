@@ -116,9 +116,9 @@ def _pretrain_encoder(settings: Settings) -> Run:
     tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
     base = _base(settings)
     if settings.method == "variator":
-        learner: Learner = _plugin_learner(settings, base)
+        learner: Learner = _plugin_learner(settings, _for_short_rows(settings, base))
     else:
-        learner = ModelLearner(_student(settings, base), base)
+        learner = ModelLearner(_for_short_rows(settings, _student(settings, base)), base)
     if base.config.is_encoder_decoder:
         corruption = span_corruption(tokenizer, base.config.decoder_start_token_id)
     else:
@@ -151,7 +151,7 @@ def _pretrain_encoder(settings: Settings) -> Run:
 def _base(settings: Settings, num_labels: int | None = None) -> PreTrainedModel:
     """The base model. A quantised one is made where it is used; the Trainer moves the others there."""
     device = "cpu"
-    if settings.quantize and settings.device != "cpu" and torch.cuda.is_available():
+    if settings.quantize and not settings.on_cpu:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return load_model(settings.model, **settings.loading(), num_labels=num_labels, device=device)
 
@@ -263,9 +263,9 @@ def _finetuned(settings: Settings, base: PreTrainedModel) -> ModelLearner:
 def _adapted(settings: Settings, teacher: PreTrainedModel) -> Learner:
     """A plugin on M_T, or a baseline that M_T teaches."""
     if settings.method == "variator":
-        return _plugin_learner(settings, teacher)
+        return _plugin_learner(settings, _for_short_rows(settings, teacher))
     if settings.method == "distill":
-        return ModelLearner(_student(settings, teacher), teacher)
+        return ModelLearner(_for_short_rows(settings, _student(settings, teacher)), teacher)
     student = _load(settings).float().requires_grad_(True)
     return ModelLearner(student, teacher, extra=TokenPruning(student, settings.keep))
 
@@ -297,6 +297,13 @@ def _plugin_learner(settings: Settings, base: PreTrainedModel) -> PluginLearner:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return PluginLearner(model)
+
+
+def _for_short_rows(settings: Settings, model: PreTrainedModel) -> PreTrainedModel:
+    """With attention as plain products on a CPU, where the fused one's backward pass is up to ten times slower."""
+    if settings.on_cpu:
+        model.set_attn_implementation("eager")
+    return model
 
 
 def _student(settings: Settings, teacher: PreTrainedModel) -> PreTrainedModel:

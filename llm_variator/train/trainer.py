@@ -96,6 +96,7 @@ class VariatorTrainer(Trainer):
             callbacks=callbacks,
             optimizer_cls_and_kwargs=(RelativeAdamW, {"lr": args.learning_rate}) if relative_steps else None,
         )
+        learner.prepare(self.accelerator)
         if self.pop_callback(ProgressCallback) is not None:  # the Trainer has none with disable_tqdm
             self.add_callback(_Progress())
         self.step_seconds = clock.seconds
