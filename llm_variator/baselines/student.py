@@ -123,6 +123,25 @@ def make_student(
     return nn.Module.to(student, device=teacher.device, dtype=teacher.dtype)
 
 
+def take_head(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Give a BERT classifier the teacher's pooler and classifier.
+
+    Raises:
+        VariatorError: they are of another size.
+    """
+    own = dict(student.named_parameters())
+    for name, value in teacher.named_parameters():
+        if not name.startswith(("classifier.", "bert.pooler.")):
+            continue
+        if own[name].shape != value.shape:
+            raise VariatorError(
+                f"the student's {name} is {tuple(own[name].shape)}, its teacher's {tuple(value.shape)}: a student has "
+                "its teacher's hidden size and labels"
+            )
+        with torch.no_grad():
+            own[name].copy_(value)
+
+
 def _neuron_dimension(name: str) -> int | None:
     return next((dim for pattern, dim in _NEURONS.items() if re.search(pattern, name)), None)
 

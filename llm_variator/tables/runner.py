@@ -23,8 +23,9 @@ from llm_variator.tables.recipe import Flags, Row, TableRecipe, as_argv
 from llm_variator.train.__main__ import RESULT_FILE
 from llm_variator.train.__main__ import main as train
 from llm_variator.train.__main__ import read as train_settings
+from llm_variator.train.fitting import MOMENTS_FILE
 from llm_variator.train.settings import FREE_ON_RESUME, check_machine
-from llm_variator.train.trainer import checkpoints, last_complete_checkpoint
+from llm_variator.train.trainer import START, checkpoints, last_complete_checkpoint
 
 Cell = dict[str, Any]
 
@@ -92,7 +93,8 @@ class Runner:
         return self._taught(_over_seeds(cells), teacher)
 
     def _taught(self, cell: Cell, teacher: Path) -> Cell:
-        return cell | {"teacher": _cell(teacher)["score"]} if cell else cell
+        taught_by = _cell(teacher)  # empty in a dry run, also where its folder is gone
+        return cell | {"teacher": taught_by["score"]} if cell and taught_by else cell
 
     def _searched(self, stage: str, flags: Flags, **more: Any) -> Path:
         """The run with the best held-out figure of all combinations in `grid`; the only one without a grid."""
@@ -117,8 +119,8 @@ class Runner:
             self._checked.add(folder)
             check_machine(train_settings(as_argv(flags)))
             return folder
-        resume = False
-        if checkpoints(folder):
+        resume = (folder / START).is_dir() or (folder / MOMENTS_FILE).is_file()
+        if checkpoints(folder) and not resume:
             try:
                 last_complete_checkpoint(folder)
                 resume = True
@@ -168,7 +170,9 @@ def _words(flags: Flags) -> str:
 
 
 def _best_score(folder: Path) -> float:
-    return max(score for _, score in _result(folder)["figures"]["held_out_history"])
+    """Of what a run can have kept: of what it started with there is no checkpoint."""
+    history = _result(folder)["figures"]["held_out_history"]
+    return max(score for step, score in history if step or len(history) == 1)
 
 
 def _result(folder: Path) -> dict[str, Any]:

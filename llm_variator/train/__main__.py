@@ -102,6 +102,8 @@ def _check_output(settings: Settings) -> Path | None:
     if checkpoints(settings.folder):
         raise VariatorError(f"{settings.folder} holds checkpoints: add --resume, or choose another --output")
     _check_writable(settings)
+    if is_main_process():  # of an earlier attempt, maybe with other settings
+        shutil.rmtree(settings.folder / START, ignore_errors=True)
     return None
 
 
@@ -159,8 +161,8 @@ def _print_trainable(run: Run) -> None:
 
 
 def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorTrainer:
-    if settings.tensorboard:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(settings.folder / "runs"))
+    if settings.tensorboard:  # read where the Trainer is made
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.folder / "runs")
     arguments = TrainingArguments(
         output_dir=str(settings.folder),
         max_steps=max(1, _last_step(settings, run, checkpoint)),  # with none it only evaluates
@@ -180,7 +182,8 @@ def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorT
         eval_on_start=checkpoint is None,
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or max(1, settings.steps),
-        save_total_limit=settings.save_total_limit,
+        # of one the Trainer would drop the last as it ends, and a run killed then would go back to its best
+        save_total_limit=max(settings.save_total_limit, 1 + settings.keeps_best),
         load_best_model_at_end=settings.keeps_best,
         metric_for_best_model=run.judge.figure if settings.keeps_best else None,
         greater_is_better=run.judge.higher_is_better if settings.keeps_best else None,

@@ -87,7 +87,7 @@ def fit_scores(settings: Settings, argv: Sequence[str], started: float, result: 
     model.save_pretrained(settings.folder, dtype=getattr(torch, settings.save_dtype), facts=facts)
     store(settings.folder / result, fitted)
     if settings.drop_checkpoints:
-        file.unlink()
+        file.unlink(missing_ok=True)
     print(f"explained variance, held out: {facts['explained variance, held out']}")
     print(f"entries kept: {facts['entries']}")
     print(f"plugin saved to {settings.folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -61,13 +62,19 @@ class LossJudge:
     figure = "distillation_loss"
     higher_is_better = False
 
-    def __init__(self, objective: Objective, batches: Sequence[dict[str, Tensor]]) -> None:
-        """`batches`: as the training ones; all but the last of the same size."""
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Sequence[dict[str, Tensor]],
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        """`batches`: as the training ones; `counts`: over how much each one's loss is a mean (default: its rows)."""
         self._objective = objective
         self._batches = batches
+        self._counts = counts or [len(next(iter(batch.values()))) for batch in batches]
 
     def __call__(self, learner: Learner) -> dict[str, float]:
-        """Mean over the rows; raises VariatorError where a loss is no number."""
+        """Mean over all batches; raises VariatorError where a loss is no number."""
         model = learner.model
         device = next(model.parameters()).device
         was_training = model.training
@@ -85,8 +92,8 @@ class LossJudge:
                 "the loss on held-out examples is no number: train with a lower --learning-rate, or "
                 "with --dtype float32"
             )
-        rows = [len(next(iter(batch.values()))) for batch in self._batches]
-        return {self.figure: sum(loss * count for loss, count in zip(losses, rows, strict=True)) / sum(rows)}
+        counts = self._counts
+        return {self.figure: sum(map(operator.mul, losses, counts)) / sum(counts)}
 
 
 class TaskJudge:

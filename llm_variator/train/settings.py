@@ -230,6 +230,10 @@ class Settings(
             raise VariatorError("--task-weight belongs to --stage adapt")
         if self.stage != "finetune" and self.lora:
             raise VariatorError("--lora belongs to --stage finetune")
+        if self.gradient_checkpointing and self.stage != "finetune" and self.method != "variator":
+            raise VariatorError(
+                f"--gradient-checkpointing is for plugins and --stage finetune: leave it out for --method {self.method}"
+            )
         if self.recall > 1:
             raise VariatorError(f"--recall is a share of the windows, at most 1; got {self.recall:g}")
         is_plugin = self.stage != "finetune" and self.method == "variator"
@@ -249,18 +253,14 @@ class Settings(
             raise VariatorError(f"--plugin keeps its own configuration: leave out {', '.join(config_flags)}")
         if self.student and self.method != "distill":
             raise VariatorError("--student belongs to --method distill")
-        if self.stage != "pretrain" and self.save_every and self.save_every % self.eval_every:
-            raise VariatorError(
-                f"the best checkpoint can only be kept if --save-every {self.save_every} is a multiple of "
-                f"--eval-every {self.eval_every}"
-            )
         if self.patience and not self.keeps_best:
             raise VariatorError(
                 "--patience needs a best checkpoint to go back to: give --stage finetune or adapt, and --save-every"
             )
-        if self.patience and self.save_every != self.eval_every:
+        if self.keeps_best and self.save_every != self.eval_every:
             raise VariatorError(
-                f"--patience needs a checkpoint of every evaluation: give --save-every {self.eval_every}"
+                f"the best checkpoint can only be kept if every evaluation has one: give --save-every "
+                f"{self.eval_every}, as --eval-every, or --save-every 0 to keep the last weights"
             )
         if self.beside and not self.fits_scores:
             raise VariatorError(

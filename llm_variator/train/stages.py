@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm_variator.baselines import TokenPruning, make_student
+from llm_variator.baselines import TokenPruning, make_student, take_head
 from llm_variator.engine.blocks import Place, reduces
 from llm_variator.engine.groups import split
 from llm_variator.errors import VariatorError
@@ -19,7 +19,7 @@ from llm_variator.sources.corpora import parse_sources
 from llm_variator.sources.models import load_config, load_model, load_tokenizer
 from llm_variator.sources.tasks import find_task, load_examples
 from llm_variator.sources.tasks.examples import Example
-from llm_variator.sources.tasks.forms import TaskForm, form_for
+from llm_variator.sources.tasks.forms import IGNORED, TaskForm, form_for
 from llm_variator.sources.tasks.table import Task
 from llm_variator.train.corruption import Corrupted, span_corruption, stack, token_masking
 from llm_variator.train.data import Corpus, ExampleStream, TrainingStream, build_corpus, collate
@@ -114,11 +114,11 @@ def _pretrain_encoder(settings: Settings) -> Run:
     if settings.recall:
         raise VariatorError("--recall is for decoders: nothing follows what an encoder reads")
     tokenizer = load_tokenizer(settings.model, stand_in=settings.random_init)
-    base = _base(settings)
+    base = _for_short_rows(settings, _base(settings))
     if settings.method == "variator":
-        learner: Learner = _plugin_learner(settings, _for_short_rows(settings, base))
+        learner: Learner = _plugin_learner(settings, base)
     else:
-        learner = ModelLearner(_for_short_rows(settings, _student(settings, base)), base)
+        learner = ModelLearner(_student(settings, base), base)
     if base.config.is_encoder_decoder:
         corruption = span_corruption(tokenizer, base.config.decoder_start_token_id)
     else:
@@ -218,7 +218,7 @@ def _load(settings: Settings) -> PreTrainedModel:
     """The model; a BERT with a head for the task's labels."""
     labels = len(_task(settings).answers) or None
     is_bert = load_config(settings.model).model_type == "bert"
-    return _base(settings, num_labels=labels if is_bert else None)
+    return _for_short_rows(settings, _base(settings, num_labels=labels if is_bert else None))
 
 
 def _judge(form: TaskForm, examples: Sequence[Example], settings: Settings) -> TaskJudge:
@@ -229,7 +229,8 @@ def _distance(learner: Learner, form: TaskForm, examples: Sequence[Example], set
     rows = sorted(examples, key=lambda example: example.size)
     size = settings.batch_size
     batches = [form.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-    return LossJudge(Objective(learner, "kl"), batches)
+    tokens = [int((batch["labels"] != IGNORED).sum()) for batch in batches]  # of answers; a classifier's rows
+    return LossJudge(Objective(learner, "kl"), batches, tokens)
 
 
 def _part(examples: Sequence[Example], count: int) -> Sequence[Example]:
@@ -242,6 +243,10 @@ def _part(examples: Sequence[Example], count: int) -> Sequence[Example]:
 def _finetuned(settings: Settings, base: PreTrainedModel) -> ModelLearner:
     """The downstream model M_T, which learns from the labels: whole, or by LoRA on q and v."""
     set_seed(settings.seed)
+    if settings.gradient_checkpointing:
+        # since transformers 5.23 of another name
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if not settings.lora:
         return ModelLearner(base.float().requires_grad_(True))
     from peft import LoraConfig, get_peft_model
@@ -263,9 +268,9 @@ def _finetuned(settings: Settings, base: PreTrainedModel) -> ModelLearner:
 def _adapted(settings: Settings, teacher: PreTrainedModel) -> Learner:
     """A plugin on M_T, or a baseline that M_T teaches."""
     if settings.method == "variator":
-        return _plugin_learner(settings, _for_short_rows(settings, teacher))
+        return _plugin_learner(settings, teacher)
     if settings.method == "distill":
-        return ModelLearner(_for_short_rows(settings, _student(settings, teacher)), teacher)
+        return ModelLearner(_student(settings, teacher), teacher)
     student = _load(settings).float().requires_grad_(True)
     return ModelLearner(student, teacher, extra=TokenPruning(student, settings.keep))
 
@@ -307,10 +312,15 @@ def _for_short_rows(settings: Settings, model: PreTrainedModel) -> PreTrainedMod
 
 
 def _student(settings: Settings, teacher: PreTrainedModel) -> PreTrainedModel:
-    student = (
-        load_model(settings.student) if settings.student else make_student(teacher, settings.student_layers)
-    )
-    return student.float().requires_grad_(True)
+    if settings.student is None:
+        student = make_student(teacher, settings.student_layers)
+    elif not hasattr(teacher, "classifier"):
+        student = load_model(settings.student)
+    else:
+        student = load_model(settings.student, num_labels=teacher.config.num_labels)
+        if type(student).__name__ not in (load_config(settings.student).architectures or ()):
+            take_head(student, teacher)  # it was pre-trained without one
+    return _for_short_rows(settings, student).float().requires_grad_(True)
 
 
 def _check_prompts(model: VariatorModel, prompt_tokens: int) -> None:

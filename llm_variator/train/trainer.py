@@ -85,7 +85,7 @@ class VariatorTrainer(Trainer):
         assert args.train_sampling_strategy == "sequential", "the stream is shuffled already"
         self._learner = learner  # asked for while the Trainer sets itself up
         clock = _Clock()
-        callbacks: list[TrainerCallback] = [clock, *([_Patience(patience)] if patience else [])]
+        callbacks: list[TrainerCallback] = [clock, _Resumed(), *([_Patience(patience)] if patience else [])]
         # The Trainer wants a dataset to evaluate on; the judge brings its own.
         super().__init__(
             learner.model,
@@ -225,6 +225,16 @@ def is_in_vain(
         return False
     best = (max if higher_is_better else min)(figures)
     return len(figures) - 1 - figures.index(best) >= evaluations
+
+
+class _Resumed(TrainerCallback):
+    """What this run's flags and folder say goes before what a checkpoint remembers of them."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+        if state.best_global_step and args.load_best_model_at_end:  # the folder may have been moved
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
 
 
 class _Clock(TrainerCallback):

@@ -23,7 +23,7 @@ from llm_variator.train.judges import ContinuationJudge
 from llm_variator.train.learners import PluginLearner
 from llm_variator.train.losses import LOSSES
 from llm_variator.train.objective import Objective
-from llm_variator.train.trainer import VariatorTrainer, examples_in, last_complete_checkpoint
+from llm_variator.train.trainer import VariatorTrainer, checkpoints, examples_in, last_complete_checkpoint
 
 WEIGHTS = "variator.safetensors"
 
@@ -233,6 +233,14 @@ def test_resume_across_gradient_accumulation_is_exact(half_way):
             json.loads((folder / "training.json").read_text())["figures"][name] for folder in (half, whole)
         ]
         assert read[0] == read[1]
+
+
+def test_resumed_run_saves_as_its_own_flags_say(half_way):
+    _, half, settings = half_way
+    train(half, "--resume", **settings | dict(save_every=1, logging_every=2))
+    assert [path.name for path in checkpoints(half)] == [f"checkpoint-{step}" for step in range(2, 7)]
+    log = json.loads((half / "training.json").read_text())["figures"]["loss_history"]
+    assert [step for step, _ in log] == [1, 2, 4, 6]
 
 
 def test_half_written_checkpoint_is_passed_over_and_removed(half_way):

@@ -20,6 +20,8 @@ from llm_variator.sources.tasks import find_task, load_examples
 from llm_variator.sources.tasks.forms import form_for
 from llm_variator.train.__main__ import main
 from llm_variator.train.judges import LossJudge
+from llm_variator.train.least_squares import LeastSquares
+from llm_variator.train.trainer import VariatorTrainer
 
 SHORT = {
     "max_steps": 4,
@@ -111,6 +113,18 @@ def test_distance_is_the_kl_of_the_answers_from_the_teacher(teachers, data, tmp_
         terms += (kl if kind == "bert" else kl[labels != -100]).flatten().tolist()
     assert min(terms) > 1e-6  # float32 knows it to a hundredth
     assert figures["nats_from_teacher"] == pytest.approx(sum(terms) / len(terms), rel=0.02)
+
+
+def test_distance_counts_every_token_of_the_answers_once(teachers, data, tmp_path):
+    more = dict(task="squad", k=4, r=4, learning_rate=3.0, eval_limit=6, max_steps=2, save_every=0)
+    figures = [
+        adapt(tmp_path / "all", teachers["t5"], data, batch_size=6, **more),
+        json.loads((tmp_path / "all" / "training.json").read_text(encoding="utf-8"))["figures"],
+    ]
+    plugin = dict(more, k=None, r=None, plugin=tmp_path / "all", learning_rate=1e-30, batch_size=1)
+    figures[1] = adapt(tmp_path / "one by one", teachers["t5"], data, **plugin)
+    assert figures[0]["nats_from_teacher"] > 1e-4
+    assert figures[1]["nats_from_teacher"] == pytest.approx(figures[0]["nats_from_teacher"], rel=1e-3)
 
 
 def test_loss_on_held_out_batches_counts_rows_and_is_a_number():
@@ -239,6 +253,98 @@ def test_patience_ends_what_no_longer_improves(teachers, data, tmp_path):
         assert torch.equal(value, kept[name]), name
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_run_that_was_moved_still_ends_with_its_best(teachers, data, tmp_path, limit):
+    settings = dict(stage="finetune", model=teachers["t5"], task="rte", data_dir=data, learning_rate=30.0)
+    settings |= dict(max_steps=8, save_total_limit=limit)
+    figures = train(tmp_path / "run", **settings)
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    assert figures["best_step"] < 8, "the last weights are the best: nothing is shown"
+    for name in ("training.json", "model.safetensors"):  # killed before it was saved
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = train(tmp_path / "moved", "--resume", **settings)
+    assert again["best_step"] == figures["best_step"]
+    assert again["loss_history"] == figures["loss_history"]
+    for name, value in load_file(tmp_path / "moved" / "model.safetensors").items():
+        assert torch.equal(value, kept[name]), name
+
+
+def test_start_of_an_earlier_attempt_is_not_taken(teachers, data, tmp_path, monkeypatch):
+    settings = dict(k=2, r=4, init="least-squares", init_tokens=2000)
+    whole = adapt(tmp_path / "whole", teachers["t5"], data, **settings)
+
+    def stopped(*args, **more):
+        raise KeyboardInterrupt
+
+    for part, tokens in ((VariatorTrainer, 100), (LeastSquares, 2000)):  # after its start, and before
+        with monkeypatch.context() as patch:
+            patch.setattr(part, "train" if part is VariatorTrainer else "fit", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                adapt(tmp_path / "run", teachers["t5"], data, **settings | {"init_tokens": tokens})
+        assert (tmp_path / "run" / "start").exists() == (part is VariatorTrainer)
+    with pytest.raises(VariatorError, match="nothing to resume"):
+        adapt(tmp_path / "run", teachers["t5"], data, "--resume", **settings)
+    assert (
+        adapt(tmp_path / "run", teachers["t5"], data, **settings)["held_out_history"]
+        == whole["held_out_history"]
+    )
+
+
+def test_pretrained_bert_student_takes_its_teachers_head(teachers, data, tmp_path):
+    words = dict(seq_length=24, eval_windows=2, max_steps=1, method="distill")
+    train(
+        tmp_path / "student", "--random-init", stage="pretrain", model="tiny-bert", max_length=None, **words
+    )
+    more = dict(
+        method="distill", student=tmp_path / "student", max_steps=1, save_every=0, learning_rate=1e-30
+    )
+    adapt(tmp_path / "run", teachers["bert"], data, **more)
+    theirs, ours = (
+        load_file(folder / "model.safetensors") for folder in (teachers["bert"], tmp_path / "run")
+    )
+    heads = [name for name in theirs if name.startswith(("classifier.", "bert.pooler."))]
+    assert len(heads) == 4
+    assert all(torch.equal(theirs[name], ours[name]) for name in heads)
+    with pytest.raises(VariatorError, match="BertForMaskedLM has no head for rte: fine-tune it first"):
+        evaluate(["task", "--model", str(tmp_path / "student"), "--task=rte", f"--data-dir={data}"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora"]])
+def test_gradient_checkpointing_of_finetuning_recomputes_and_changes_nothing(
+    teachers, data, tmp_path, flags, monkeypatch
+):
+    calls = []
+    recompute = torch.utils.checkpoint.checkpoint
+
+    def counted(*args, **options):
+        calls.append(args)
+        return recompute(*args, **options)
+
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
+    settings = dict(stage="finetune", model=teachers["t5"], task="rte", data_dir=data, max_steps=2)
+    plain = train(tmp_path / "plain", *flags, **settings)
+    assert not calls
+    again = train(tmp_path / "run", *flags, "--gradient-checkpointing", **settings)
+    assert calls
+    assert again["loss_history"] == plain["loss_history"]
+
+
+def test_each_run_logs_into_its_own_folder(teachers, data, tmp_path):
+    pytest.importorskip("tensorboard")
+    for name in ("a", "b"):
+        adapt(tmp_path / name, teachers["t5"], data, "--tensorboard", k=2, r=4, max_steps=2)
+    assert [len(list((tmp_path / name / "runs").rglob("events*"))) for name in ("a", "b")] == [1, 1]
+
+
+def test_teacher_of_a_baseline_computes_as_its_student_does(teachers, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_variator.sources.models.cpu.complaint", lambda dtype: None)
+    more = dict(method="distill", student=teachers["t5"], max_steps=1, save_every=0, learning_rate=1e-30)
+    figures = adapt(tmp_path / "run", teachers["t5"], data, "--bf16", **more)
+    assert figures["bf16"]
+    assert figures["nats_from_teacher"] == pytest.approx(0, abs=1e-7)
+
+
 def test_checkpoints_can_be_dropped_at_the_end(teachers, data, tmp_path):
     adapt(tmp_path / "run", teachers["t5"], data, "--drop-checkpoints", k=2, r=4)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -248,12 +354,16 @@ def test_checkpoints_can_be_dropped_at_the_end(teachers, data, tmp_path):
 def test_wrong_combinations(teachers, data, tmp_path):
     with pytest.raises(VariatorError, match="a classifier cannot give"):
         adapt(tmp_path / "a", teachers["bert"], data, k=2, task="squad")
+    with pytest.raises(
+        VariatorError, match="is for plugins and --stage finetune: leave it out for --method ltp"
+    ):
+        adapt(tmp_path / "a", teachers["t5"], data, "--gradient-checkpointing", method="ltp")
     with pytest.raises(VariatorError, match="token pruning is for encoders"):
         adapt(tmp_path / "b", teachers["llama"], data, method="ltp")
     with pytest.raises(VariatorError, match="nothing to train in mean and copy"):
         adapt(tmp_path / "c", teachers["t5"], data, k=2, compressor="mean", decompressor="copy")
     with pytest.raises(VariatorError, match="--patience needs a best checkpoint to go back to"):
         adapt(tmp_path / "d", teachers["t5"], data, k=2, r=4, patience=2, save_every=0)
-    with pytest.raises(VariatorError, match="a checkpoint of every evaluation: give --save-every 2"):
+    with pytest.raises(VariatorError, match="every evaluation has one: give --save-every 2, as --eval-every"):
         adapt(tmp_path / "e", teachers["t5"], data, k=2, r=4, patience=2, save_every=4)
     assert not list(tmp_path.iterdir())

@@ -52,12 +52,18 @@ def form_for(
         max_length: most prompt tokens; longer inputs are cut.
 
     Raises:
-        VariatorError: the tokenizer lacks T5's sentinels, or a classifier is to give free text.
+        VariatorError: the tokenizer lacks T5's sentinels, the model has neither a head for the task nor generates,
+            or a classifier is to give free text.
     """
     if model.config.is_encoder_decoder:
         return Seq2SeqForm(task, tokenizer, max_length, start=model.config.decoder_start_token_id)
     if type(model).__name__.endswith("ForSequenceClassification"):
         return ClassifierForm(task, tokenizer, max_length)
+    if not model.can_generate():
+        raise VariatorError(
+            f"{type(model).__name__} has no head for {task.name}: fine-tune it first, by --stage finetune "
+            f"--task {task.name}"
+        )
     return DecoderForm(task, tokenizer, max_length)
 
 
