@@ -305,7 +305,7 @@ def _plugin_learner(settings: Settings, base: PreTrainedModel) -> PluginLearner:
 
 
 def _for_short_rows(settings: Settings, model: PreTrainedModel) -> PreTrainedModel:
-    """With attention as plain products on a CPU, where the fused one's backward pass is up to ten times slower."""
+    """On a CPU with attention as plain products: the backward pass of torch's fused one is slower there."""
     if settings.on_cpu:
         model.set_attn_implementation("eager")
     return model

@@ -23,7 +23,9 @@ from llm_variator.tables.__main__ import main
 from llm_variator.tables.cost import row_costs
 from llm_variator.tables.recipe import read_table
 from llm_variator.tables.render import markdown
-from llm_variator.tables.runner import Runner
+from llm_variator.tables.runner import Runner, _best_score
+from llm_variator.train.least_squares import LeastSquares
+from llm_variator.train.trainer import VariatorTrainer
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "tables"
@@ -220,9 +222,17 @@ def test_grid_takes_the_best_of_all_combinations(tmp_path, data):
         for file in (tmp_path / "runs").glob("finetune-*/training.json")
     ]
     assert len(results) == 4
-    best = max(max(score for _, score in result["held_out_history"]) for result in results)
+    best = max(max(score for step, score in result["held_out_history"] if step) for result in results)
     chosen = figures["cells"]["Original"]["rte"]
-    assert max(score for _, score in chosen["held_out_history"]) == best
+    assert max(score for step, score in chosen["held_out_history"] if step) == best
+
+
+def test_best_of_a_grid_does_not_count_what_was_never_kept(tmp_path):
+    folders = {"kept": [[0, 84.0], [2, 83.8]], "lost": [[0, 84.0], [2, 80.0]], "closed form": [[0, 83.9]]}
+    for name, history in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.json").write_text(json.dumps({"figures": {"held_out_history": history}}))
+    assert [_best_score(tmp_path / name) for name in folders] == [83.8, 80.0, 83.9]
 
 
 def test_several_seeds_share_their_teacher_and_show_their_spread(tmp_path, data):
@@ -312,6 +322,41 @@ def test_stored_cells_outlive_their_runs(tmp_path, data, capsys):
     run(recipe, tmp_path, data, "--again", "--rows", row)
     assert len(list((tmp_path / "runs").iterdir())) == 1, "the fine-tuned model alone"
     assert others
+
+
+def test_table_goes_on_where_the_teacher_is_gone(tmp_path, data):
+    recipe, rows = FOLDER / "smoke/table3.yaml", ["--rows", "Variator (FFN)"]
+    first = run(recipe, tmp_path, data, *rows)
+    for folder in (tmp_path / "runs").glob("finetune-*"):
+        shutil.rmtree(folder)
+    assert run(recipe, tmp_path, data, "--again", *rows, "--dry-run") == first
+    assert figures_only(run(recipe, tmp_path, data, "--again", *rows)) == figures_only(first)
+
+
+def test_run_stopped_after_least_squares_does_not_fit_again(tmp_path, data, monkeypatch):
+    recipe = yaml.safe_load((FOLDER / "smoke/table3.yaml").read_text()) | {
+        "extends": str(FOLDER / "smoke" / SHARED)
+    }
+    start = {"init": "least-squares", "init_tokens": 2000}
+    recipe["rows"] = {"fitted": {"plugin": {"k": 4, "r": 4}, "pretrain": False, "adapt": start}}
+    file = tmp_path / "t.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    whole = run(file, tmp_path / "whole", data)
+
+    def stopped(trainer, **options):
+        if "start" in {path.name for path in Path(trainer.args.output_dir).iterdir()}:
+            raise KeyboardInterrupt
+        return train(trainer, **options)
+
+    train = VariatorTrainer.train
+    with monkeypatch.context() as patch:
+        patch.setattr(VariatorTrainer, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(file, tmp_path, data)
+    (half,) = (tmp_path / "runs").glob("adapt-*")
+    (half / "checkpoint-2").mkdir()  # of which nothing else was written
+    monkeypatch.setattr(LeastSquares, "fit", None)
+    assert figures_only(run(file, tmp_path, data)) == figures_only(whole)
 
 
 def test_cells_of_several_teachers_say_so(tmp_path):
