@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--presses", nargs="+", default=list(PRESSES), help="kvpress's classes without Press")
     parser.add_argument("--repetitions", type=int, default=7, help="times that every case is timed, in turns")
     args = parser.parse_args()
+    if args.repetitions < 2:
+        parser.error("--repetitions: quartiles need at least 2")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype), trust_remote_code=False
     ).eval()

@@ -60,6 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=4, help="windows in one forward pass")
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     tasks = json.loads(args.tasks.read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, trust_remote_code=False

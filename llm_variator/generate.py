@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from llm_variator import cli
 from llm_variator.cli import flag, flags
-from llm_variator.cli.values import NaturalFloat, PositiveFloat, PositiveInt
+from llm_variator.cli.values import NaturalFloat, OutputFile, PositiveFloat, PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.measures.compare import DENSE, Generation, compare, generate, print_comparison
 from llm_variator.measures.results import peak_memory_gib, write_result
@@ -47,7 +47,7 @@ class Output:
     stream: bool = flag(False, "print the text while it is generated")
     compare: bool = flag(False, "greedy, dense against every plugin, as a table")
     repetitions: PositiveInt = flag(5, "with --compare: timings of the first token, interleaved")
-    json: Path | None = flag(None, "write the figures there too", metavar="FILE")
+    json: OutputFile | None = flag(None, "write the figures there too", metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,6 +254,16 @@ def test_bad_flag_is_an_error_of_one_line_that_names_it(argv, message):
     assert "\n" not in str(error.value)
 
 
+def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path, tmp_path / "file" / "r.json", ""):
+        with pytest.raises(VariatorError, match="--json: expected a file that can be written"):
+            cli.read(flags.Stored, ["--json", str(wrong)], prog="prog")
+    for right in (tmp_path / "file", tmp_path / "new" / "folder" / "r.json"):
+        assert cli.read(flags.Stored, ["--json", str(right)], prog="prog").json == right
+    assert not (tmp_path / "new").exists()
+
+
 def test_help_tells_every_flag_with_its_default():
     text = " ".join(cli.parser_of(Settings, prog="prog").format_help().split())
     assert "Do something." in text

@@ -64,12 +64,12 @@ class Settings(Training):
         self.plugins()
 
     def plugins(self) -> dict[int, str]:
-        """`("2=smollm2-135m/k2",)` -> {2: "smollm2-135m/k2"}."""
+        """`("2=runs/k2",)` -> {2: "runs/k2"}."""
         found = {}
         for text in self.plugin:
             k, equals, plugin = text.partition("=")
             if not equals or not k.isdigit() or int(k) < 2:
-                raise VariatorError(f"--plugin {text}: write K=PLUGIN, as in 2=smollm2-135m/k2")
+                raise VariatorError(f"--plugin {text}: write K=PLUGIN, as in 2=runs/k2")
             found[int(k)] = plugin
         return found
 
@@ -94,6 +94,18 @@ def run(settings: Settings) -> dict[str, Any]:
             raise VariatorError(
                 f"--plugin {k}={folders[k]} leaves FFNs as they are: give plugins with the site ffn"
             )
+        if other := sorted(set(model.plugin(f"k{k}").plan.ratios["ffn"].values()) - {k}):
+            raise VariatorError(
+                f"--plugin {k}={folders[k]} merges FFNs by {', '.join(map(str, other))}: give one that merges by {k} "
+                "wherever it does"
+            )
+        with model.use_plugin(f"k{k}"):
+            if all(
+                spans(model, layer, settings.tokens) is None for layer in range(model.signature.num_layers)
+            ):
+                raise VariatorError(
+                    f"--tokens {settings.tokens} hold no group of {k}: give more, or a smaller ratio"
+                )
         plugins[k] = f"k{k}"
     definition = define(model, windows[: settings.batch_size], settings.tolerance)
     figures: dict[str, Any] = {

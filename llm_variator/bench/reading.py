@@ -59,7 +59,7 @@ class Decode(Batches, Settings):
 
 def prefill_rows(setting: Setting[Prefill]) -> list[dict[str, Any]]:
     """Time of reading a prompt, up to the logits of its last token (encoders: up to the hidden states)."""
-    settings, model = setting.settings, setting.model
+    settings, model, peers = setting.settings, setting.model, _peers(setting)
     model.skip_unread = not settings.whole_last_layer
     names = [DENSE, *setting.names]
     total = len(names) * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)
@@ -85,7 +85,7 @@ def prefill_rows(setting: Setting[Prefill]) -> list[dict[str, Any]]:
                 rows.append(row)
             return rows
 
-        return setting.each_size(measure) + _peers(setting)
+        return setting.each_size(measure) + peers
 
 
 def _peers(setting: Setting[Prefill]) -> list[dict[str, Any]]:

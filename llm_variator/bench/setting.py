@@ -6,7 +6,6 @@ import dataclasses
 import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from llm_variator.bench.card import Card
 from llm_variator.cli import flag, flags
-from llm_variator.cli.values import Natural, PositiveInt, names
+from llm_variator.cli.values import Natural, OutputFile, PositiveInt, names
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.engine.plan import kv_heads
@@ -135,8 +134,8 @@ class Settings(flags.Stored, flags.BaseModel):
         "measure the device's own rates first (a large product, a large copy); card ms: the least that operations or "
         "bytes then take, of card: its share of the time",
     )
-    markdown: Path | None = flag(None, "store the table", metavar="FILE")
-    plot: Path | None = flag(None, "store a plot (needs matplotlib), as .svg or .png", metavar="FILE")
+    markdown: OutputFile | None = flag(None, "store the table", metavar="FILE")
+    plot: OutputFile | None = flag(None, "store a plot (needs matplotlib), as .svg or .png", metavar="FILE")
 
     def __post_init__(self) -> None:
         found = self.measured()

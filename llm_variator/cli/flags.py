@@ -14,6 +14,7 @@ from llm_variator.cli.values import (
     Layers,
     Names,
     Natural,
+    OutputFile,
     PositiveInt,
     Ratio,
     Whole,
@@ -65,7 +66,9 @@ class Text(LocalData):
 class Stored:
     """Result."""
 
-    json: Path | None = flag(None, "store the figures with command, versions and machine", metavar="FILE")
+    json: OutputFile | None = flag(
+        None, "store the figures with command, versions and machine", metavar="FILE"
+    )
 
 
 PRESETS: dict[str, Callable[..., VariatorConfig]] = {"paper": VariatorConfig.paper}

@@ -6,8 +6,10 @@ The functions in `Annotated` take what the command line says (a text) or what a 
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 
@@ -35,6 +37,21 @@ NaturalFloat = Annotated[
     float, _number(float, "a number of at least 0", lambda number: 0 <= number < float("inf"))
 ]
 Share = Annotated[float, _number(float, "a share above 0, at most 1", lambda number: 0 < number <= 1)]
+
+
+def output_file(value: Any) -> Path:
+    """A file that can be written, as far as can be told before the work."""
+    if isinstance(value, (str, Path)) and str(value):
+        path = Path(value)
+        place = path.absolute().parent
+        while not place.exists():
+            place = place.parent
+        if not path.is_dir() and place.is_dir() and os.access(place, os.W_OK):
+            return path
+    raise ArgumentTypeError(f"expected a file that can be written, got {str(value)!r}")
+
+
+OutputFile = Annotated[Path, output_file]
 
 
 def names(value: Any) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_variator.cli import REQUIRED, flag, flags
-from llm_variator.cli.values import Natural, PositiveInt
+from llm_variator.cli.values import Natural, OutputFile, PositiveInt
 from llm_variator.config import WEIGHTS_FILE, VariatorConfig
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
@@ -119,10 +119,18 @@ class Settings(flags.Stored, flags.LocalData, flags.BaseModel):
         WORK, "what is measured is kept here for the next run; a base changed in place needs --fresh"
     )
     fresh: bool = flag(False, "measure all of it again")
-    export: Path | None = flag(None, "write windows and questions for another environment", metavar="FILE")
+    export: OutputFile | None = flag(
+        None, "write windows and questions for another environment", metavar="FILE"
+    )
     elsewhere: tuple[Path, ...] = flag((), "add what was measured there", metavar="FILE")
-    markdown: Path | None = flag(None, "write the tables", metavar="FILE")
-    plot: Path | None = flag(None, "draw quality against prefill and KV bytes (.png, .svg)", metavar="FILE")
+    markdown: OutputFile | None = flag(None, "write the tables", metavar="FILE")
+    plot: OutputFile | None = flag(
+        None, "draw quality against prefill and KV bytes (.png, .svg)", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        if self.plot and not self.data:
+            raise VariatorError("--plot draws a row for each text: give --data")
 
 
 def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args
 import huggingface_hub.constants
 
 from llm_variator import cli
-from llm_variator.cli.values import Natural, PositiveInt
+from llm_variator.cli.values import Natural, PositiveInt, output_file
 from llm_variator.config import CONFIG_FILE, WEIGHTS_FILE
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import table
@@ -177,7 +177,12 @@ def _comparison(settings: Settings, entries: str) -> table.Comparison:
             "--use_cache knows requests, not plugins: all columns would be the same; leave it out"
         )
     output = Path(theirs["output_path"]) if theirs["output_path"] else None
-    if output and output.suffix != ".json":
+    if output and output.suffix == ".json":
+        try:
+            output_file(output)
+        except argparse.ArgumentTypeError as error:
+            raise VariatorError(f"--output_path: {error}") from None
+    elif output:
         raise VariatorError(f"--output_path {output}: with --compare give a file that ends in .json")
     arguments = {**(theirs["model_args"] or {}), "pretrained": model}
     return table.Comparison(

@@ -255,7 +255,11 @@ def _answers(run: Mapping[str, Any], task: str) -> list[Any]:
     """Generated texts, or (log-likelihood, greedy), in the order of the documents."""
     samples = sorted(run["samples"][task], key=lambda sample: (sample["doc_id"], sample["filter"]))
     answers = [answer for sample in samples for answer in sample["filtered_resps"]]
-    return [answer if isinstance(answer, str) else tuple(answer) for answer in answers]
+    # of a whole text there is its log-likelihood alone
+    return [
+        answer if isinstance(answer, str) else (answer,) if isinstance(answer, float) else tuple(answer)
+        for answer in answers
+    ]
 
 
 @torch.inference_mode()

@@ -61,14 +61,14 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
         batch_size=settings.batch_size,
         progress=lambda rounds: iter(track(rounds, task.name, total=batches)),
     )
-    origin = examples[0].origin
+    origin, scores = examples[0].origin, score(task, predictions, examples)
+    print(", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
     figures = {
-        "held_out": score(task, predictions, examples),
+        "held_out": scores,
         "data": {"measured on": f"{origin.name}: {origin.describe(len(examples))}"},
     }
     if settings.json:
         write_result(
             settings.json, figures, command=["llm_variator.evaluate", *argv], seed=None, started=started
         )
-    print(", ".join(f"{name} {value:.2f}" for name, value in score(task, predictions, examples).items()))
     return figures

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from llm_variator import cli
 from llm_variator.cli import flag, flags
-from llm_variator.cli.values import PositiveInt
+from llm_variator.cli.values import OutputFile, PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.generate import encode, parse_plugins, read_prompt
 from llm_variator.measures.compare import print_comparison
@@ -28,7 +30,7 @@ _SHOWN = ("kv4", "k2-ffn")  # of a model's shipped plugins
 class Export:
     """Export: one prompt as a page, without a server."""
 
-    export: Path | None = flag(None, "write the page and end", metavar="FILE")
+    export: OutputFile | None = flag(None, "write the page and end", metavar="FILE")
     prompt: str | None = flag(None, "the prompt itself", metavar="TEXT")
     prompt_file: str | None = flag(None, "text, Markdown or PDF; - is stdin", metavar="FILE")
     chat: bool = flag(False, "wrap the prompt in the model's chat template")
@@ -86,6 +88,10 @@ def open_playground(settings: Settings) -> Playground:
     model.decoder_only("the playground", "it shows what a KV cache keeps")
     for name, plugin in settings.plugins().items():
         model.load_plugin(plugin, plugin_name=name)
+    with (
+        model.disable_plugin()
+    ):  # the dense reading is always the first: it is not to load the weights as well
+        model.compress(torch.ones(1, 16, dtype=torch.long, device=model.device))
     return Playground(model, tokenizer, settings.max_new_tokens)
 
 

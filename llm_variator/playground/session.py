@@ -18,6 +18,7 @@ from llm_variator.engine.contexts import CompressedContext
 from llm_variator.engine.contexts.inputs import encode
 from llm_variator.errors import VariatorError
 from llm_variator.measures.compare import DENSE
+from llm_variator.measures.timing import wait
 from llm_variator.model import VariatorModel
 from llm_variator.playground.panels import Panel, operations, parted
 from llm_variator.playground.view import View, pieces
@@ -120,8 +121,10 @@ class Playground:
             return
 
         def compress() -> None:
+            wait(self.model.device)
             started = time.perf_counter()
             context = self.model.compress(document.prompt, tokenizer=self.tokenizer)
+            wait(self.model.device)
             document.seconds[plugin] = time.perf_counter() - started
             document.contexts[plugin] = context
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llm_variator import cli
 from llm_variator.cli import flag
+from llm_variator.cli.values import OutputFile
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.report.charts import save
@@ -25,7 +26,7 @@ class Settings:
     """
 
     results: Path = flag(Path("eval/results"), "folder of result files", metavar="DIR")
-    output: Path = flag(Path("report.html"), "the page", metavar="FILE")
+    output: OutputFile = flag(Path("report.html"), "the page", metavar="FILE")
     figures: Path | None = flag(None, "write every drawing there too, as SVG and PNG", metavar="DIR")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_variator.cli import flag, flags
-from llm_variator.cli.values import JsonMapping, PositiveFloat, PositiveInt
+from llm_variator.cli.values import JsonMapping, OutputFile, PositiveFloat, PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
 from llm_variator.serve.flags import Choice, Plugins
@@ -33,6 +33,7 @@ from llm_variator.sources.corpora import EMBEDDED
 SEED = 0
 FIRST_RATE = 0.1  # of what dense sustains
 PHASES = 10  # of the time in which requests arrive
+_SALTS = itertools.count(time.time_ns())
 CALM_SECONDS, CALM_REQUESTS = 12.0, 3
 START_SECONDS = 600.0
 
@@ -42,7 +43,7 @@ class Load(flags.Stored, Plugins):
     """Rising arrivals over HTTP."""
 
     url: str | None = flag(None, "of a running server; default: start one, for as long as it takes")
-    log: Path | None = flag(None, "file for the output of a server that is started")
+    log: OutputFile | None = flag(None, "file for the output of a server that is started")
     policy: JsonMapping | None = flag(None, "arguments of its LoadPolicy, as JSON")
     choices: tuple[Choice, ...] = flag(
         (0, 2, 4, AUTO),
@@ -187,15 +188,30 @@ async def _load(settings: Load, url: str, asked: Asked, earlier: list[dict[str, 
             sustained = await _sustained(session, settings, prompts)
         offsets = arrivals(settings.requests, FIRST_RATE * sustained, settings.peak * sustained)
         found: dict[str, Any] = {}
+        stopped = ""
         for choice in settings.choices:
-            found[str(choice)] = await _run(session, settings, prompts, offsets, choice)
-            found[str(choice)] |= _compared(choice, found[str(choice)], known | found, asked.judge)
+            try:
+                row = await _run(session, settings, prompts, offsets, choice)
+            except _lost() as failure:
+                stopped = f"at {choice}: {failure!r}"
+                break
+            found[str(choice)] = row | _compared(choice, row, known | found | {str(choice): row}, asked.judge)
+    if stopped and not found:
+        raise VariatorError(f"the server was lost {stopped}: see its output with --log FILE")
     return {
         "policy": settings.policy or {},
         "sustained_dense_requests_per_second": sustained,
         "arriving_seconds": offsets[-1],
         "choices": found,
+        **({"stopped": stopped} if stopped else {}),
     }
+
+
+def _lost(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What a request to a server that is gone ends with, and `more`."""
+    import aiohttp
+
+    return aiohttp.ClientError, TimeoutError, OSError, *more
 
 
 async def _sustained(session: Any, settings: Load, prompts: list[list[int]]) -> float:
@@ -250,6 +266,9 @@ async def _ask(
     body = {"model": settings.model, "prompt": list(prompt), "max_tokens": settings.max_tokens}
     body |= {"stream": True, "ignore_eos": True, "logprobs": 0, "return_tokens_as_token_ids": True}
     body |= {"temperature": 0, "vllm_xargs": {ARGUMENT: choice}}
+    body |= {
+        "cache_salt": str(next(_SALTS))
+    }  # no prompt is read from what the server kept of another request
     began, first, tokens, error = time.perf_counter(), None, [], ""
     try:
         async with session.post("/v1/completions", json=body) as answer:
@@ -261,7 +280,7 @@ async def _ask(
                     first = first or time.perf_counter() - began
                     for part in json.loads(text)["choices"]:
                         tokens += [int(name.partition(":")[2]) for name in part["logprobs"]["tokens"]]
-    except (TimeoutError, OSError, ValueError, KeyError) as failure:
+    except _lost(ValueError, KeyError) as failure:
         error = repr(failure)
     if not error and len(tokens) != settings.max_tokens:
         error = f"{len(tokens)} tokens"
@@ -309,7 +328,7 @@ def _compared(
     fixed = {name: _token_ids(other) for name, other in known.items() if name != AUTO}
     dense = fixed.get("0")
     figures = judge(answers, dense) if judge else {}
-    if dense:
+    if dense and any(dense):
         pairs = [
             (ours, theirs)
             for own, other in zip(answers, dense, strict=True)
@@ -342,6 +361,7 @@ def _token_ids(row: dict[str, Any]) -> list[list[int]]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["figures"]
-    except (OSError, ValueError, KeyError) as error:
+        figures["settings"], figures["choices"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise VariatorError(f"{path} is no result of this command ({error!r})") from None
     return figures

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_variator import cli
 from llm_variator.cli import REQUIRED, flag, flags
-from llm_variator.cli.values import NaturalFloat, PositiveInt, Share
+from llm_variator.cli.values import NaturalFloat, OutputFile, PositiveInt, Share
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.sources.corpora import TASK, read_windows, spread
@@ -36,7 +36,7 @@ _MARK = "MARKOFATURN"
 class Settings(flags.LocalData, flags.BaseModel):
     """Have a chat model write conversations, or any model go on with texts, each a line of JSON with a "text"."""
 
-    output: Path = flag(REQUIRED, "a .jsonl file, which is text for --data", metavar="FILE")
+    output: OutputFile = flag(REQUIRED, "a .jsonl file, which is text for --data", metavar="FILE")
     after: tuple[str, ...] = flag(
         (),
         "instead of conversations, what the model writes after texts of these, as many of each: sources as in "

@@ -168,7 +168,8 @@ class Logs:
 
     eval_every: PositiveInt = flag(100, "steps between held-out evaluations")
     save_every: Natural = flag(
-        100, "steps between checkpoints; 0: none. finetune and adapt keep the best of them"
+        100,
+        "steps between checkpoints; 0: none. finetune and adapt keep the best, and need one at every evaluation",
     )
     patience: PositiveInt | None = flag(
         None, "stop after this many evaluations without a new best (finetune and adapt; default: never)"

@@ -13,6 +13,7 @@ from llm_variator.analyze.__main__ import main, read
 from llm_variator.analyze.activations import define, threshold, watching
 from llm_variator.analyze.neurons import Settings, measure
 from llm_variator.analyze.sets import SetCounts, count_sets
+from llm_variator.sources.models import load_model
 
 
 def neurons(*active: int) -> list[bool]:
@@ -195,6 +196,22 @@ def test_wrong_plugin_flag_is_refused():
     flags = ["--random-init", "--data", "pydoc-topics", "--windows", "1", "--tokens", "8"]
     with pytest.raises(VariatorError, match="write K=PLUGIN"):
         main(["neurons", "--model", "tiny-llama", *flags, "--plugin", "smollm2-135m/k2"])
+
+
+def test_figures_are_of_the_ratio_they_are_filed_under(tmp_path):
+    model = VariatorModel(load_model("tiny-llama", random_init=True))
+    for name, ratios in (("mixed", [2, 16]), ("part", [1, 2])):
+        model.add_plugin(name, VariatorConfig(k=2, sites=("ffn",), k_per_layer={"ffn": ratios}))
+        model.save_pretrained(tmp_path / name, plugin_name=name)
+    flags = ["--random-init", "--data", "pydoc-topics", "--windows", "1", "--tokens", "40", "--ratios", "2"]
+    command = ["neurons", "--model", "tiny-llama", *flags]
+    with pytest.raises(
+        VariatorError, match=r"--plugin 2=.*mixed merges FFNs by 16: give one that merges by 2"
+    ):
+        main([*command, "--plugin", f"2={tmp_path / 'mixed'}"])
+    main([*command, "--plugin", f"2={tmp_path / 'part'}"])
+    with pytest.raises(VariatorError, match="--tokens 40 hold no group of 64"):
+        main([*command, "--ratios", "64"])
 
 
 @pytest.mark.parametrize("words", [["neurons"], ["merge", "--plugin", "p"]])

@@ -99,7 +99,7 @@ def test_prefill_stores_counted_operations_and_real_cache_bytes(tmp_path):
     assert "ffn+kv k=2" in (tmp_path / "f.md").read_text()
 
 
-def test_prefill_shows_what_was_timed_elsewhere(tmp_path):
+def test_prefill_shows_what_was_timed_elsewhere(tmp_path, monkeypatch):
     own = setting("--dtype", "bfloat16")
     measured = {
         "weights": weights_digest(own.base.get_input_embeddings().weight),
@@ -112,6 +112,9 @@ def test_prefill_shows_what_was_timed_elsewhere(tmp_path):
     file.write_text(json.dumps(measured))
     *_, last = figures(tmp_path, *flags, "--dtype", "bfloat16")["rows"]
     assert last == measured["rows"][0] | {"case": "kvpress 9.9: SnapKV 50%"}
+    monkeypatch.setattr(
+        "llm_variator.bench.setting.interleaved", None
+    )  # nothing is timed before it is refused
     with pytest.raises(VariatorError, match="other weights or in another dtype"):
         main([*flags, *TINY, "--dtype", "float32"])
     file.write_text("{}")

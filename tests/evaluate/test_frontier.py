@@ -478,6 +478,7 @@ def test_pairs_are_of_the_same_tokens_and_about_as_many_bytes():
         (["--also", "mean:x"], "known are drop:K"),
         (["--also", "mean:2", "mean"], "two conditions are called mean:2"),
         (["--also", "--plot", "frontier.txt"], "ends with one of"),
+        (["--data", "--plot", "frontier.png"], "--plot draws a row for each text: give --data"),
         (["--plugin", "nowhere"], "nowhere"),
     ],
 )

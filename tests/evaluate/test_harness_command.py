@@ -213,6 +213,10 @@ def test_a_cache_belongs_to_base_plugin_and_ratio(tmp_path):
         (["--compare", "none", "--model_args", "k=2"], "names all plugins itself"),
         (["--compare", "none", "--use_cache", "c"], "knows requests, not plugins"),
         (["--compare", "none", "--output_path", "folder"], "ends in .json"),
+        (
+            ["--compare", "none", "--output_path", f"{__file__}/t.json"],
+            "--output_path: expected a file that can be",
+        ),
         (["--plugin", "nowhere"], "nowhere"),
         (["--k", "0"], "--k: expected a whole number"),
         (["--use_cache", "c", "--plugin", "nowhere"], "nowhere"),
@@ -262,6 +266,8 @@ def test_agreement_counts():
 
     found = agreement({"a": run((-1.0, True), (-2.0, False)), "b": run((-1.0, True), (-2.5, False))})["t"]
     assert (found["b"]["equal"], found["b"]["answers"], found["b"]["largest_difference"]) == (1, 2, 0.5)
+    wholes = agreement({"a": run(-9.0, -8.0), "b": run(-9.0, -8.25)})["t"]  # log-likelihoods of whole texts
+    assert (wholes["b"]["equal"], wholes["b"]["largest_difference"]) == (1, 0.25)
     texts = agreement({"a": run("x", "y"), "b": run("x", "z")})["t"]
     assert (texts["b"]["equal"], texts["b"]["largest_difference"]) == (1, None)
 

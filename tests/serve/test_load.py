@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from llm_variator import VariatorError
 from llm_variator.serve.load import (
     Answer,
     Load,
+    _ask,
     _compared,
     _shared,
     _summary,
@@ -102,6 +104,49 @@ def test_answers_of_an_earlier_run_are_judged_anew(tmp_path):
     assert found["choices"]["auto"]["answers_unlike_every_fixed_ratio"] == 1
     with pytest.raises(VariatorError, match="nothing to do: give --choices"):
         measure_load(read(words), {}, [])
+    earlier.write_text(json.dumps({"figures": {"rows": []}}))
+    with pytest.raises(VariatorError, match="is no result of this command"):
+        measure_load(read([*words, "--earlier", str(earlier)]), {}, [])
+
+
+def test_choices_that_were_measured_outlive_the_server(tmp_path, monkeypatch):
+    aiohttp = pytest.importorskip("aiohttp")
+    text = tmp_path / "text.txt"
+    text.write_text("words and words " * 400)
+    words = ["load", "--model", model_folder(), "--data", str(text), "--requests", "3", "--tokens", "30"]
+    good = {"answers": ["1 2", "3 4", "5 6"]}
+
+    async def run(session, settings, prompts, offsets, choice):
+        if choice == 4:
+            raise aiohttp.ServerDisconnectedError
+        return dict(good)
+
+    async def sustained(*args):
+        return 1.0
+
+    monkeypatch.setattr("llm_variator.serve.load._run", run)
+    monkeypatch.setattr("llm_variator.serve.load._sustained", sustained)
+    url = ["--url", "http://127.0.0.1:9", "--choices"]
+    found = measure_load(read([*words, *url, "0", "2", "4", "auto"]), {}, [])
+    assert list(found["choices"]) == ["0", "2"]
+    assert found["choices"]["2"]["tokens_as_dense"] == 1
+    assert found["stopped"].startswith("at 4: ServerDisconnectedError")
+    with pytest.raises(VariatorError, match="the server was lost at 4"):
+        measure_load(read([*words, *url, "4"]), {}, [])
+
+
+def test_no_request_finds_what_another_left_in_the_server(monkeypatch):
+    bodies = []
+
+    class Session:
+        def post(self, path, json):
+            bodies.append(json)
+            raise OSError
+
+    settings = read(["load", "--model", "m"])
+    for _ in range(2):
+        assert asyncio.run(_ask(Session(), settings, [1, 2], 0)).error
+    assert len({body["cache_salt"] for body in bodies}) == 2
 
 
 def test_quantile():
