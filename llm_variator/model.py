@@ -23,7 +23,7 @@ from llm_variator.engine.cache import (
     release,
     released_on_error,
 )
-from llm_variator.engine.cache.naming import cache_argument, take_cache
+from llm_variator.engine.cache.naming import cache_argument, cache_of, take_cache
 from llm_variator.engine.cache.paging import KVPool, PagedStore
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.engine.contexts.fingerprints import function_state, plugin_fingerprint
@@ -50,7 +50,7 @@ from llm_variator.engine.prompts import (
     setting,
     uncompiled,
 )
-from llm_variator.engine.session import Session, broken, scope
+from llm_variator.engine.session import Session, broken, outside, scope
 from llm_variator.engine.trainable import TrainableHolder
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import load_model, plugin_folder
@@ -179,7 +179,7 @@ class VariatorModel(TrainableHolder):
             self.decoder_only("prompt_length", "all tokens of an encoder are compressed, leave it out")
         plugin, cache = self._active(), self._give_cache(kwargs)
         if plugin is None and not is_compressed(cache):
-            return self.base(input_ids, attention_mask, **kwargs)
+            return outside(self.base, input_ids, attention_mask, **kwargs)
         if self.training and cache is None:
             kwargs.setdefault("use_cache", False)
         session = Session(plugin, prompt_lengths(prompt_length), skip_unread=self.skip_unread)
@@ -218,7 +218,7 @@ class VariatorModel(TrainableHolder):
         if inputs is not None:
             kwargs["input_ids"] = inputs
         if context is None and isinstance(kwargs.get("input_ids"), (list, tuple, str)):
-            prompt = encode(kwargs["input_ids"])
+            prompt = encode(kwargs["input_ids"], mask=kwargs.get("attention_mask"))
             device = input_device(self._host)
             kwargs |= {"input_ids": prompt.ids.to(device), "attention_mask": prompt.mask.to(device)}
         if context is not None:
@@ -228,7 +228,12 @@ class VariatorModel(TrainableHolder):
             raise VariatorError(f"{name} needs a context to go on from: see VariatorModel.compress")
         plugin, cache = self._active(), self._give_cache(kwargs)
         if plugin is None and not is_compressed(cache):
-            return self.base.generate(**kwargs)
+            output = outside(self.base.generate, **kwargs)
+            if cache is None and not isinstance(output, Tensor):
+                cache = cache_of(output)
+            if cache is not None:
+                cache.ends_before_last_token = True
+            return output
         if self._architecture.decoder:
             check_generation(self._host, plugin, kwargs)
             if cache is None or not cache.get_seq_length():
@@ -272,6 +277,12 @@ class VariatorModel(TrainableHolder):
         after, question = context.appended(given, mask, embeds=embeds, options=options)
         kwargs |= {"attention_mask": after.attention_mask, cache_argument(self._host): after.cache}
         with released_on_error(after.cache):
+            stops = kwargs.get("stopping_criteria") or setting(self._host, kwargs, "stop_strings")
+            if return_context and stops and len(after.input_ids) > 1:
+                raise VariatorError(
+                    "return_context tells by eos_token_id alone where each of several rows ended: leave out "
+                    "stop_strings and stopping_criteria, or answer row by row"
+                )
             if question.embeds is None:
                 check_vocabulary(self._host, question.ids)
             embedded = bool((after.input_ids == NO_TOKEN).any())

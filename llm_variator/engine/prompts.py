@@ -26,10 +26,10 @@ _GROWING = (None, "dynamic", "dynamic_full", "offloaded", "quantized")  # caches
 
 
 def setting(host: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A generation setting: the call's, else that of its or the model's generation_config."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    return getattr(kwargs.get("generation_config") or host.generation_config, name, None)
+    """A generation setting: the call's, else its generation_config's, else the model's, as transformers takes it."""
+    places = (kwargs.get("generation_config"), host.generation_config)
+    found = [kwargs.get(name), *(getattr(place, name, None) for place in places)]
+    return next((value for value in found if value is not None), None)
 
 
 def check_generation(
@@ -139,14 +139,28 @@ def normalised(host: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any
             )
     if not isinstance(ids, Tensor):
         return kwargs
-    fits = isinstance(mask, Tensor) and mask.shape == ids.shape
-    prompt = Prompt.of(ids, mask if fits else None, embeds)
+    if mask is None and embeds is None:
+        mask = kwargs["attention_mask"] = _mask_of(host, kwargs, ids)
+    fits = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+    prompt = Prompt.of(ids, fits, embeds)
     if kwargs.get("input_ids") is not None:
         check_vocabulary(host, ids)
-    if fits:
+    if fits is not None:
         ready = {"input_ids": prompt.ids, "inputs_embeds": prompt.embeds, "attention_mask": prompt.mask}
+        positions = kwargs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.shape == ids.shape and prompt.ids is not ids:
+            ready["position_ids"] = padding_first(positions, fits)
         kwargs |= {name: value for name, value in ready.items() if kwargs.get(name) is not None}
     return kwargs
+
+
+def _mask_of(host: PreTrainedModel, kwargs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
+    """Where ids given without a mask are padding, as transformers tells it; None where they have none."""
+    pad, ends = (setting(host, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    if pad is None or pad in ends or not bool((ids == pad).any()):
+        return None
+    return (ids != pad).long()
 
 
 def uncompiled(kwargs: Mapping[str, Any]) -> dict[str, Any]:

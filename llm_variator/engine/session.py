@@ -363,6 +363,14 @@ def scope(session: Session | None) -> Iterator[Session | None]:
             session.hooks.release()
 
 
+def outside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`call` outside of any session, also where it is made inside of one: by a logits processor in `generate`."""
+    if torch.compiler.is_compiling() or _session.get() is None:
+        return call(*args, **kwargs)
+    with scope(None):
+        return call(*args, **kwargs)
+
+
 def first_dense(cache: Cache | None, plan: Plan) -> int:
     """Dense tokens at the beginning of a prompt that comes after `cache`."""
     if cache is None or not cache.get_seq_length():

@@ -25,6 +25,8 @@ class TrainableHolder(PluginHolder):
         """Training mode for plugins. The frozen base stays in evaluation mode: dropout there only adds noise."""
         super().train(mode)
         self.base.eval()
+        if mode:  # also a LoRA that was put on after wrapping: no checkpoint would hold it
+            self.base.requires_grad_(False)
         if self._checkpointing:  # transformers checkpoints a layer only while that layer itself is training
             for module in self.base.modules():
                 if isinstance(module, GradientCheckpointingLayer):

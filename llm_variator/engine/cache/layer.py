@@ -129,6 +129,8 @@ class CompressedLayer(DynamicLayer):
         """Make entries invisible whose token (rows, tokens) is not in `mask`; for tokens behind the end of a row."""
         columns = self.columns.expand(len(mask), -1)
         seen = mask.bool().to(columns.device).gather(1, columns.clamp(min=0))
+        if bool((seen | (columns == FILLER)).all()):
+            return
         self._columns = torch.where(seen, columns, FILLER)
         self.has_fillers |= bool((self._columns == FILLER).any())
         self.recent = None

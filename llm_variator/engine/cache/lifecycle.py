@@ -22,10 +22,10 @@ from llm_variator.errors import VariatorError
 
 
 def is_compressed(cache: Any) -> bool:
-    """Whether some layer of `cache` holds fewer entries than tokens."""
+    """Whether some layer of `cache` holds fewer entries than tokens, or some that only fill up a row."""
     return any(
         isinstance(layer, SelectedLayer)
-        or (isinstance(layer, CompressedLayer) and layer.entries != layer.tokens)
+        or (isinstance(layer, CompressedLayer) and (layer.entries != layer.tokens or layer.has_fillers))
         for layer in getattr(cache, "layers", ())
     )
 

@@ -452,10 +452,7 @@ class SelectedLayer(DynamicLayer):
 
     def hide(self, mask: Tensor) -> None:
         """Make entries invisible whose token (rows, tokens) is not in `mask`; for tokens behind the end of a row."""
-        if self.window is not None:
-            behind = mask[:, : self.tokens].bool().flip(-1).cumsum(-1) == 0
-            self.window = self.window.without_newest(behind.sum(-1).tolist())
-        changed = []
+        changed, same = [], True
         for one in self.classes:
             columns = self.columns(one).expand(len(mask), -1, -1)
             known = mask.bool().to(columns.device)[:, None].expand(-1, columns.shape[1], -1)
@@ -466,7 +463,13 @@ class SelectedLayer(DynamicLayer):
                     "the rest (decode_block): answer such rows one by one, or leave decode_block or return_context out"
                 )
             changed.append(dataclasses.replace(one, columns=columns.masked_fill(~seen, FILLER)))
-            self.has_fillers |= bool((changed[-1].columns == FILLER).any())
+            same = same and torch.equal(changed[-1].columns, columns)
+        if same:
+            return
+        if self.window is not None:
+            behind = mask[:, : self.tokens].bool().flip(-1).cumsum(-1) == 0
+            self.window = self.window.without_newest(behind.sum(-1).tolist())
+        self.has_fillers |= any(bool((one.columns == FILLER).any()) for one in changed)
         self.classes = changed
 
     def fork(self) -> SelectedLayer:

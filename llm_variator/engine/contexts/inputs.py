@@ -83,7 +83,7 @@ def encode(
         what: ids (a tensor (n,) or (rows, n), a list, a list of lists), a tokenizer's output, a text, a list of
             texts, or chat messages (a list of `{"role": ..., "content": ...}`, or a list of such lists).
         tokenizer: for texts and messages.
-        mask: of ids given as a tensor.
+        mask: of ids: False, or 0, where they are padding.
         special: whether a text gets the tokenizer's special tokens.
         embeds: (rows, n, d), or (n, d), in place of `what`.
         options: of the chat template: `template_options`.
@@ -111,6 +111,7 @@ def encode(
                 f"token ids must be whole numbers (tokens,) or (rows, tokens), at least one; got {what.dtype} "
                 f"{tuple(what.shape)}"
             )
+        mask = None if mask is None else torch.as_tensor(mask)
         if mask is not None and mask.numel() != ids.numel():
             raise VariatorError(
                 f"attention_mask {tuple(mask.shape)} does not fit token ids {tuple(ids.shape)}"
@@ -120,12 +121,29 @@ def encode(
     several = isinstance(what, (list, tuple)) and not _is_chat(what) and not _is_ids(what)
     rows = list(what) if several else [what]
     tokens = [_row(row, tokenizer, special, options) for row in rows]
+    if mask is not None:
+        tokens = _without_padding(tokens, mask)
     refuse_empty(min(map(len, tokens), default=0), None)
     if not all(0 <= token < 2**31 for row in tokens for token in row):
         raise VariatorError("token ids must lie in the vocabulary")
     width = max(map(len, tokens))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens])
     return Prompt(ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens]))
+
+
+def _without_padding(rows: list[list[int]], mask: Any) -> list[list[int]]:
+    """Of every row what `mask`, in any form, says is no padding."""
+    plain = mask.tolist() if hasattr(mask, "tolist") else list(mask)
+    own = plain if plain and isinstance(plain[0], (list, tuple)) else [plain]
+    if [len(row) for row in own] != [len(row) for row in rows]:
+        raise VariatorError(
+            f"attention_mask of {[len(row) for row in own]} entries does not fit rows of {[len(row) for row in rows]} "
+            "tokens"
+        )
+    return [
+        [token for token, seen in zip(row, seens, strict=True) if seen]
+        for row, seens in zip(rows, own, strict=True)
+    ]
 
 
 def _embedded(embeds: Any, mask: Tensor | None) -> Prompt:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from llm_variator.engine.blocks import Place
-from llm_variator.engine.cache import SelectedLayer, adopt, is_compressed
+from llm_variator.engine.cache import CompressedLayer, SelectedLayer, adopt, is_compressed
 from llm_variator.engine.cache.naming import NAMES, take_cache
 from llm_variator.engine.contexts.inputs import refuse_empty
 from llm_variator.engine.groups import FILLER, Segment
@@ -67,12 +67,15 @@ def begin_pass(
             raise VariatorError(
                 f"a prompt of this cache has {unread} tokens left: read these first, by themselves"
             )
+        if past and not session.passes:
+            _hide(cache, kwargs.get("attention_mask"), past, tokens.shape[1])
         segment = _segment(session, tokens, kwargs.get("attention_mask"), past, cache)
         _refuse_packed(kwargs, segment)
         if plugin is not None and plugin.selects:
             _refuse_weights(host, kwargs)
             places = _places(session, segment, cache)
-    reads = _columns_read(host, kwargs) if session.skip_unread else None
+    narrows = session.skip_unread and segment is not None and not _is_static(cache)
+    reads = _columns_read(host, kwargs) if narrows else None
     session.now = Pass(plugin, segment, cache, reads, places, ends_prompts=bool(unread) and segment is None)
     if cache is not None:
         cache.ends_before_last_token, cache.unread = False, 0
@@ -89,6 +92,24 @@ def end_pass(module: nn.Module, args: Any, output: Any) -> None:
     """
     if (session := current()) is not None:
         session.end_pass()
+
+
+def _hide(cache: Any, mask: Any, past: int, width: int) -> None:
+    """Make entries of `cache` invisible whose tokens a 2D mask over `past` and `width` columns leaves out.
+
+    Such as the padding behind rows that ended before others.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != past + width:
+        return
+    held = [layer for layer in cache.layers if isinstance(layer, (CompressedLayer, SelectedLayer))]
+    if held and not bool(mask[:, :past].all()):
+        for layer in held:
+            layer.hide(mask[:, :past])
+
+
+def _is_static(cache: Any) -> bool:
+    """Whether attention gets all of a cache's slots: the last of several queries alone would see those still empty."""
+    return bool(getattr(cache, "is_compileable", False))
 
 
 def _places(session: Session, segment: Segment, cache: Any) -> list[Place]:
@@ -209,6 +230,16 @@ def _valid(mask: Any, width: int) -> Tensor | None:
     return None if mask is None else mask[:, -width:].bool()
 
 
+def _of_slots(mask: Any, past: int, width: int) -> Any:
+    """Of the 4D mask (or those of each kind of layer) that transformers makes for a static cache, the 2D one."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return mask
+    last = mask[:, 0, -1, past : past + width]  # the last token sees all that is no padding
+    return last if mask.dtype == torch.bool else last >= 0
+
+
 def _goes_on(kwargs: dict[str, Any]) -> bool:
     """Whether a pass has a cache to go on from."""
     return any(kwargs.get(name) is not None for name in NAMES)
@@ -234,7 +265,7 @@ def _refuse_packed(kwargs: dict[str, Any], segment: Segment) -> None:
 def _segment(session: Session, tokens: Tensor, mask: Any, past: int, cache: Any) -> Segment:
     """The tokens (rows, width, ...) of a pass after `past` columns of `cache`, `mask` over both."""
     rows, width = tokens.shape[:2]
-    valid = _valid(mask, width)
+    valid = _valid(_of_slots(mask, past, width) if _is_static(cache) else mask, width)
     refuse_empty(rows * width, None if past else valid)
     if session.plugin is None:
         return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)
