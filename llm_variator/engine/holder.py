@@ -201,6 +201,12 @@ class PluginHolder(nn.Module):
         decoder, slides = self._architecture.decoder, partial(self._architecture.slides, self._host)
         heads = kv_heads(self._host.config)
         plan = Plan.of(config, self.signature, decoder=decoder, slides=slides, kv_heads=heads)
+        places = {str(place) for place in getattr(self._host, "hf_device_map", {}).values()} - {"cpu", "disk"}
+        if plan.selected and len(places) > 1:
+            raise VariatorError(
+                f"a plugin that keeps keys needs all layers on one GPU, these are spread over {len(places)}: load the "
+                "model with device= in place of device_map=, or take a plugin that merges"
+            )
         if "cross" in config.sites and self._architecture.answering(self._host) is None:
             raise VariatorError(
                 f'site "cross" is for T5 with its decoder; {type(self._host).__name__} has no decoder that reads '

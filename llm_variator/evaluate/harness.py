@@ -62,8 +62,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     """lm-eval's flags for a run, and ours beside them."""
-    from lm_eval._cli.run import Run
-
+    try:
+        from lm_eval._cli.run import Run
+    except ImportError:
+        raise VariatorError("lm-eval's tasks need its package: pip install 'llm-variator[eval]'") from None
     commands = _Parser().add_subparsers()
     Run.create(commands)
     parser: argparse.ArgumentParser = commands.choices["run"]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.arguments import engine_arguments
 from llm_variator.integrations.vllm.rows import ARGUMENT
 from llm_variator.serve.flags import Choice, Plugins
@@ -20,8 +21,10 @@ def engine(
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     # the pool is given in blocks; vLLM's default would want most of the machine's memory to be free
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    from vllm import LLM
-
+    try:
+        from vllm import LLM
+    except ImportError:
+        raise VariatorError("this needs vLLM: see docs/serving.md for how to install it") from None
     defaults: dict[str, Any] = dict(
         dtype=settings.dtype,
         max_model_len=longest,

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
-from llm_variator.sources.models import hub_reachable
+from llm_variator.sources.models import hub_reachable, local_path
 from llm_variator.sources.text import without_surrogates
 
 EMBEDDED = "pydoc-topics"
@@ -101,7 +101,7 @@ def data_folder(data_dir: Path | None) -> Path | None:
     """
     if data_dir is None and os.environ.get(DATA_DIR_VARIABLE):
         data_dir = Path(os.environ[DATA_DIR_VARIABLE])
-    if data_dir is not None and not data_dir.is_dir():
+    if data_dir is not None and not local_path(data_dir).is_dir():
         raise VariatorError(
             f"data folder {data_dir} does not exist; correct --data-dir or {DATA_DIR_VARIABLE}"
         )
@@ -210,9 +210,11 @@ def _embedded() -> list[str]:
 def _find_local(source: str, data_dir: Path | None) -> tuple[list[Path], str | None]:
     """The files of a local source, none where nothing local has this name, and the column asked for."""
     name, _, column = source.partition(":")
-    places = [Path(name).expanduser()]
-    if data_dir is not None:
-        places += [data_dir / f"{name}.parquet", data_dir / name / "train.parquet"]
+    places = [local_path(name)]
+    if data_dir is not None and not name.startswith(
+        (".", "/", "~")
+    ):  # NAME goes before a folder called so here
+        places = [data_dir / f"{name}.parquet", data_dir / name / "train.parquet", *places]
     for place in places:
         if place.is_file():
             if place.suffix not in SUFFIXES:
@@ -326,7 +328,7 @@ def _not_found(source: str, data_dir: Path | None, reason: str) -> VariatorError
 
 def _as_documents(rows: list[str]) -> list[str]:
     """Rows that are documents as they are; rows that are lines of a longer text joined into documents."""
-    are_lines = all(row.endswith("\n") for row in rows if row)
+    are_lines = all(row.find("\n") == len(row) - 1 for row in rows if row)
     return list(_join_lines(rows)) if are_lines else rows
 
 

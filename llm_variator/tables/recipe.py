@@ -126,6 +126,11 @@ def read_table(path: str | Path) -> TableRecipe:
     for key in ("title", "model", "columns", "rows"):
         if not content.get(key):
             raise fail(f"{key!r} is missing")
+    for key in content.keys() - {"title", "model", "columns", "note", "seeds"}:
+        if not isinstance(content[key] or {}, dict):
+            raise fail(f"{key!r} must be a mapping of names, got {content[key]!r}")
+    if not isinstance(content["columns"], list):
+        raise fail(f"'columns' must be a list of tasks, got {content['columns']!r}")
     seeds = content.get("seeds", 1)
     if type(seeds) is not int or seeds < 1:
         raise fail(f"seeds: {seeds!r} is no number of adaptations; give 1 or more")
@@ -137,6 +142,8 @@ def read_table(path: str | Path) -> TableRecipe:
             _check_name(stage, set(STAGES), fail)
     rows = []
     for name, settings in content["rows"].items():
+        if not isinstance(settings or {}, dict):
+            raise fail(f"row {name!r} must be a mapping, as in {{method: ltp}}; got {settings!r}")
         settings = dict(settings or {})
         for key in settings:
             _check_name(key, {"method", "plugin", "pretrain", "adapt"}, fail)
@@ -189,11 +196,15 @@ def as_argv(flags: Flags) -> list[str]:
     return argv
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, before: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The recipe with what it extends; settings below a key are merged, other values replaced."""
+    if path.resolve() in before:
+        raise VariatorError(f"table {path}: it extends itself")
     content = read_recipe(path)
     base = content.pop("extends", None)
-    return content if base is None else _merged(_read(path.parent / str(base)), content)
+    if base is None:
+        return content
+    return _merged(_read(path.parent / str(base), (*before, path.resolve())), content)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,12 @@ whether the run was interrupted or not.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import random
+import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,6 +41,8 @@ from llm_variator.sources.tasks.examples import Example, load_examples
 # Which documents are held out does not depend on the run's seed, so that figures of different seeds compare.
 _SPLIT_SEED = 20231208
 _HELD_OUT_SHARE = 0.1
+_CHARACTERS_PER_TOKEN = 8  # no more, so that what is set aside for tokens is enough
+_BLANK_LINES = re.compile(r"\n\s*\n")
 _SHOTS = 8  # examples of a task in one document, as in a prompt with examples
 _BATCHES_IN_A_POOL = 32  # within which examples are sorted by length
 
@@ -65,7 +71,8 @@ def build_corpus(
     """Read and tokenise the sources and cut them into windows of `seq_length` tokens.
 
     Without `eval_sources`, documents with at most a tenth of each source's tokens are held out, enough for
-    an equal share of `eval_windows` where the source is large enough.
+    an equal share of `eval_windows` where the source is large enough: of a task other passages than those trained on,
+    of plain text, as far as there are such, documents of which little stands in others.
 
     Raises:
         VariatorError: a source cannot be read, or is too short for one training and one held-out window.
@@ -74,11 +81,15 @@ def build_corpus(
     share = -(-eval_windows // len(eval_sources or sources))
     for source in sources:
         at_end = source.name.startswith(END)
-        documents = tokenize(_read(source.name.removeprefix(END), data_dir), tokenizer)
+        tokens = 0 if eval_sources else share * seq_length
+        texts, apart = _read(source.name.removeprefix(END), data_dir, tokens)
+        documents = tokenize(texts, tokenizer)
         cut = partial(end_windows if at_end else cut_windows, seq_length=seq_length, tokenizer=tokenizer)
         rest = documents
         if not eval_sources:
-            rest, held = hold_out(documents, share * seq_length)
+            rest, held = hold_out(documents, tokens, apart)
+            if apart and source.name.startswith(TASK):
+                rest = documents[: apart[0]]  # the others share passages with what is held out
             held_out.append(cut(held)[:share])
         train.append(cut(rest))
         if not len(train[-1]):
@@ -104,25 +115,60 @@ def build_corpus(
     return Corpus(tuple(train), tuple(source.weight for source in sources), validation)
 
 
-def _read(source: str, data_dir: Path | None) -> list[str]:
-    """The documents of a source, or of `task:NAME`: a task's training examples, each with its answer."""
+def _read(source: str, data_dir: Path | None, held_out: int) -> tuple[list[str], Sequence[int]]:
+    """The documents of a source, and the numbers of those to hold out first, where so many tokens are to be.
+
+    Of `task:NAME` they are a task's training examples with their answers, several in a document.
+    """
     if not source.startswith(TASK):
-        return read_documents(source, data_dir)
-    examples = load_examples(source.removeprefix(TASK), "train", data_dir=data_dir)
-    texts = [example.decoder_prompt + example.continuation for example in examples]
-    random.Random(_SPLIT_SEED).shuffle(texts)  # neighbours often share their passage
-    return ["\n\n".join(texts[start : start + _SHOTS]) for start in range(0, len(texts), _SHOTS)]
+        documents = read_documents(source, data_dir)
+        return documents, _apart(documents) if held_out else ()
+    examples = list(load_examples(source.removeprefix(TASK), "train", data_dir=data_dir))
+    random.Random(_SPLIT_SEED).shuffle(examples)  # neighbours often share their passage
+    passages = list(dict.fromkeys(_passage(example) for example in examples))
+    sizes: Counter[str] = Counter()
+    for example in examples:
+        sizes[_passage(example)] += example.size
+    most = min(held_out * _CHARACTERS_PER_TOKEN, _HELD_OUT_SHARE * sizes.total())
+    reached = list(itertools.accumulate(sizes[passage] for passage in passages))
+    aside = set(passages[: bisect.bisect(reached, most)])
+    parts: list[list[str]] = [[], []]
+    for example in examples:
+        parts[_passage(example) in aside].append(example.decoder_prompt + example.continuation)
+    packed = [
+        ["\n\n".join(part[start : start + _SHOTS]) for start in range(0, len(part), _SHOTS)] for part in parts
+    ]
+    return packed[0] + packed[1], range(len(packed[0]), len(packed[0]) + len(packed[1]))
 
 
-def hold_out(documents: Sequence[Tensor], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+def _passage(example: Example) -> str:
+    return max(example.inputs.values(), key=len)
+
+
+def _apart(documents: Sequence[str]) -> list[int]:
+    """The documents of which less than a tenth stands, by paragraphs, in another one too."""
+    paragraphs = [
+        {" ".join(part.split()) for part in _BLANK_LINES.split(document)} - {""} for document in documents
+    ]
+    found = Counter(itertools.chain.from_iterable(map(hash, part) for part in paragraphs))
+    shared = [sum(len(one) for one in part if found[hash(one)] > 1) for part in paragraphs]
+    sizes = [sum(map(len, part)) for part in paragraphs]
+    return [i for i, (one, size) in enumerate(zip(shared, sizes, strict=True)) if one < 0.1 * size]
+
+
+def hold_out(
+    documents: Sequence[Tensor], tokens: int, first: Sequence[int] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
     """Split documents into (training, held out), the latter chosen at random until it has `tokens` tokens.
 
-    At most a tenth of all tokens is held out, none where every document is larger than that.
+    Those numbered `first` are chosen before others. At most a tenth of all tokens is held out, none where every
+    document is larger than that.
     """
     room = int(_HELD_OUT_SHARE * sum(map(len, documents)))
     chosen: set[int] = set()
-    held = 0
-    for index in np.random.default_rng(_SPLIT_SEED).permutation(len(documents)).tolist():
+    held, preferred = 0, set(first)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(documents)).tolist()
+    for index in sorted(order, key=lambda index: index not in preferred):
         if held < tokens and held + len(documents[index]) <= room:
             chosen.add(index)
             held += len(documents[index])

@@ -1,6 +1,7 @@
 """Names to models, tokenizers and plugin folders; everything here runs without a network."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from platformdirs.windows import Windows
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.sources.corpora import read_documents
 from llm_variator.sources.models import (
     base_name,
     byte_tokenizer,
@@ -227,12 +229,69 @@ def _remote_code(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _text_for_a_number(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "16"}))
+
+
+def _indivisible(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+
+
 @pytest.mark.parametrize(
-    "damage", [_truncate, _drop_weights, _grow, _widen, _garble_config, _foreign_config, _remote_code]
+    "damage",
+    [
+        *(_truncate, _drop_weights, _grow, _widen, _garble_config, _foreign_config, _remote_code),
+        *(_text_for_a_number, _indivisible),
+    ],
 )
 def test_damaged_folder(folder, damage):
     damage(folder)
     with pytest.raises(VariatorError, match="tiny"):
+        load_model(folder)
+
+
+def test_tokenizer_of_a_newer_library(folder):
+    byte_tokenizer().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"] = {"type": "Unheard"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(VariatorError, match="cannot read the tokenizer in"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user-at-all/m"])
+def test_names_that_no_place_can_have(name):
+    for read in (load_model, load_config, load_tokenizer, resolve_plugin, read_documents):
+        with pytest.raises(VariatorError, match="no place that can be looked at"):
+            read(name)
+    with pytest.raises(VariatorError, match="no place that can be looked at"):
+        read_documents("wiki", Path(name))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may look everywhere")
+def test_folder_that_is_closed(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o000)
+    for read in (load_model, resolve_plugin, read_documents):
+        with pytest.raises(VariatorError, match="no place that can be looked at"):
+            read(str(tmp_path / "closed" / "m"))
+
+
+def test_layers_over_several_gpus(folder):
+    model = VariatorModel(load_model(folder))
+    model.base.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    model.add_plugin("merges", VariatorConfig(k=2))
+    with pytest.raises(VariatorError, match="needs all layers on one GPU, these are spread over 2"):
+        model.add_plugin("keeps", VariatorConfig(k=2, sites=("kv",), compressor="select"))
+    model.base.hf_device_map = {"model.layers.0": 0, "model.layers.1": "disk"}
+    model.add_plugin("keeps", VariatorConfig(k=2, sites=("kv",), compressor="select"))
+
+
+def test_lora_without_its_package(folder, monkeypatch):
+    (folder / "adapter_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(VariatorError, match="a LoRA needs the package peft: pip install"):
         load_model(folder)
 
 

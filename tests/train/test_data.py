@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -75,6 +77,9 @@ def test_parquet_is_found(tmp_path, monkeypatch, place):
         assert read_documents("wiki", tmp_path) == ["one", "two"]
     elif place == "named split":
         assert read_documents("wiki/test", tmp_path) == ["three"]
+        monkeypatch.chdir(tmp_path)  # where a folder has the same name
+        assert read_documents("wiki", tmp_path) == ["one", "two"]
+        assert read_documents("./wiki", tmp_path) == ["three", "one", "two"]
     else:
         monkeypatch.setenv("VARIATOR_DATA", str(tmp_path))
         assert read_documents("wiki/test") == ["three"]
@@ -182,6 +187,11 @@ def test_jsonl_and_folder(tmp_path):
     (tmp_path / "deep" / "b.txt").write_text("three\nfour", encoding="utf-8")
     (tmp_path / "ignored.bin").write_bytes(b"\xff")
     assert read_documents(str(tmp_path)) == ["one", "two", "three\nfour"]
+
+
+def test_documents_that_end_with_their_line_stay_documents(tmp_path):
+    texts = [f"a {n}\nb {n}\n" for n in range(3)] + ["one line\n"]
+    assert read_documents(str(write_parquet(tmp_path / "d.parquet", text=texts))) == texts
 
 
 def test_lines_are_joined_into_documents_that_end_at_empty_lines(tmp_path):
@@ -329,6 +339,43 @@ def test_held_out_documents_are_whole_few_and_always_the_same():
     assert all(torch.equal(a, b) for a, b in zip(held, again, strict=True))
     assert len(hold_out(documents, tokens=10**6)[1]) == 10, "a tenth at most"
     assert hold_out([torch.arange(100)], tokens=10)[1] == []
+
+
+def test_documents_that_stand_in_others_are_held_out_last(tmp_path, tokenizer):
+    alone = [chr(200 + i) * 40 for i in range(60)]
+    twice = [chr(300 + i) * 40 for i in range(30)]
+    texts = [*alone, *twice, *(f"{text}\n\n{chr(400 + i) * 20}" for i, text in enumerate(twice))]
+    source = Source(str(write_parquet(tmp_path / "d.parquet", text=texts)), 1.0)
+    corpus = build_corpus([source], tokenizer, seq_length=30, eval_windows=8)
+    seen = set(tokenizer.decode(corpus.held_out.flatten()).replace("</s>", ""))
+    assert {ord(letter) for letter in seen if ord(letter) < 0xFFFD} <= set(range(200, 260))
+    same = Source(str(write_parquet(tmp_path / "same.parquet", text=["x" * 40] * 50)), 1.0)
+    assert len(build_corpus([same], tokenizer, seq_length=30, eval_windows=2).held_out) == 2, (
+        "there are no others"
+    )
+
+
+@pytest.mark.parametrize("name", ["squad", "rte"])
+def test_held_out_passages_of_a_task_are_not_trained_on(tmp_path, tokenizer, name, monkeypatch):
+    data = write_tasks(tmp_path, name, train=60)
+    examples = load_examples(name, "train", data_dir=data)
+    passages = [f"passage {i // 3} " + "word " * 30 for i in range(60)]  # three questions each
+    column = max(examples[0].inputs, key=lambda column: len(examples[0].inputs[column]))
+    told = [
+        dataclasses.replace(example, inputs={**example.inputs, column: passage})
+        for example, passage in zip(examples, passages, strict=True)
+    ]
+    monkeypatch.setattr("llm_variator.train.data.load_examples", lambda *args, **options: told)
+    corpus = build_corpus(
+        [Source(f"task:{name}", 1.0)], tokenizer, seq_length=100, eval_windows=2, data_dir=data
+    )
+    found = [
+        set(re.findall(r"passage \d+ ", tokenizer.decode(windows.flatten())))
+        for windows in (corpus.train[0], corpus.held_out)
+    ]
+    assert len(found[0]) > 10
+    assert found[1]
+    assert not found[0] & found[1]
 
 
 def test_validation_text_is_never_trained_on(tmp_path, tokenizer):

@@ -174,6 +174,20 @@ def test_lora_is_small_and_loads_merged(teachers, data, tmp_path):
     adapt(tmp_path / "plugin", tmp_path / "lora", data, k=2, r=4)
 
 
+def test_lora_of_a_classifier_is_evaluated_with_its_head(teachers, data, tmp_path):
+    load_model("tiny-bert", random_init=True).save_pretrained(tmp_path / "base")
+    load_tokenizer("tiny-bert", stand_in=True).save_pretrained(tmp_path / "base")
+    settings = dict(stage="finetune", model=tmp_path / "base", task="rte", data_dir=data, learning_rate=0.1)
+    figures = train(tmp_path / "lora", "--lora", **settings)
+    assert load_model(tmp_path / "lora").config.num_labels == 2
+    evaluate(
+        ["task", "--model", str(tmp_path / "lora"), "--task", "rte", "--max-length", "300", "--data-dir", str(data),
+         "--json", str(tmp_path / "r.json")]
+    )  # fmt: skip
+    read = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert read["figures"]["held_out"] == figures["held_out"]
+
+
 def test_baselines(teachers, data, tmp_path):
     ltp = adapt(tmp_path / "ltp", teachers["t5"], data, method="ltp", keep=0.5)
     assert json.loads((tmp_path / "ltp" / LTP_FILE).read_text(encoding="utf-8"))["keep"] == 0.5

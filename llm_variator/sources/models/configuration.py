@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -15,6 +17,7 @@ from llm_variator.sources.models.names import (
     checked_name,
     load_error,
     local_only,
+    local_path,
     reason,
     source_of,
 )
@@ -52,15 +55,22 @@ def read_config(name: str, source: Path | str, only_local: bool) -> PreTrainedCo
 
 def holds_adapter(name: str) -> bool:
     """Whether the name is a folder with a LoRA."""
-    return name not in ALIASES and (Path(name).expanduser() / ADAPTER_FILE).is_file()
+    return name not in ALIASES and (local_path(name) / ADAPTER_FILE).is_file()
+
+
+def peft() -> Any:
+    """PEFT; raises where it is not installed."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError:
+        raise VariatorError("a LoRA needs the package peft: pip install 'llm-variator[train]'") from None
 
 
 def adapted_base(name: str) -> str:
     """The name of the model that a LoRA folder was trained on."""
-    from peft import PeftConfig
-
+    library = peft()
     try:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        base = library.PeftConfig.from_pretrained(name).base_model_name_or_path
     except LOAD_ERRORS as error:
         raise VariatorError(f"cannot read the LoRA in {name}: {reason(error)}") from error
     if not base:
@@ -78,4 +88,7 @@ def _with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     values[depth_key] = num_layers
     if "num_decoder_layers" in values:
         values["num_decoder_layers"] = num_layers
-    return type(config).from_dict(values)
+    try:
+        return type(config).from_dict(values)
+    except LOAD_ERRORS as error:
+        raise VariatorError(f"no model of {num_layers} layers can be built: {reason(error)}") from error

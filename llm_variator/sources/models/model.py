@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -24,13 +25,20 @@ from llm_variator.config import QUANTISATIONS
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import cpu
 from llm_variator.sources.models.aliases import ALIASES
-from llm_variator.sources.models.configuration import adapted_base, holds_adapter, load_config, read_config
+from llm_variator.sources.models.configuration import (
+    adapted_base,
+    holds_adapter,
+    load_config,
+    peft,
+    read_config,
+)
 from llm_variator.sources.models.names import (
     LOAD_ERRORS,
     base_name,
     checked_name,
     load_error,
     local_only,
+    local_path,
     reason,
     source_of,
 )
@@ -175,16 +183,26 @@ def _loads_in_seconds(source: Path | str) -> bool:
 
 def _with_adapter(name: str, dtype: torch.dtype | None, num_labels: int | None, seed: int) -> PreTrainedModel:
     """The base that a LoRA folder names, with the LoRA merged into its weights."""
-    from peft import PeftModel
-
+    if num_labels is None:
+        num_labels = _labels_of(name)
     base = load_model(adapted_base(name), dtype=dtype, num_labels=num_labels, seed=seed)
     try:
-        merged: Any = PeftModel.from_pretrained(base, name).merge_and_unload()
+        merged: Any = peft().PeftModel.from_pretrained(base, name).merge_and_unload()
     except LOAD_ERRORS as error:
         raise VariatorError(f"cannot read the LoRA in {name}: {reason(error)}") from error
     merged.config._name_or_path = merged.name_or_path = base_name(name)
     model: PreTrainedModel = merged.eval()
     return model
+
+
+def _labels_of(name: str) -> int | None:
+    """The labels of the classifier that a LoRA folder brings along; None where it has none."""
+    try:
+        with safe_open(local_path(name) / "adapter_model.safetensors", "pt") as file:
+            heads = [key for key in file.keys() if key.endswith("classifier.weight")]  # noqa: SIM118
+            return file.get_slice(heads[0]).get_shape()[0] if heads else None
+    except LOAD_ERRORS:
+        return None  # whoever reads the weights says it
 
 
 def _random_model(
@@ -215,7 +233,7 @@ def _random_model(
             else:
                 with torch.device(device):
                     model = auto.from_config(config, dtype=dtype)
-        except (ValueError, RuntimeError) as error:
+        except LOAD_ERRORS as error:
             raise VariatorError(f"{name}: no model of this shape can be built: {reason(error)}") from error
     return model.eval()
 

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from llm_variator.errors import VariatorError
@@ -18,7 +19,26 @@ from llm_variator.sources.models import hub, smollm2
 from llm_variator.sources.models.aliases import ALIASES
 
 # What from_pretrained raises for files that are absent, truncated, foreign or of another shape.
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError),
+    *(SafetensorError, UnpicklingError, StrictDataclassError),
+)
+
+
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """The local place that a name may mean, whether something is there or not.
+
+    Raises:
+        VariatorError: the system cannot tell: a folder on the way is closed, the name is too long, no such user.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        text = os.fspath(name)
+        text = text if len(text) < 100 else f"{text[:100]}..."
+        raise VariatorError(f"{text}: no place that can be looked at ({reason(error)})") from None
+    return path
 
 
 def base_name(name: str | os.PathLike[str]) -> str:
@@ -26,7 +46,7 @@ def base_name(name: str | os.PathLike[str]) -> str:
     name = os.fspath(name)
     if name in ALIASES:
         return ALIASES[name].hub_id
-    path = Path(name).expanduser()
+    path = local_path(name)
     return path.resolve().name if path.is_dir() else name
 
 
@@ -53,7 +73,7 @@ def source_of(name: str) -> Path | str:
         return smollm2.converted(gguf)
     if name in ALIASES:
         return ALIASES[name].hub_id
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise VariatorError(f"{name} has no config.json: a model folder is what save_pretrained writes")

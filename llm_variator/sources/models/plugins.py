@@ -11,7 +11,7 @@ from llm_variator.config import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import hub
 from llm_variator.sources.models.aliases import ALIASES
-from llm_variator.sources.models.names import reason
+from llm_variator.sources.models.names import local_path, reason
 
 _NAME = r"[\w-][\w.-]*"
 _PATH = rf"{_NAME}(?:/{_NAME})*"  # of folders, and of branches
@@ -53,7 +53,7 @@ def resolve_plugin(
     for what, value in (("revision", revision), ("subfolder", subfolder)):
         if value is not None and not (isinstance(value, str) and re.fullmatch(_PATH, value)):
             raise VariatorError(f"{what} {value!r} is none: give a name as it stands in the repository")
-    path = PLUGINS_DIR / name if name in shipped_plugins() else Path(name).expanduser()
+    path = PLUGINS_DIR / name if name in shipped_plugins() else local_path(name)
     if name and path.is_dir():
         if revision is not None:
             raise VariatorError(

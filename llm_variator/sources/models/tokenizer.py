@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -11,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import smollm2
 from llm_variator.sources.models.configuration import holds_adapter, load_config
-from llm_variator.sources.models.names import LOAD_ERRORS, checked_name, load_error, local_only, source_of
+from llm_variator.sources.models.names import checked_name, load_error, local_only, local_path, source_of
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, stand_in: bool = False) -> PreTrainedTokenizerBase:
@@ -26,17 +25,15 @@ def load_tokenizer(name: str | os.PathLike[str], *, stand_in: bool = False) -> P
         VariatorError: there is no tokenizer, and no stand-in was allowed.
     """
     name = checked_name(name)
-    if stand_in and not (
-        Path(name).expanduser().is_dir() or (name == "smollm2-135m" and smollm2.find_gguf())
-    ):
+    if stand_in and not (local_path(name).is_dir() or (name == "smollm2-135m" and smollm2.find_gguf())):
         return _stand_in(name)
-    source = Path(name).expanduser() if holds_adapter(name) else source_of(name)
+    source = local_path(name) if holds_adapter(name) else source_of(name)
     only_local = local_only(source)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(source), trust_remote_code=False, local_files_only=only_local
         )
-    except (ImportError, *LOAD_ERRORS) as error:
+    except Exception as error:  # the tokenizers library raises bare ones for files of a newer version
         if stand_in:
             return _stand_in(name)
         raise load_error(name, source, "tokenizer", error, only_local) from error
