@@ -80,16 +80,17 @@ def build_corpus(
     train, held_out = [], []
     share = -(-eval_windows // len(eval_sources or sources))
     for source in sources:
-        at_end = source.name.startswith(END)
+        at_end, name = source.name.startswith(END), source.name.removeprefix(END)
         tokens = 0 if eval_sources else share * seq_length
-        texts, apart = _read(source.name.removeprefix(END), data_dir, tokens)
+        texts, apart = _read(name, data_dir, tokens)
         documents = tokenize(texts, tokenizer)
         cut = partial(end_windows if at_end else cut_windows, seq_length=seq_length, tokenizer=tokenizer)
         rest = documents
         if not eval_sources:
-            rest, held = hold_out(documents, tokens, apart)
-            if apart and source.name.startswith(TASK):
-                rest = documents[: apart[0]]  # the others share passages with what is held out
+            if apart and name.startswith(TASK):
+                rest, held = documents[: apart[0]], documents[apart[0] :]
+            else:
+                rest, held = hold_out(documents, tokens, apart)
             held_out.append(cut(held)[:share])
         train.append(cut(rest))
         if not len(train[-1]):
@@ -118,7 +119,8 @@ def build_corpus(
 def _read(source: str, data_dir: Path | None, held_out: int) -> tuple[list[str], Sequence[int]]:
     """The documents of a source, and the numbers of those to hold out first, where so many tokens are to be.
 
-    Of `task:NAME` they are a task's training examples with their answers, several in a document.
+    Of `task:NAME` they are a task's training examples with their answers, several in a document; the last documents
+    are to be held out, all of them: no passage in them stands in another.
     """
     if not source.startswith(TASK):
         documents = read_documents(source, data_dir)

@@ -244,7 +244,7 @@ def _finetuned(settings: Settings, base: PreTrainedModel) -> ModelLearner:
     """The downstream model M_T, which learns from the labels: whole, or by LoRA on q and v."""
     set_seed(settings.seed)
     if settings.gradient_checkpointing:
-        # since transformers 5.23 of another name
+        # the newer releases of transformers call it so
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if not settings.lora:
