@@ -19,7 +19,7 @@ from llm_variator.engine.hooks import architecture_of
 from llm_variator.engine.plan import kv_heads
 from llm_variator.errors import VariatorError
 from llm_variator.generate import parse_plugins
-from llm_variator.measures.timing import CLOCKS, Case, interleaved, timed
+from llm_variator.measures.timing import CLOCKS, Case, interleaved, own_memory, timed
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
 from llm_variator.sources.models.plugins import plugin_folder, resolve_plugin
@@ -163,15 +163,6 @@ class Settings(flags.Stored, flags.BaseModel):
 S_co = TypeVar("S_co", bound=Settings, covariant=True)
 
 
-def _own_memory(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    """Copy the rows that logits are made of, in every case alike.
-
-    Transformers cuts them out of the prompt as a view, which torch multiplies on a CPU in bf16 by way of a copy of all
-    of the head's weights, seconds for LLaMA-7B. Dense would look slower than it has to be.
-    """
-    return (args[0].clone(memory_format=torch.contiguous_format),)
-
-
 class Setting(Generic[S_co]):
     """A loaded model with one plugin per `--plugins`, named as printed."""
 
@@ -193,7 +184,7 @@ class Setting(Generic[S_co]):
             except (ValueError, ImportError) as error:
                 raise VariatorError(f"--attention {settings.attention}: {error}") from None
         if (head := self.base.get_output_embeddings()) is not None:
-            head.register_forward_pre_hook(_own_memory)
+            head.register_forward_pre_hook(own_memory)
         self.card = Card.measured(self.device, self.base.dtype) if settings.card else None
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.on_device = torch.Generator(self.device).manual_seed(settings.seed)

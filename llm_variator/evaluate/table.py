@@ -24,7 +24,7 @@ from llm_variator.errors import VariatorError
 from llm_variator.evaluate.render import HF, Entry, Prefill, Quality, markdown, plot, show
 from llm_variator.measures.compare import DENSE
 from llm_variator.measures.results import scrub_paths, write_result
-from llm_variator.measures.timing import Case, interleaved
+from llm_variator.measures.timing import Case, fair_head, interleaved
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import EMBEDDED, read_windows
 from llm_variator.sources.models import model_source, shipped_plugins
@@ -287,6 +287,7 @@ def measure_prefill(
         return Case(lambda _: model(prompt, **given), inside=lambda: model.use_plugin(name), after=note)
 
     cases = {label: reading(label, name) for label, name in names.items()}
-    times = interleaved(cases, repetitions, device=prompt.device)
+    with fair_head(model.base):
+        times = interleaved(cases, repetitions, device=prompt.device)
     seconds = {label: statistics.median(own) for label, own in times.items()}
     return Prefill(prompt.shape[1], seconds, None if seq2seq else held)

@@ -23,7 +23,7 @@ from llm_variator.engine.cache import KVCacheReport
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.measures import tables
 from llm_variator.measures.metrics import continuation_cross_entropy
-from llm_variator.measures.timing import Case, interleaved
+from llm_variator.measures.timing import Case, fair_head, interleaved
 from llm_variator.model import VariatorModel
 
 DENSE = "none"
@@ -158,7 +158,8 @@ def compare(
             after=firsts[name].append,
         )
 
-    interleaved({name: first_token(name) for name in names}, repetitions, device=model.device)
+    with fair_head(model.base):
+        interleaved({name: first_token(name) for name in names}, repetitions, device=model.device)
     times = {name: [each.first_token_seconds for each in own[1:]] for name, own in firsts.items()}
     caches = {name: own[0].cache for name, own in firsts.items()}
     for name in names:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_variator.measures.conditions import Condition, Prompt, follow, greedy
 from llm_variator.measures.metrics import token_nats
-from llm_variator.measures.timing import Case, interleaved, ratio
+from llm_variator.measures.timing import Case, fair_head, interleaved, ratio
 from llm_variator.model import VariatorModel
 
 
@@ -162,7 +162,8 @@ def time_reading(
         return Case(lambda _: condition.read(model, ids).logits.argmax(-1).tolist())
 
     cases = {condition.label: reading(condition) for condition in conditions}
-    return interleaved(cases, repetitions, device=model.device, clock=clock)
+    with fair_head(model.base):
+        return interleaved(cases, repetitions, device=model.device, clock=clock)
 
 
 def ratio_to(dense: Sequence[float], other: Sequence[float]) -> float:

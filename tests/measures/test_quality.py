@@ -11,8 +11,11 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from llm_variator import VariatorConfig
+from llm_variator.bench.contexts.setting import dense_prefill
 from llm_variator.engine.cache.report import KVCacheReport, LayerReport
 from llm_variator.engine.groups import split
+from llm_variator.evaluate.table import measure_prefill
+from llm_variator.measures.compare import compare
 from llm_variator.measures.conditions import Dense, NoContext, Prompt, WithPlugin
 from llm_variator.measures.metrics import continuation_cross_entropy, reference_conditions
 from llm_variator.measures.quality import (
@@ -26,6 +29,8 @@ from llm_variator.measures.quality import (
     ratio_to,
     time_reading,
 )
+from llm_variator.playground.session import Playground
+from llm_variator.sources.models import byte_tokenizer
 
 CONTEXT, LENGTH, GENERATE = 20, 27, 5
 
@@ -201,6 +206,40 @@ def test_conditions_take_turns(model, plugin, windows):
     seconds = time_reading(model, [Spy("a"), Spy("b")], windows[:1, :8], 2, clock=lambda: float(next(ticks)))
     assert order == ["a", "b"] * 3
     assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize("way", ["reading", "generating", "table", "contexts", "playground"])
+def test_logits_of_all_that_is_timed_are_made_of_rows_of_their_own(way):
+    """Not of a view of the prompt, which costs the dense model seconds in bf16 on a CPU."""
+    model = make_variator("llama", VariatorConfig(k=2, sites=("ffn",)), vocab_size=259)
+    ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
+    shared = []
+
+    def see(head, args, output):
+        rows = args[0]
+        shared.append(rows.untyped_storage().nbytes() > rows.numel() * rows.element_size())
+
+    handle = model.base.get_output_embeddings().register_forward_hook(see)
+    match way:
+        case "reading":
+            time_reading(model, [Dense(), WithPlugin("k2", "default", model.plugins["default"])], ids, 1)
+        case "generating":
+            compare(model, byte_tokenizer(), ids, max_new_tokens=1, repetitions=1)
+            shared = shared[: 2 * 2]  # the timed ones, each with its warm-up
+        case "table":
+            measure_prefill(model, {"none": None, "k2": "default"}, ids, 1)
+        case "contexts":
+            dense_prefill(model, ids, 1)
+        case "playground":
+            playground = Playground(model, byte_tokenizer(), 2)
+            document = playground.open("a document of some length, and some more", chat=False)
+            panels = list(playground.ask(document, "what?", ["default"]))[-1]
+            assert len(panels) == 2
+    handle.remove()
+    assert shared
+    assert not any(shared)
+    model(ids, logits_to_keep=1)
+    assert not model.base.get_output_embeddings()._forward_pre_hooks, "what was timed is left as it was"
 
 
 def test_ratio_is_of_rounds():

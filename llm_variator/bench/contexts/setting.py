@@ -21,7 +21,7 @@ from llm_variator.engine.cache import CompressedLayer
 from llm_variator.engine.contexts import CompressedContext
 from llm_variator.engine.plan import kv_heads
 from llm_variator.measures.loading import load_variator
-from llm_variator.measures.timing import Case, interleaved
+from llm_variator.measures.timing import Case, fair_head, interleaved
 from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import EMBEDDED, read_windows
 from llm_variator.sources.models import load_tokenizer
@@ -117,7 +117,8 @@ def stretches(settings: Settings, *lengths: int) -> list[Tensor]:
 def dense_prefill(model: VariatorModel, ids: Tensor, repeats: int) -> float:
     """Least seconds of reading `ids` (1, tokens) with the base model alone."""
     case = Case(lambda _: model(ids, use_cache=True, logits_to_keep=1), inside=model.disable_plugin)
-    return min(interleaved({"dense": case}, repeats, warmups=0, device=model.device)["dense"])
+    with fair_head(model.base):
+        return min(interleaved({"dense": case}, repeats, warmups=0, device=model.device)["dense"])
 
 
 def compressed_layers(context: CompressedContext) -> list[CompressedLayer]:
