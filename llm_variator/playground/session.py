@@ -18,7 +18,7 @@ from llm_variator.engine.contexts import CompressedContext
 from llm_variator.engine.contexts.inputs import encode
 from llm_variator.errors import VariatorError
 from llm_variator.measures.compare import DENSE
-from llm_variator.measures.timing import fair_head, wait
+from llm_variator.measures.timing import wait
 from llm_variator.model import VariatorModel
 from llm_variator.playground.panels import Panel, operations, parted
 from llm_variator.playground.view import View, pieces
@@ -121,11 +121,10 @@ class Playground:
             return
 
         def compress() -> None:
-            with fair_head(self.model.base):
-                wait(self.model.device)
-                started = time.perf_counter()
-                context = self.model.compress(document.prompt, tokenizer=self.tokenizer)
-                wait(self.model.device)
+            wait(self.model.device)
+            started = time.perf_counter()
+            context = self.model.compress(document.prompt, tokenizer=self.tokenizer)
+            wait(self.model.device)
             document.seconds[plugin] = time.perf_counter() - started
             document.contexts[plugin] = context
 
@@ -229,12 +228,11 @@ class Playground:
         begun: list[float] = []
 
         def generate() -> None:
-            with fair_head(self.model.base):
-                begun.append(time.perf_counter())
-                self.model.generate(
-                    _asked(context, question), context=context, max_new_tokens=self.max_new_tokens, do_sample=False,
-                    pad_token_id=pad, streamer=_Tokens(news),
-                )  # fmt: skip
+            begun.append(time.perf_counter())
+            self.model.generate(
+                _asked(context, question), context=context, max_new_tokens=self.max_new_tokens, do_sample=False,
+                pad_token_id=pad, streamer=_Tokens(news),
+            )  # fmt: skip
 
         arrivals: list[float] = []
         for found in self._in_turn(generate, context.plugin, news):

@@ -29,7 +29,6 @@ from llm_variator.measures.quality import (
     ratio_to,
     time_reading,
 )
-from llm_variator.playground.session import Playground
 from llm_variator.sources.models import byte_tokenizer
 
 CONTEXT, LENGTH, GENERATE = 20, 27, 5
@@ -208,7 +207,7 @@ def test_conditions_take_turns(model, plugin, windows):
     assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
 
 
-@pytest.mark.parametrize("way", ["reading", "generating", "table", "contexts", "playground"])
+@pytest.mark.parametrize("way", ["reading", "generating", "table", "contexts"])
 def test_logits_of_all_that_is_timed_are_made_of_rows_of_their_own(way):
     """Not of a view of the prompt, which costs the dense model seconds in bf16 on a CPU."""
     model = make_variator("llama", VariatorConfig(k=2, sites=("ffn",)), vocab_size=259)
@@ -230,11 +229,6 @@ def test_logits_of_all_that_is_timed_are_made_of_rows_of_their_own(way):
             measure_prefill(model, {"none": None, "k2": "default"}, ids, 1)
         case "contexts":
             dense_prefill(model, ids, 1)
-        case "playground":
-            playground = Playground(model, byte_tokenizer(), 2)
-            document = playground.open("a document of some length, and some more", chat=False)
-            panels = list(playground.ask(document, "what?", ["default"]))[-1]
-            assert len(panels) == 2
     handle.remove()
     assert shared
     assert not any(shared)
