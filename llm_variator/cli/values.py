@@ -39,14 +39,19 @@ NaturalFloat = Annotated[
 Share = Annotated[float, _number(float, "a share above 0, at most 1", lambda number: 0 < number <= 1)]
 
 
+def can_hold_files(folder: Path) -> bool:
+    """Whether files can be written into a folder that is there or can be made, as far as can be told before."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place.is_dir() and os.access(place, os.W_OK)
+
+
 def output_file(value: Any) -> Path:
     """A file that can be written, as far as can be told before the work."""
     if isinstance(value, (str, Path)) and str(value):
         path = Path(value)
-        place = path.absolute().parent
-        while not place.exists():
-            place = place.parent
-        if not path.is_dir() and place.is_dir() and os.access(place, os.W_OK):
+        if not path.is_dir() and can_hold_files(path.absolute().parent):
             return path
     raise ArgumentTypeError(f"expected a file that can be written, got {str(value)!r}")
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerState, TrainingArguments
 
 from llm_variator import cli
+from llm_variator.cli.values import can_hold_files
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.measures.results import peak_memory_gib, result_of, scrub_paths, store
@@ -108,10 +109,7 @@ def _check_output(settings: Settings) -> Path | None:
 
 
 def _check_writable(settings: Settings) -> None:
-    place = settings.folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if not can_hold_files(settings.folder):
         raise VariatorError(f"cannot write to {settings.folder}: choose another --output")
 
 
