@@ -22,6 +22,7 @@ from llm_variator.cli.values import Natural, PositiveInt, output_file
 from llm_variator.config import CONFIG_FILE, WEIGHTS_FILE
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate import table
+from llm_variator.extras import needed
 from llm_variator.measures.store import digest
 from llm_variator.sources.corpora import DATA_DIR_VARIABLE, data_folder
 from llm_variator.sources.models import hub_reachable, load_config, plugin_folder
@@ -62,12 +63,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     """lm-eval's flags for a run, and ours beside them."""
-    try:
-        from lm_eval._cli.run import Run
-    except ImportError:
-        raise VariatorError("lm-eval's tasks need its package: pip install 'llm-variator[eval]'") from None
     commands = _Parser().add_subparsers()
-    Run.create(commands)
+    needed("lm_eval._cli.run", "evaluate harness", "eval").Run.create(commands)
     parser: argparse.ArgumentParser = commands.choices["run"]
     parser.prog, parser.usage = "python -m llm_variator.evaluate harness", None
     parser.description = (

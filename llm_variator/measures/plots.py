@@ -7,18 +7,13 @@ from typing import Any
 
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
 
 
 def matplotlib() -> Any:
     """The library; raises VariatorError where it is missing."""
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError:
-        raise VariatorError(
-            "drawing needs matplotlib: pip install matplotlib, or the extra [report] or [eval]"
-        ) from None
-    return matplotlib
+    needed("matplotlib.figure", "drawing", "report")
+    return needed("matplotlib", "drawing", "report")
 
 
 def save(figure: Any, path: Path, **options: Any) -> None:

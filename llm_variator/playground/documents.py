@@ -6,6 +6,7 @@ import codecs
 from pathlib import Path
 
 from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
 
 KINDS = (".txt", ".md", ".markdown", ".text", ".pdf")
 MOST_BYTES = 20_000_000
@@ -40,12 +41,9 @@ def read_document(file: Path) -> str:
 
 
 def _pdf(file: Path) -> str:
+    pypdf = needed("pypdf", "a PDF", "playground")
     try:
-        from pypdf import PdfReader
-    except ImportError:
-        raise VariatorError("a PDF needs pypdf: pip install pypdf, or the extra [playground]") from None
-    try:
-        reader = PdfReader(file)
+        reader = pypdf.PdfReader(file)
         if reader.is_encrypted and not reader.decrypt(""):
             raise VariatorError(f"{file.name} is locked with a password: unlock it first")
         pages = [page.extract_text() for page in reader.pages]

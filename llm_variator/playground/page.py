@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
 from llm_variator.measures.compare import DENSE
 from llm_variator.playground import render
 from llm_variator.playground.documents import KINDS, read_document
@@ -36,13 +37,7 @@ def gradio() -> Any:
         VariatorError: it is missing.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio as gr
-    except ImportError:
-        raise VariatorError(
-            "the playground needs gradio: pip install gradio, or the extra [playground]"
-        ) from None
-    return gr
+    return needed("gradio", "the playground", "playground")
 
 
 def build(playground: Playground, title: str) -> Any:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from llm_variator.cli import flag, flags
 from llm_variator.cli.values import JsonMapping, OutputFile, PositiveFloat, PositiveInt
 from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
 from llm_variator.integrations.vllm.rows import ARGUMENT, AUTO
 from llm_variator.serve.flags import Choice, Plugins
 from llm_variator.serve.prompts import QUESTIONS, Asked, Judge, prompts_from
@@ -168,12 +169,7 @@ async def _answers(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def _session(url: str) -> Any:
-    try:
-        import aiohttp
-    except ImportError:
-        raise VariatorError(
-            "measuring a server needs aiohttp, which vLLM brings: pip install aiohttp"
-        ) from None
+    aiohttp = needed("aiohttp", "measuring a server", "vllm")
     return aiohttp.ClientSession(
         url, timeout=aiohttp.ClientTimeout(total=3600), connector=aiohttp.TCPConnector(limit=0)
     )

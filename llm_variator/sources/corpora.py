@@ -17,7 +17,6 @@ In training also
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
 from llm_variator.sources.models import hub_reachable, local_path
 from llm_variator.sources.text import without_surrogates
 
@@ -110,12 +110,7 @@ def data_folder(data_dir: Path | None) -> Path | None:
 
 def library(name: str) -> Any:
     """A library that reads data; raises VariatorError where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise VariatorError(
-            f"reading data needs the package {error.name or name}: pip install 'llm-variator[train]'"
-        ) from None
+    return needed(name, "reading data", "train")
 
 
 def read_windows(

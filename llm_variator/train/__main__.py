@@ -21,6 +21,7 @@ from llm_variator import cli
 from llm_variator.cli.values import can_hold_files
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
 from llm_variator.measures.results import peak_memory_gib, result_of, scrub_paths, store
 from llm_variator.sources.models import cpu, load_model
 from llm_variator.sources.models.quantisation import base_bytes, predicted_bytes
@@ -56,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = read(argv)
     check_machine(settings)
+    if settings.lora:
+        needed("peft", "--lora", "train")
+    if settings.tensorboard:
+        needed("torch.utils.tensorboard", "--tensorboard", "train")
     if settings.fits_scores:
         _check_writable(settings)
         fit_scores(settings, argv, started, RESULT_FILE)

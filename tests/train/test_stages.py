@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,6 +350,15 @@ def test_each_run_logs_into_its_own_folder(teachers, data, tmp_path):
     for name in ("a", "b"):
         adapt(tmp_path / name, teachers["t5"], data, "--tensorboard", k=2, r=4, max_steps=2)
     assert [len(list((tmp_path / name / "runs").rglob("events*"))) for name in ("a", "b")] == [1, 1]
+
+
+@pytest.mark.parametrize(("flag", "package"), [("--tensorboard", "tensorboard"), ("--lora", "peft")])
+def test_packages_of_a_flag_are_asked_for_before_any_work(tmp_path, monkeypatch, flag, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    settings = dict(stage="finetune", model=tmp_path / "none", task="rte", max_steps=2)
+    with pytest.raises(VariatorError, match=rf"{flag} needs the package {package}: pip install"):
+        train(tmp_path / "run", flag, **settings)
 
 
 def test_teacher_of_a_baseline_computes_as_its_student_does(teachers, data, tmp_path, monkeypatch):

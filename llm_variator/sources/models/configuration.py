@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
 from llm_variator.sources.models.aliases import ALIASES
 from llm_variator.sources.models.names import (
     LOAD_ERRORS,
@@ -60,10 +60,7 @@ def holds_adapter(name: str) -> bool:
 
 def peft() -> Any:
     """PEFT; raises where it is not installed."""
-    try:
-        return importlib.import_module("peft")
-    except ImportError:
-        raise VariatorError("a LoRA needs the package peft: pip install 'llm-variator[train]'") from None
+    return needed("peft", "a LoRA", "train")
 
 
 def adapted_base(name: str) -> str:

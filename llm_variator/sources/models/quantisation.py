@@ -18,6 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llm_variator.config import QUANTISATIONS
 from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
 
 # Said whenever peft imports bitsandbytes: to install a package that fetches native code and is not needed here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -140,12 +141,7 @@ def _tensors_of(state: Any) -> list[torch.Tensor]:
 
 
 def _bitsandbytes() -> Any:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise VariatorError(
-            "quantised models need bitsandbytes: pip install 'llm-variator[quant]'"
-        ) from error
+    bitsandbytes = needed("bitsandbytes", "a quantised model", "quant")
     # Said at every product, about what `quantisation_config` documents.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
     return bitsandbytes
