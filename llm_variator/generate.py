@@ -50,6 +50,9 @@ class Output:
     json: OutputFile | None = flag(None, "write the figures there too", metavar="FILE")
 
 
+_COLDEST = 1e-4  # logits over less leave what 16 bits can say
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Sampling: greedy without any of these."""
@@ -59,6 +62,8 @@ class Sampling:
     top_k: PositiveInt | None = flag(None, "sample from this many tokens")
 
     def __post_init__(self) -> None:
+        if self.temperature and self.temperature < _COLDEST:
+            raise VariatorError(f"--temperature {self.temperature:g} overflows: give 0 for greedy")
         if self.top_p is not None and self.top_p > 1:
             raise VariatorError(f"--top-p is a share of the probability mass, at most 1, not {self.top_p}")
 
@@ -174,8 +179,8 @@ def parse_plugins(values: Sequence[str]) -> dict[str, str]:
         named = re.fullmatch(r"([\w-]+)=(.+)", value)
         plugin = named[2] if named else value
         name = named[1] if named else Path(plugin).name.replace(".", "-")
-        if name == DENSE:
-            raise VariatorError(f"--plugin {value}: {DENSE!r} is the dense model; give another name=")
+        if name in (DENSE, "dense"):
+            raise VariatorError(f"--plugin {value}: {name!r} is the dense model; give another name=")
         if name in plugins:
             raise VariatorError(
                 f"two plugins are called {name!r}: name them, as in --plugin a=DIR --plugin b=DIR"

@@ -68,7 +68,7 @@ class Settings(Training):
         found = {}
         for text in self.plugin:
             k, equals, plugin = text.partition("=")
-            if not equals or not k.isdigit() or int(k) < 2:
+            if not equals or not k.isdecimal() or int(k) < 2:
                 raise VariatorError(f"--plugin {text}: write K=PLUGIN, as in 2=runs/k2")
             found[int(k)] = plugin
         return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from llm_variator.bench.setting import DENSE, Batches, Setting, Settings
+from llm_variator.bench.setting import DENSE, Batches, Plotted, Setting, Settings
 from llm_variator.cli import flag
 from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.blocks import Place, entries
@@ -28,7 +28,7 @@ from llm_variator.measures.timing import Case, bar
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefill(Batches, Settings):
+class Prefill(Batches, Plotted, Settings):
     """Time to read a prompt.
 
     of dense: median over the repetitions of time over the dense time of the same repetition, with quartiles; bound:
@@ -45,7 +45,7 @@ class Prefill(Batches, Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode(Batches, Settings):
+class Decode(Batches, Plotted, Settings):
     """Time of a token after a prompt.
 
     bound: bytes that one step has to read (weights and KV cache) over the dense model's; of bound: measured speed-up

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_variator.bench.setting import Settings
+from llm_variator.bench.setting import Plotted, Settings
 from llm_variator.engine.files import write_atomically
-from llm_variator.errors import VariatorError
 from llm_variator.measures import plots, tables
 from llm_variator.measures.results import write_result
 
@@ -66,7 +65,7 @@ def publish(
         write_result(settings.json, figures, command=command, seed=settings.seed, started=started)
     if settings.markdown:
         write_atomically(settings.markdown, markdown(title, rows, note))
-    if settings.plot:
+    if isinstance(settings, Plotted) and settings.plot:
         plot(settings.plot, title, rows)
 
 
@@ -86,17 +85,10 @@ def markdown(title: str, rows: Sequence[Row], note: str = "") -> str:
 
 
 def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Time over dense by length, one line per case and batch size, its bound dashed.
-
-    Raises:
-        VariatorError: nothing to plot, matplotlib is missing, or the file's type is not known.
-    """
+    """Time over dense by length, one line per case and batch size, its bound dashed; VariatorError: no such file."""
     lines: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        if {"tokens", "of_dense", "case"} <= row.keys():
-            lines.setdefault((row["case"], row.get("batch", 1)), []).append(row)
-    if not lines:
-        raise VariatorError("--plot: this benchmark has no lengths to plot; leave it out")
+        lines.setdefault((row["case"], row.get("batch", 1)), []).append(row)
     figure = plots.matplotlib().figure.Figure(figsize=(7, 4.5))
     axes = figure.subplots()
     for (case, batch), points in lines.items():

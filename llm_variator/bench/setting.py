@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llm_variator.bench.card import Card
 from llm_variator.cli import flag, flags
-from llm_variator.cli.values import Natural, OutputFile, PositiveInt, names
+from llm_variator.cli.values import Device, Natural, OutputFile, OutputPlot, PositiveInt, names
 from llm_variator.config import VariatorConfig
 from llm_variator.engine.hooks import architecture_of
 from llm_variator.engine.plan import kv_heads
@@ -104,11 +104,18 @@ class Batches:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Plotted:
+    """Times over the dense ones, by length."""
+
+    plot: OutputPlot | None = flag(None, "store a plot (needs matplotlib), as .svg or .png", metavar="FILE")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(flags.Stored, flags.BaseModel):
     """What is measured, and how."""
 
     model: str = "smollm2-135m"
-    device: str = flag("", "where to run (default: cuda if there is one, else cpu)")
+    device: Device = flag("", "where to run (default: cuda if there is one, else cpu)")
     attention: str | None = flag(
         None, "transformers' attn_implementation, as in sdpa or eager (default: the model's)"
     )
@@ -135,7 +142,6 @@ class Settings(flags.Stored, flags.BaseModel):
         "bytes then take, of card: its share of the time",
     )
     markdown: OutputFile | None = flag(None, "store the table", metavar="FILE")
-    plot: OutputFile | None = flag(None, "store a plot (needs matplotlib), as .svg or .png", metavar="FILE")
 
     def __post_init__(self) -> None:
         found = self.measured()
@@ -175,8 +181,8 @@ class Setting(Generic[S_co]):
             torch.set_num_threads(settings.threads)
         self.settings = settings
         self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if settings.clock == "cpu" and torch.device(self.device).type != "cpu":
-            raise VariatorError("--clock cpu cannot time a GPU: leave it out")
+        if settings.clock == "cpu" and self.device != "cpu":
+            raise VariatorError("--clock cpu cannot time a GPU: leave it out, or give --device cpu")
         self.base: Any = load_model(settings.model, device=self.device, **settings.loading())
         if settings.attention:
             try:

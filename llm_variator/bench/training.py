@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_variator.bench.setting import Batches, Setting, Settings
+from llm_variator.bench.setting import Batches, Plotted, Setting, Settings
 from llm_variator.cli.values import PositiveInt
 from llm_variator.errors import VariatorError
-from llm_variator.measures.timing import Case, Spread, bar, ratio
+from llm_variator.measures.timing import Case, bar, ratio, timed
 from llm_variator.sources.models import load_config, load_model
 from llm_variator.train.learners import PluginLearner
 from llm_variator.train.objective import Objective
@@ -27,7 +27,7 @@ TEACHER, FORWARD, BACKWARD, STEP, PARTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Batches, Settings):
+class Train(Batches, Plotted, Settings):
     """A training step beside its parts.
 
     of dense: here, over the teacher's forward pass. bound: the three parts, each timed alone, over the same; of bound:
@@ -50,9 +50,7 @@ def train_rows(setting: Setting[Train]) -> list[dict[str, Any]]:
             bound = ratio(seconds[PARTS], seconds[TEACHER]).median
             rows = []
             for label, values in seconds.items():
-                own, relative = Spread.of(values), ratio(values, seconds[TEACHER])
-                row = {"case": label, "tokens": tokens, "batch": batch, "ms": 1e3 * own.median}
-                row |= {"ms_low": 1e3 * own.low, "ms_high": 1e3 * own.high, "of_dense": relative.median}
+                row = {"case": label, "tokens": tokens, "batch": batch, **timed(seconds, label, TEACHER)}
                 if label in setting.peaks:
                     row["peak_gib"] = setting.peaks[label]
                 if label == STEP:

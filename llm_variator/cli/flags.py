@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 from llm_variator.cli import REQUIRED, flag, spelled
 from llm_variator.cli.values import (
+    Device,
     JsonLists,
     JsonMapping,
     Layers,
     Names,
-    Natural,
     OutputFile,
     PositiveInt,
     Ratio,
+    Seed,
     Whole,
     Word,
 )
@@ -34,8 +35,8 @@ class BaseModel:
     quantize: Literal["nf4", "int8"] | None = flag(
         None, "the base's matrices in 4 bits (NF4) or 8 (int8), by bitsandbytes; plugins stay as they are"
     )
-    device: str = flag("cpu", "where to run, as in cpu or cuda:0")
-    seed: Natural = flag(0, "of random weights and of everything else that is drawn")
+    device: Device = flag("cpu", "where to run, as in cpu or cuda:0")
+    seed: Seed = flag(0, "of random weights and of everything else that is drawn")
 
     def loading(self) -> dict[str, Any]:
         """Keyword arguments of `loading.load_model`, all but `device`."""

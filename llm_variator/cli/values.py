@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from llm_variator.errors import VariatorError
+from llm_variator.extras import needed
+
 
 def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
@@ -32,11 +35,23 @@ def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[
 Whole = Annotated[int, _number(int, "a whole number", lambda number: True)]
 PositiveInt = Annotated[int, _number(int, "a whole number of at least 1", lambda number: number >= 1)]
 Natural = Annotated[int, _number(int, "a whole number of at least 0", lambda number: number >= 0)]
+Seed = Annotated[int, _number(int, "a whole number from 0 to 2^32 - 1", lambda number: 0 <= number < 2**32)]
+Port = Annotated[int, _number(int, "a port from 1 to 65535", lambda number: 1 <= number < 2**16)]
 PositiveFloat = Annotated[float, _number(float, "a number above 0", lambda number: 0 < number < float("inf"))]
 NaturalFloat = Annotated[
     float, _number(float, "a number of at least 0", lambda number: 0 <= number < float("inf"))
 ]
 Share = Annotated[float, _number(float, "a share above 0, at most 1", lambda number: 0 < number <= 1)]
+
+
+def device(value: Any) -> str:
+    """What torch calls a device; which there are is seen where a model is loaded."""
+    if isinstance(value, str) and value != "meta":
+        return value
+    raise ArgumentTypeError(f"expected a device that computes, as in cpu or cuda:0; got {value!r}")
+
+
+Device = Annotated[str, device]
 
 
 def can_hold_files(folder: Path) -> bool:
@@ -57,6 +72,24 @@ def output_file(value: Any) -> Path:
 
 
 OutputFile = Annotated[Path, output_file]
+
+
+def plot_file(value: Any) -> Path:
+    """A figure that can be written and drawn, as far as can be told before the work."""
+    path = output_file(value)
+    if path.suffix.lower() not in PLOTS:
+        raise ArgumentTypeError(
+            f"expected a file name that ends with one of {', '.join(PLOTS)}, got {str(value)!r}"
+        )
+    try:
+        needed("matplotlib.figure", "drawing", "report")
+    except VariatorError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return path
+
+
+PLOTS = (".png", ".svg", ".pdf")
+OutputPlot = Annotated[Path, plot_file]
 
 
 def names(value: Any) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ def parse(text: str, config: PreTrainedConfig, head: int, tail: int) -> Drop | L
         VariatorError: another name, or a number that does not fit the model.
     """
     name, _, number = text.partition(":")
-    if name not in ("drop", "late-skip") or not (number.isdigit() or not number):
+    if name not in ("drop", "late-skip") or not (number.isdecimal() or not number):
         raise VariatorError(f"unknown alternative {text!r}; known are drop:K, late-skip:LAYER and mean:K")
     if name == "drop":
         k = int(number or 2)

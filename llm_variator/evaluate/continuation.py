@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_variator.cli import REQUIRED, flag, flags
 from llm_variator.cli.values import PositiveInt
 from llm_variator.engine.cache.naming import cache_of
+from llm_variator.errors import VariatorError
 from llm_variator.evaluate import questions
 from llm_variator.measures import tables
 from llm_variator.measures.loading import load_variator
@@ -133,6 +134,8 @@ def _attach(model: VariatorModel, names: Sequence[str], settings: Settings) -> d
     """Load the plugins and, where asked for, untrained ones of the same configuration."""
     labels: dict[str, str] = {}
     for number, name in enumerate(names):
+        if name in labels.values():
+            raise VariatorError(f"--plugin {name} is given twice: leave one out")
         model.load_plugin(name, f"plugin{number}")
         labels[f"plugin{number}"] = name
         if settings.untrained:

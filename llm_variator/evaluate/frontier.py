@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_variator.cli import REQUIRED, flag, flags
-from llm_variator.cli.values import Natural, OutputFile, PositiveInt
+from llm_variator.cli.values import Natural, OutputFile, OutputPlot, PositiveInt
 from llm_variator.config import WEIGHTS_FILE, VariatorConfig
 from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
@@ -124,13 +124,15 @@ class Settings(flags.Stored, flags.LocalData, flags.BaseModel):
     )
     elsewhere: tuple[Path, ...] = flag((), "add what was measured there", metavar="FILE")
     markdown: OutputFile | None = flag(None, "write the tables", metavar="FILE")
-    plot: OutputFile | None = flag(
+    plot: OutputPlot | None = flag(
         None, "draw quality against prefill and KV bytes (.png, .svg)", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
         if self.plot and not self.data:
             raise VariatorError("--plot draws a row for each text: give --data")
+        if not self.data and not self.questions:
+            raise VariatorError("nothing to measure: give --data, --questions, or both")
 
 
 def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
@@ -146,14 +148,14 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
     conditions = gather(model, settings)
     store = Store.of(model, None if settings.fresh else settings.work, settings.work)
 
-    measured = [_measure_text(model, conditions, text, settings, store) for text in texts]
-    if settings.export:
-        export(settings.export, model, texts, quiz, measured, settings.generate)
     others = [
         one
         for file in settings.elsewhere
         for one in read_external(file, model, texts, quiz, settings.generate)
     ]
+    measured = [_measure_text(model, conditions, text, settings, store) for text in texts]
+    if settings.export:
+        export(settings.export, model, texts, quiz, measured, settings.generate)
     answers = (
         {place: _measure_answers(model, conditions, place, quiz, store) for place in quiz.asked}
         if quiz
@@ -231,7 +233,7 @@ def gather(model: VariatorModel, settings: Settings) -> list[Condition]:
             attach(f"{label} (untrained)")
     for text in settings.also:
         name, _, number = text.partition(":")
-        if name == "mean" and (number.isdigit() or not number):
+        if name == "mean" and (number.isdecimal() or not number):
             k = int(number or 2)
             model.add_plugin(
                 f"plugin{len(model.plugins)}", mean_merge(k, settings.dense_head, settings.dense_tail)

@@ -29,6 +29,7 @@ from llm_variator.measures import tables
 from llm_variator.measures.loading import load_variator
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.results import write_result
+from llm_variator.model import VariatorModel
 from llm_variator.sources.corpora import enough, read_windows, repeat_passages, spread
 from llm_variator.sources.models import load_tokenizer
 
@@ -132,6 +133,12 @@ def run(settings: Settings, argv: Sequence[str]) -> dict[str, Any]:
     harms: dict[str, list[dict[int, float]]] = {}
     chosen: dict[str, list[int]] = {}
     left: dict[str, float] = {}
+    for (
+        site,
+        share,
+    ) in budgets.items():  # costs are arithmetic: what cannot be met is said before the measuring
+        options = layer_options(stack, settings.context, template, site, _harmless(model, site, ratios))
+        choose(options, int(share * sum(layer[0].cost for layer in options)))
     for site, share in budgets.items():
         harms[site] = measure_layers(probe, template, site, ratios)
         options = layer_options(stack, settings.context, template, site, harms[site])
@@ -181,17 +188,23 @@ def measure_layers(
     probe: Probe, template: VariatorConfig, site: str, ratios: Sequence[int]
 ) -> list[dict[int, float]]:
     """Divergence of merging `site` in one layer alone: layer -> ratio -> nats; empty where it cannot be merged."""
-    base: Any = probe.model.base
+    return [
+        {
+            k: probe.harm(dataclasses.replace(template, sites=(site,), k=k, layers=(layer,))).divergence
+            for k in merged
+        }
+        for layer, merged in enumerate(_harmless(probe.model, site, ratios))
+    ]
+
+
+def _harmless(model: VariatorModel, site: str, ratios: Sequence[int]) -> list[dict[int, float]]:
+    """As `measure_layers`, of merging that costs nothing."""
+    base: Any = model.base
     architecture = architecture_of(base)
-    found: list[dict[int, float]] = []
-    for layer in range(probe.model.signature.num_layers):
-        merged = {}
-        if site == "ffn" or not architecture.slides(base, layer):
-            for k in ratios:
-                alone = dataclasses.replace(template, sites=(site,), k=k, layers=(layer,))
-                merged[k] = probe.harm(alone).divergence
-        found.append(merged)
-    return found
+    return [
+        dict.fromkeys(ratios, 0.0) if site == "ffn" or not architecture.slides(base, layer) else {}
+        for layer in range(model.signature.num_layers)
+    ]
 
 
 def layer_options(

@@ -52,7 +52,7 @@ def _parse_entry(part: str, model: str) -> Entry:
     label, given, value = part.partition("=")
     if part in (DENSE, HF):
         return Entry(part)
-    if given and value.isdigit():
+    if given and value.isdecimal():
         if int(value) < 1:
             raise VariatorError(f"--compare {part!r}: the ratio must be at least 1")
         return Entry(label, k=int(value))

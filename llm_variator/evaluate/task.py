@@ -13,7 +13,7 @@ from rich.progress import track
 from llm_variator.baselines import TokenPruning
 from llm_variator.baselines.ltp import LTP_FILE
 from llm_variator.cli import REQUIRED, flag, flags
-from llm_variator.cli.values import PositiveInt
+from llm_variator.cli.values import Device, PositiveInt
 from llm_variator.measures.results import write_result
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model, load_tokenizer
@@ -35,7 +35,7 @@ class Settings(flags.Stored, flags.LocalData):
     batch_size: PositiveInt = flag(16, "examples in one pass")
     max_length: PositiveInt = flag(512, "most prompt tokens; longer inputs are cut")
     dtype: str | None = flag(None, "of the weights (default: as stored)")
-    device: str = flag("cpu", "where to compute")
+    device: Device = flag("cpu", "where to compute")
     quantize: Literal["nf4", "int8"] | None = flag(
         None, "the base's matrices in 4 bits (NF4) or 8 (int8), by bitsandbytes; plugins stay as they are"
     )

@@ -96,6 +96,13 @@ class LoadPolicy:
         """
         if not ratios or any(isinstance(k, int) and k < 2 for k in ratios):
             raise VariatorError(f"a load policy needs ratios of at least 2, got {list(ratios)}")
+        numbers = dict(
+            target_seconds=target_seconds, release=release, hold_seconds=hold_seconds, free_kv=free_kv,
+            utilisation=utilisation, window_seconds=window_seconds,
+        )  # fmt: skip
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise VariatorError(f"a load policy needs a number for {name}, got {value!r}")
         if target_seconds <= 0 or window_seconds <= 0 or hold_seconds < 0 or not 0 <= free_kv <= 1:
             raise VariatorError(
                 "a load policy needs target_seconds > 0, window_seconds > 0, hold_seconds >= 0, 0 <= free_kv <= 1"

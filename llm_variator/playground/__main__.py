@@ -12,7 +12,7 @@ import torch
 
 from llm_variator import cli
 from llm_variator.cli import flag, flags
-from llm_variator.cli.values import OutputFile, PositiveInt
+from llm_variator.cli.values import OutputFile, Port, PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.generate import encode, parse_plugins, read_prompt
 from llm_variator.measures.compare import print_comparison
@@ -44,7 +44,7 @@ class Serving:
     host: str = flag(
         "127.0.0.1", "where to listen: by default this machine alone can reach it", metavar="ADDRESS"
     )
-    port: PositiveInt | None = flag(None, "default: the first free one from 7860")
+    port: Port | None = flag(None, "default: the first free one from 7860")
     upload_megabytes: PositiveInt = flag(300, "the largest file that is taken")
 
 

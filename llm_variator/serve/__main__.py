@@ -17,7 +17,7 @@ from typing import Any
 
 from llm_variator import cli
 from llm_variator.cli import REQUIRED, flag
-from llm_variator.cli.values import JsonMapping, PositiveFloat, PositiveInt
+from llm_variator.cli.values import JsonMapping, Port, PositiveFloat
 from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm import SERVER
 from llm_variator.integrations.vllm.arguments import as_flags, engine_arguments
@@ -50,13 +50,18 @@ class Settings:
     )
     dtype: str | None = flag(None, "dtype of the model, as vLLM calls it")
     host: str | None = flag(None, "address to listen on")
-    port: PositiveInt | None = flag(None, "port to listen on; vLLM's default is 8000")
+    port: Port | None = flag(None, "port to listen on; vLLM's default is 8000")
     dry_run: bool = flag(False, "print the command that would serve, and leave")
 
 
 def read(argv: Sequence[str] | None = None) -> Settings:
     """The settings that a command line, with its recipe, gives."""
-    return cli.read(Settings, split(argv)[0], prog="python -m llm_variator.serve")
+    try:
+        return cli.read(Settings, split(argv)[0], prog="python -m llm_variator.serve")
+    except VariatorError as error:
+        if "unrecognized arguments" not in str(error):
+            raise
+        raise VariatorError(f"{error}; flags of vLLM's own server follow after a bare --") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

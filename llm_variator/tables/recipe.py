@@ -126,9 +126,21 @@ def read_table(path: str | Path) -> TableRecipe:
     for key in ("title", "model", "columns", "rows"):
         if not content.get(key):
             raise fail(f"{key!r} is missing")
+
+    def mapping(value: Any, of: str) -> dict[str, Any]:
+        if not isinstance(value or {}, dict):
+            raise fail(f"{of} must be a mapping of names, got {value!r}")
+        return dict(value or {})
+
+    def flags(value: Any, of: str) -> dict[str, Any]:
+        given = mapping(value, of)
+        for name, values in mapping(given.get("grid"), f"grid of {of}").items():
+            if not isinstance(values, list) or not values:
+                raise fail(f"grid of {of}: {name} must be a list of values, got {values!r}")
+        return given
+
     for key in content.keys() - {"title", "model", "columns", "note", "seeds"}:
-        if not isinstance(content[key] or {}, dict):
-            raise fail(f"{key!r} must be a mapping of names, got {content[key]!r}")
+        content[key] = (flags if key in STAGES else mapping)(content[key], repr(key))
     if not isinstance(content["columns"], list):
         raise fail(f"'columns' must be a list of tasks, got {content['columns']!r}")
     seeds = content.get("seeds", 1)
@@ -136,15 +148,17 @@ def read_table(path: str | Path) -> TableRecipe:
         raise fail(f"seeds: {seeds!r} is no number of adaptations; give 1 or more")
     for task in [*content["columns"], *content.get("tasks", {})]:
         _check_name(task, set(TASKS), fail)
+    tasks = {task: flags(given, f"task {task!r}") for task, given in content.get("tasks", {}).items()}
+    methods: dict[str, dict[str, Flags]] = {}
     for method, stages in content.get("methods", {}).items():
         _check_name(method, set(METHODS), fail)
-        for stage in stages:
+        methods[method] = {}
+        for stage, given in mapping(stages, f"method {method!r}").items():
             _check_name(stage, set(STAGES), fail)
+            methods[method][stage] = flags(given, f"method {method!r}, {stage}")
     rows = []
     for name, settings in content["rows"].items():
-        if not isinstance(settings or {}, dict):
-            raise fail(f"row {name!r} must be a mapping, as in {{method: ltp}}; got {settings!r}")
-        settings = dict(settings or {})
+        settings = mapping(settings, f"row {name!r}")
         for key in settings:
             _check_name(key, {"method", "plugin", "pretrain", "adapt"}, fail)
         method = settings.get("method", "variator")
@@ -152,8 +166,9 @@ def read_table(path: str | Path) -> TableRecipe:
         for stage in ("pretrain", "adapt"):
             never = method == "original" or (method == "ltp" and stage == "pretrain")
             given = settings.get(stage, {})
-            settings[stage] = None if never or given is False else given
-        if method == "variator" and not settings.get("plugin"):
+            without = never or given is False or given is None
+            settings[stage] = None if without else flags(given, f"row {name!r}, {stage}")
+        if method == "variator" and not mapping(settings.get("plugin"), f"row {name!r}, plugin"):
             raise fail(f"row {name!r} needs its plugin flags, e.g. plugin: {{k: 4}}")
         rows.append(Row(str(name), **settings))
     for name in content.get("paper", {}):
@@ -166,14 +181,14 @@ def read_table(path: str | Path) -> TableRecipe:
         rows=tuple(rows),
         options=content.get("options", {}),
         stages={stage: content.get(stage, {}) for stage in STAGES},
-        methods=content.get("methods", {}),
-        tasks=content.get("tasks", {}),
+        methods=methods,
+        tasks=tasks,
         paper=content.get("paper", {}),
         note=str(content.get("note", "")).strip(),
         seeds=seeds,
     )
-    for flags in (table.flags("adapt", row, task) for row in rows for task in table.columns if seeds > 1):
-        if "seed" in flags.get("grid", {}) or type(flags.get("seed", 0)) is not int:
+    for given in (table.flags("adapt", row, task) for row in rows for task in table.columns if seeds > 1):
+        if "seed" in given.get("grid", {}) or type(given.get("seed", 0)) is not int:
             raise fail("seeds counts up from one whole number: give seed no other value, and no grid")
     return table
 
@@ -217,7 +232,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_name(name: Any, known: set[str], fail: Any) -> None:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
         mend = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
         raise fail(f"unknown {name!r}; {mend}")

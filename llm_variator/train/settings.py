@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from llm_variator.cli import flag, flags
-from llm_variator.cli.values import Names, Natural, NaturalFloat, PositiveFloat, PositiveInt, Share
+from llm_variator.cli.values import Names, Natural, NaturalFloat, PositiveFloat, PositiveInt, Seed, Share
 from llm_variator.errors import VariatorError
 from llm_variator.sources.corpora import EMBEDDED
 from llm_variator.sources.tasks.table import TASKS
@@ -211,7 +211,7 @@ class Settings(
         "start from this plugin instead of a new one; several of different sites, A,B, are joined",
         metavar="DIR",
     )
-    seed: Natural = flag(0, "of data order, prompt lengths and initial weights")
+    seed: Seed = flag(0, "of data order, prompt lengths and initial weights")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
     dtype: str | None = flag(
         None,
@@ -265,10 +265,12 @@ class Settings(
             )
         if self.beside and not self.fits_scores:
             raise VariatorError(
-                "--beside is for scores that are fitted: give --compressor kv=select, or --plugin A,B"
+                "--beside is for scores that are fitted: give --sites kv --compressor kv=select, and no --plugin"
             )
         if self.max_steps == 0 and not self._is_closed_form():
-            raise VariatorError("--max-steps: expected a whole number of at least 1, got 0")
+            raise VariatorError(
+                "--max-steps 0 leaves nothing to do: give steps, --init least-squares, or --plugin A,B to join them"
+            )
 
     def _is_closed_form(self) -> bool:
         """Whether something is left to do without steps."""

@@ -342,9 +342,10 @@ def test_compare_reports_both_ways(tmp_path):
 # The command.
 
 
-def test_plot(tmp_path):
+@pytest.mark.parametrize("command", ["prefill", "decode", "train"])
+def test_plot(tmp_path, command):
     pytest.importorskip("matplotlib")
-    flags = ["prefill", "--model", "tiny-llama", "--plugins", "ffn:2", "--tokens", "16", "32"]
+    flags = [command, "--model", "tiny-llama", "--plugins", "ffn,kv:2", "--tokens", "16", "32"]
     main([*flags, *TINY, "--plot", str(tmp_path / "f.svg")])
     assert "<svg" in (tmp_path / "f.svg").read_text()
 
@@ -359,6 +360,9 @@ def test_plot(tmp_path):
         (["memory", "--quantize", "nf4"], "leave out --quantize"),
         (["memory", "--model", "tiny-t5"], "takes a decoder"),
         (["swap", "--attention", "nothing"], "--attention nothing"),
+        (["prefill", "--clock", "cpu", "--device", "cuda"], "--clock cpu cannot time a GPU"),
+        (["prefill", "--plot", "x.txt"], "ends with one of .png, .svg, .pdf"),
+        (["memory", "--plot", "x.svg"], "--plot"),
         (["prefill", "--plugins", "kept:1.5"], "between 0 and 1"),
         (["prefill", "--plugins", "kept:0.3", "--model", "tiny-bert"], "is for decoders"),
         *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("memory", "compare")),
@@ -375,7 +379,7 @@ def test_wrong_flags_get_one_clear_error(flags, message):
     if "--model" not in flags:
         flags = [*flags, "--model", "tiny-llama"]
     with pytest.raises(VariatorError, match=message):
-        main([*flags, "--random-init", "--device", "cpu"])
+        main([flags[0], "--random-init", "--device", "cpu", *flags[1:]])
 
 
 def test_notes_tell_the_numbers_that_are_used():

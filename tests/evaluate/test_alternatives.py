@@ -168,6 +168,7 @@ def test_names():
     [
         ("prune:2", "known are drop:K"),
         ("drop:x", "unknown alternative"),
+        ("drop:²", "unknown alternative"),
         ("drop:1", "at least 2"),
         ("late-skip:0", "from 1 to 2"),
         ("late-skip:3", "from 1 to 2"),

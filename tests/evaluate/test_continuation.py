@@ -109,3 +109,8 @@ def test_wrong_input(more, message, monkeypatch):
 def test_a_command_is_needed():
     with pytest.raises(VariatorError, match="required: command"):
         main([])
+
+
+def test_a_plugin_given_twice_would_be_two_rows_of_one_name(plugin):
+    with pytest.raises(VariatorError, match="is given twice: leave one out"):
+        main(words("--plugin", plugin, plugin))

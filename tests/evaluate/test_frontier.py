@@ -407,7 +407,7 @@ def test_articles_hold_each_paragraph_once(tmp_path):
     assert questions.read_articles(tmp_path) == ["one\n\ntwo", "one"]
 
 
-def test_figures_of_another_environment(plugin, data, tmp_path):
+def test_figures_of_another_environment(plugin, data, tmp_path, monkeypatch):
     flags = ["--also", "--questions", 2, "--shots", 0, "--data-dir", data]
     figures = frontier_of(tmp_path, "--export", tmp_path / "tasks.json", *flags)["figures"]
     tasks = json.loads((tmp_path / "tasks.json").read_text())
@@ -445,6 +445,7 @@ def test_figures_of_another_environment(plugin, data, tmp_path):
     with pytest.raises(VariatorError, match="other windows or questions"):
         frontier_of(tmp_path, "--elsewhere", there, *flags, "--generate", 3)
     there.write_text("{}")
+    monkeypatch.setattr(frontier, "_measure_text", None)  # it is read before anything is measured
     with pytest.raises(VariatorError, match="not a file of measurements"):
         frontier_of(tmp_path, "--elsewhere", there, *flags)
 
@@ -476,6 +477,8 @@ def test_pairs_are_of_the_same_tokens_and_about_as_many_bytes():
         (["--windows", "1000000"], "holds only"),
         (["--also", "prune:3"], "known are drop:K"),
         (["--also", "mean:x"], "known are drop:K"),
+        (["--also", "mean:²"], "known are drop:K"),
+        (["--data", "--questions", "0"], "nothing to measure: give --data, --questions, or both"),
         (["--also", "mean:2", "mean"], "two conditions are called mean:2"),
         (["--also", "--plot", "frontier.txt"], "ends with one of"),
         (["--data", "--plot", "frontier.png"], "--plot draws a row for each text: give --data"),

@@ -211,6 +211,7 @@ def test_recall_compares_passages_of_the_prompt(tmp_path):
         (["--windows", "9999"], "holds only"),
     ],
 )
-def test_wrong_input(more, message, tmp_path):
+def test_wrong_input_is_found_before_anything_is_measured(more, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_variator.evaluate.probe.Probe.harm", None)
     with pytest.raises(VariatorError, match=message):
         main(words(tmp_path, *more))

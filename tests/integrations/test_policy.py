@@ -135,6 +135,8 @@ def test_a_slow_first_pass_does_not_count():
         dict(free_kv=2),
         dict(window_seconds=0),
         dict(utilisation=0),
+        dict(hold_seconds="x"),
+        dict(target_seconds=float("nan")),
     ],
 )
 def test_wrong_values(options):

@@ -30,7 +30,7 @@ from llm_variator.train.trainer import VariatorTrainer
         (dict(compressor="max"), "compressor must be one of"),
         (dict(layers="7"), "layers names layer 7"),
         (dict(k_per_layer='{"ffn": [1, 2]}'), "has 2 entries"),
-        (dict(max_steps=0), "--max-steps: expected a whole number of at least 1"),
+        (dict(max_steps=0), "--max-steps 0 leaves nothing to do: give steps, --init least-squares"),
         (dict(batch_size=-1), "--batch-size"),
         (dict(learning_rate=0), "--learning-rate: expected a number above 0"),
         (dict(schedule="step"), "--schedule"),

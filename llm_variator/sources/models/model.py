@@ -316,6 +316,6 @@ def _parse_device(device: torch.device | str) -> torch.device:
         parsed = torch.device(device)
         torch.empty(0, device=parsed)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise VariatorError(f"device {str(device)!r} cannot be used here ({reason}): try cpu") from error
     return parsed
