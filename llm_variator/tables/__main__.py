@@ -22,7 +22,7 @@ from llm_variator.errors import VariatorError
 from llm_variator.measures.results import scrub_paths, write_result
 from llm_variator.tables.cost import row_costs
 from llm_variator.tables.recipe import TableRecipe, read_table
-from llm_variator.tables.render import averages, markdown
+from llm_variator.tables.render import averages, markdown, teacher_of
 from llm_variator.tables.runner import Cell, Runner
 
 
@@ -59,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = settings.model or table.model
     file = settings.results / f"{table.name}.json"
     cells = _known_cells(file, table, model)
-    chosen = [
+    asked = [
         (row, task)
         for task in table.columns
         for row in table.rows
         if (not settings.rows or row.name in settings.rows)
         and (not settings.columns or task in settings.columns)
-        and (settings.again or task not in cells.get(row.name, {}))
     ]
+    chosen = [(row, task) for row, task in asked if settings.again or task not in cells.get(row.name, {})]
     circumstances = {"device": settings.device, "data_dir": settings.data_dir}
     shared: Any = {"model": settings.model, "circumstances": circumstances}
     plan = Runner(table, settings.runs, **shared, dry=True, say=print if settings.dry_run else _say_nothing)
@@ -76,10 +76,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     runner = Runner(table, settings.runs, **shared)
     costs = row_costs(table, model)
-    for row, task in chosen:
+    to_do = list(chosen)
+    while to_do:
+        row, task = to_do.pop(0)
         cell = runner.cell(row, task)
         cells.setdefault(row.name, {})[task] = cell | {"recipe": table.digest(row, task, model)}
         cells = _in_order(cells, table)
+        # a teacher that was lost was trained anew, and a column is to have one
+        others = [one for one, column in asked if column == task and (one, column) not in to_do]
+        to_do += [
+            (one, task)
+            for one in others
+            if task in cells.get(one.name, {})
+            and teacher_of(one, cells[one.name][task]) != teacher_of(row, cell)
+        ]
         figures = {
             "title": table.title,
             "model": model,

@@ -8,7 +8,7 @@ from typing import Any
 from llm_variator.measures import tables
 from llm_variator.sources.tasks import TASKS, average
 from llm_variator.tables.cost import ANSWER, PARTS, TOKENS
-from llm_variator.tables.recipe import TableRecipe
+from llm_variator.tables.recipe import Row, TableRecipe
 
 PENDING = "pending"
 
@@ -88,12 +88,15 @@ def markdown(
 
 def _teachers(table: TableRecipe, cells: Mapping[str, Mapping[str, Any]], task: str) -> str:
     """A sentence where cells of a task, measured on different days, have different fine-tuned models."""
-    scores = set()
-    for row in table.rows:
-        cell = cells.get(row.name, {}).get(task, {})
-        of_teacher = cell.get("score" if row.method == "original" else "teacher")
-        scores |= {_shown({"score": of_teacher})} if of_teacher else set()
+    found = [teacher_of(row, cells[row.name][task]) for row in table.rows if task in cells.get(row.name, {})]
+    scores = {_shown({"score": score}) for score in found if score}
     return f" Of several fine-tuned models: {', '.join(sorted(scores))}." if len(scores) > 1 else ""
+
+
+def teacher_of(row: Row, cell: Mapping[str, Any]) -> dict[str, float] | None:
+    """The score of the fine-tuned model behind a cell, by which it is known; None: not stored."""
+    score: dict[str, float] | None = cell.get("score" if row.method == "original" else "teacher")
+    return score
 
 
 def _distances(table: TableRecipe, cells: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

@@ -275,6 +275,7 @@ def _finish(
     """Write what was trained, then training.json, and print the figures."""
     on_the_way = trainer.evaluations
     figure = run.judge.figure
+    resumed_at = trainer.state.global_step - len(trainer.step_seconds)
     figures = {
         "held_out": held_out,
         "nats_from_teacher": distance and distance[LossJudge.figure],
@@ -284,6 +285,7 @@ def _finish(
             [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
         ],
         "steps": trainer.state.global_step,
+        "resumed_at": resumed_at or None,  # what is timed is of the steps from there on
         "processes": world_size(),
         "seconds_per_step": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
         "bf16": trainer.args.bf16,
@@ -306,7 +308,8 @@ def _finish(
             **({"made of": ", ".join(settings.plugin)} if settings.plugin else {}),
             "steps": f"{trainer.state.global_step}, each {rows} rows",
             "loss": settings.loss,
-            "wall time": f"{result['wall_seconds']:.0f} s on {where}",
+            "wall time": f"{result['wall_seconds']:.0f} s on {where}"
+            + f", from step {resumed_at} on" * bool(resumed_at),
             "held out" if settings.stage != "pretrain" else "held-out figures": words,
             "command": f"`{result['command']}`",
         }

@@ -348,6 +348,21 @@ def test_table_goes_on_where_the_teacher_is_gone(tmp_path, data):
     assert figures_only(run(recipe, tmp_path, data, "--again", *rows)) == figures_only(first)
 
 
+def test_column_is_of_one_teacher(tmp_path, data):
+    recipe, rows = FOLDER / "smoke/table3.yaml", ["Variator (FFN)", "Variator (Att)"]
+    first = run(recipe, tmp_path, data)
+    (file,) = (tmp_path / "results").glob("*.json")
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    cells = stored["figures"]["cells"]
+    del cells[rows[0]]["sst2"]
+    cells[rows[1]]["sst2"] |= {"teacher": {"accuracy": 12.5}, "score": {"accuracy": 12.5}}
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    alone = run(recipe, tmp_path, data, "--rows", rows[0])["cells"]
+    assert alone[rows[1]]["sst2"]["teacher"] == {"accuracy": 12.5}, "what was not asked for stays"
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    assert run(recipe, tmp_path, data)["cells"] == first["cells"]
+
+
 def test_run_stopped_after_least_squares_does_not_fit_again(tmp_path, data, monkeypatch):
     recipe = yaml.safe_load((FOLDER / "smoke/table3.yaml").read_text()) | {
         "extends": str(FOLDER / "smoke" / SHARED)

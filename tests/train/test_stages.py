@@ -225,6 +225,7 @@ def test_resumed_run_ends_like_the_whole_one(teachers, data, tmp_path, method):
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", half / "checkpoint-2")
     shutil.copy(tmp_path / "whole" / "run.json", half)
     resumed = adapt(half, teachers["t5"], data, "--resume", **settings)
+    assert (resumed["resumed_at"], whole["resumed_at"]) == (2, None)
     assert resumed["held_out"] == whole["held_out"]
     assert resumed["loss_history"] == whole["loss_history"]
     name = "variator.safetensors" if method == "variator" else "model.safetensors"
