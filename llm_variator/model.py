@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.pipelines import base as pipelines
 
 from llm_variator.config import CONFIG_FILE, VariatorConfig
@@ -47,10 +47,12 @@ from llm_variator.engine.prompts import (
     normalised,
     read_ahead,
     refuse_drafts_after,
+    refuse_reading_twice,
     setting,
+    turned,
     uncompiled,
 )
-from llm_variator.engine.session import Session, broken, outside, scope
+from llm_variator.engine.session import Session, answered, broken, outside, scope
 from llm_variator.engine.trainable import TrainableHolder
 from llm_variator.errors import VariatorError
 from llm_variator.sources.models import load_model, plugin_folder
@@ -149,6 +151,10 @@ class VariatorModel(TrainableHolder):
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base's forward with the prompt compressed by the active plugin; returns what the base returns.
@@ -161,20 +167,27 @@ class VariatorModel(TrainableHolder):
                 single token after a cache is always dense. Not for encoders (T5, BERT), which compress all
                 of their tokens.
             *args: what the base takes third and further by position.
-            position_ids: (rows, tokens), the base's, as the next three: named because Hugging Face's Trainer gives a
+            position_ids: (rows, tokens), the base's, as all that follow: named because Hugging Face's Trainer gives a
                 model the columns of a data set that its forward names.
             token_type_ids: (rows, tokens), of BERT.
             inputs_embeds: (rows, tokens, d) in place of `input_ids`.
             labels: the loss counts every one: leave those of the prompt out (-100), tokens of a group see each other.
+            decoder_input_ids: (rows, answer), of T5.
+            decoder_attention_mask: (rows, answer), of T5.
+            start_positions: (rows,), of BERT for question answering.
+            end_positions: (rows,), likewise.
             **kwargs: the base's further arguments (a cache, ...).
         """
         names_left = self._positional()[2:]
         if len(args) > len(names_left):
             raise TypeError(f"forward takes at most {len(names_left) + 2} arguments by position")
         kwargs |= dict(zip(names_left, args, strict=False))
-        named = (position_ids, token_type_ids, inputs_embeds, labels)
-        names = ("position_ids", "token_type_ids", "inputs_embeds", "labels")
-        kwargs |= {name: value for name, value in zip(names, named, strict=True) if value is not None}
+        named = dict(
+            position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds, labels=labels,
+            decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
+            start_positions=start_positions, end_positions=end_positions,
+        )  # fmt: skip
+        kwargs |= {name: value for name, value in named.items() if value is not None}
         if prompt_length is not None:
             self.decoder_only("prompt_length", "all tokens of an encoder are compressed, leave it out")
         plugin, cache = self._active(), self._give_cache(kwargs)
@@ -192,7 +205,7 @@ class VariatorModel(TrainableHolder):
     def generate(
         self,
         inputs: Any = None,
-        *,
+        *args: Any,
         context: CompressedContext | None = None,
         return_context: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -207,6 +220,7 @@ class VariatorModel(TrainableHolder):
         Args:
             inputs: token ids (rows, tokens), or `input_ids=`; after a `context` text and messages too. Embeddings
                 (rows, tokens, d) go by `inputs_embeds=`: as in Hugging Face, the output begins behind them.
+            *args: what Hugging Face's takes second and further by position, a `generation_config` first.
             context: what comes before `inputs`, read by `compress`; one row serves any number of questions.
                 It is shared, not changed. Sequences come back without it: question and answer.
             return_context: return (output, context after the answer), for the next turn. Not with beams.
@@ -215,9 +229,13 @@ class VariatorModel(TrainableHolder):
                 groups allow; the result is the same.
         """
         self._refuse_headless("generate")
+        names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]
+        kwargs |= dict(zip(names, args, strict=False))
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        if context is None and isinstance(kwargs.get("input_ids"), (list, tuple, str)):
+        given = kwargs.get("input_ids")
+        plain = isinstance(given, (list, tuple, str)) or (isinstance(given, Tensor) and given.ndim == 1)
+        if context is None and plain:
             prompt = encode(kwargs["input_ids"], mask=kwargs.get("attention_mask"))
             device = input_device(self._host)
             kwargs |= {"input_ids": prompt.ids.to(device), "attention_mask": prompt.mask.to(device)}
@@ -228,29 +246,38 @@ class VariatorModel(TrainableHolder):
             raise VariatorError(f"{name} needs a context to go on from: see VariatorModel.compress")
         plugin, cache = self._active(), self._give_cache(kwargs)
         if plugin is None and not is_compressed(cache):
-            output = outside(self.base.generate, **kwargs)
-            if cache is None and not isinstance(output, Tensor):
-                cache = cache_of(output)
-            if cache is not None:
-                cache.ends_before_last_token = True
+            try:
+                output = outside(self.base.generate, **kwargs)
+                if cache is None and not isinstance(output, Tensor):
+                    cache = cache_of(output)
+            finally:
+                if cache is not None:
+                    answered(cache)
             return output
         if self._architecture.decoder:
             check_generation(self._host, plugin, kwargs)
-            if cache is None or not cache.get_seq_length():
+            if past := cache.get_seq_length() if cache is not None else 0:
+                refuse_reading_twice(self._host, kwargs)
+                kwargs = turned(kwargs, past)
+            else:
                 kwargs = normalised(self._host, kwargs)
             kwargs = read_ahead(self.base, self._host, plugin, kwargs)
         return self._generate(plugin, kwargs)
 
     def _generate(self, plugin: CompressionPlugin | None, kwargs: Mapping[str, Any]) -> Any:
+        mask = kwargs.get("attention_mask")
         session = Session(plugin, generating=True, skip_unread=self.skip_unread)
+        session.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if plugin is not None and self._architecture.decoder and drafts(self._host, kwargs):
             refuse_drafts_after(self._give_cache(dict(kwargs)))
             session.drafts, session.prompts = True, kwargs["input_ids"].shape[1]
-        with scope(session):
-            output = self.base.generate(**uncompiled(kwargs))
+        try:
+            with scope(session):
+                output = self.base.generate(**uncompiled(kwargs))
+        finally:  # also where it is interrupted
+            if session.cache is not None:
+                answered(session.cache)
         self._finish(session, kwargs)
-        if session.cache is not None:
-            session.cache.ends_before_last_token = True  # type: ignore[attr-defined]
         return output
 
     def _generate_after(
@@ -262,6 +289,7 @@ class VariatorModel(TrainableHolder):
     ) -> Any:
         plugin = self._active()
         check_generation(self._host, plugin, kwargs)
+        refuse_reading_twice(self._host, kwargs)
         if return_context and (setting(self._host, kwargs, "num_beams") or 1) > 1:
             raise VariatorError(
                 "return_context does not work with beams: their caches are of other sequences"

@@ -22,8 +22,8 @@ from llm_variator.engine.plan import Plan, kv_heads
 from llm_variator.engine.plugin import CompressionPlugin, base_signature
 from llm_variator.errors import VariatorError
 
-# Plugin choices of `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
-_scoped: ContextVar[Mapping[int, str | None]] = ContextVar(
+# Choices of open `use_plugin` blocks, by id of the model: private to a thread or task, unlike `set_plugin`.
+_scoped: ContextVar[Mapping[int, tuple[tuple[object, str | None], ...]]] = ContextVar(
     "variator_scoped_plugins", default=MappingProxyType({})
 )
 
@@ -158,13 +158,19 @@ class PluginHolder(nn.Module):
 
     @contextlib.contextmanager
     def use_plugin(self, name: str | None) -> Iterator[Self]:
-        """Use a plugin inside the block, in this thread (or async task) only; blocks nest."""
+        """Use a plugin inside the block, in this thread (or async task) only; blocks nest.
+
+        A generator function shares its caller's thread: there open the block around each call of the model, not
+        around a `yield`.
+        """
         self._check(name)
-        token = _scoped.set({**_scoped.get(), id(self): name})
+        block = (object(), name)
+        _scoped.set({**_scoped.get(), id(self): (*_scoped.get().get(id(self), ()), block)})
         try:
             yield self
-        finally:
-            _scoped.reset(token)
+        finally:  # others may have been opened in the meantime, by generators that go on
+            rest = tuple(one for one in _scoped.get().get(id(self), ()) if one is not block)
+            _scoped.set({**_scoped.get(), id(self): rest})
 
     def disable_plugin(self) -> contextlib.AbstractContextManager[Self]:
         """The base model inside the block."""
@@ -173,7 +179,8 @@ class PluginHolder(nn.Module):
     @property
     def active_plugin(self) -> str | None:
         """Name of the plugin in use here; None: the base model."""
-        return _scoped.get().get(id(self), self._default)
+        blocks = _scoped.get().get(id(self))
+        return blocks[-1][1] if blocks else self._default
 
     @property
     def plugins(self) -> dict[str, VariatorConfig]:
@@ -190,6 +197,7 @@ class PluginHolder(nn.Module):
 
     def _active(self) -> CompressionPlugin | None:
         name = self.active_plugin
+        self._check(name)
         return None if name is None else self._plugins[name]
 
     def _check(self, name: str | None) -> None:
@@ -232,6 +240,22 @@ class PluginHolder(nn.Module):
         return plugin
 
     @property
+    def generation_config(self) -> Any:
+        """The base's, by which `generate` goes: what is set here is set there."""
+        return self._host.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self._host.generation_config = config
+
+    def _get_name(self) -> str:
+        # what Hugging Face's Trainer asks a model: those of causal language models have labels that it shifts
+        return type(self._host).__name__
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
+    @property
     def is_decoder(self) -> bool:
         """Whether the base is a decoder; else it is an encoder (T5, BERT), whose tokens are all compressed."""
         return self._architecture.decoder
@@ -243,6 +267,8 @@ class PluginHolder(nn.Module):
 
     def unload(self) -> PreTrainedModel:
         """Detach every hook and give the base model back as it was; this object is of no use afterwards."""
+        if not hasattr(self._host, ATTACHED):
+            raise VariatorError("this model has been unloaded already")
         self._detach()
         self._restore()
         return self.base

@@ -22,7 +22,8 @@ _UNSUPPORTED = {
     "prompt_lookup_num_tokens": "prompt-lookup decoding",
     "assistant_early_exit": "assisted decoding",
 }
-_GROWING = (None, "dynamic", "dynamic_full", "offloaded", "quantized")  # caches that entries can be put into
+# caches that entries can be put into; for "hybrid", a word of older checkpoints, transformers takes its default
+_GROWING = (None, "dynamic", "dynamic_full", "hybrid", "offloaded", "quantized")
 
 
 def setting(host: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
@@ -65,6 +66,12 @@ def check_generation(
         raise VariatorError(
             f"cache_implementation={implementation!r} does not work with a compressed KV cache; leave it out"
         )
+
+
+def refuse_reading_twice(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Raise where generate is to go on from a cache that it is not to use: it would read all tokens once more."""
+    if setting(host, kwargs, "use_cache") is False:
+        raise VariatorError("going on from a context or a cache needs it: give use_cache=True")
 
 
 def drafts(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
@@ -151,6 +158,21 @@ def normalised(host: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any
         if isinstance(positions, Tensor) and positions.shape == ids.shape and prompt.ids is not ids:
             ready["position_ids"] = padding_first(positions, fits)
         kwargs |= {name: value for name, value in ready.items() if kwargs.get(name) is not None}
+    return kwargs
+
+
+def turned(given: Mapping[str, Any], past: int) -> dict[str, Any]:
+    """The arguments with the padding behind `past` columns of a cache before what is new in each row."""
+    kwargs = dict(given)
+    ids, mask, embeds = (kwargs.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds"))
+    whole = ids if embeds is None else embeds
+    if not isinstance(whole, Tensor) or not isinstance(mask, Tensor) or mask.shape != whole.shape[:2]:
+        return kwargs
+    if mask.shape[1] <= past or bool(mask[:, -1].all()):
+        return kwargs
+    for name in ("input_ids", "inputs_embeds", "attention_mask"):
+        if (value := kwargs.get(name)) is not None:
+            kwargs[name] = torch.cat((value[:, :past], padding_first(value[:, past:], mask[:, past:])), dim=1)
     return kwargs
 
 

@@ -47,6 +47,8 @@ class Session:
     """Where the next pass begins in its prompt then."""
     generating: bool = False
     """Inside `generate`: after the first pass all tokens are continuation."""
+    mask: Tensor | None = None
+    """(rows, tokens), the one that `generate` was given."""
     drafts: bool = False
     """Passes of `generate` may read several tokens of a continuation, the first of them behind `prompts`."""
     skip_unread: bool = True
@@ -375,5 +377,14 @@ def first_dense(cache: Cache | None, plan: Plan) -> int:
     """Dense tokens at the beginning of a prompt that comes after `cache`."""
     if cache is None or not cache.get_seq_length():
         return plan.head
-    # a generated token that no pass has read yet belongs to the continuation, keep it dense
-    return int(getattr(cache, "ends_before_last_token", False))
+    return int(ends_before_last_token(cache))
+
+
+def ends_before_last_token(cache: Cache) -> bool:
+    """Whether the next token was generated but never read: it belongs to the continuation, and stays dense."""
+    return bool(cache.get_seq_length()) and getattr(cache, "answered", None) == cache.get_seq_length()
+
+
+def answered(cache: Any) -> None:
+    """Note that `cache` holds all of an answer but its last token: true until it grows or is cropped."""
+    cache.answered = cache.get_seq_length()

@@ -137,7 +137,8 @@ class Window:
 
     def appended(self, scores: Tensor, reads: Sequence[int]) -> Window:
         """With so many more tokens in every row, of left-aligned `scores` (b, KV heads, n)."""
-        both, size = torch.cat((self.scores, scores.detach().half()), dim=-1), scores.shape[-1]
+        with torch.autocast(scores.device.type, enabled=False):  # which has no float16 beside bfloat16
+            both, size = torch.cat((self.scores, scores.detach().half()), dim=-1), scores.shape[-1]
         if min(reads) < size:
             place = torch.arange(both.shape[-1], device=both.device)
             columns = (place - self._rows([size - read for read in reads])).clamp(min=0)
@@ -191,7 +192,9 @@ class Window:
         ]
         width = max(part.scores.shape[-1] for part in whole)
         scores = [F.pad(part.scores, (width - part.scores.shape[-1], 0)) for part in whole]
-        return cls(known[0].rule, tuple(n for part in whole for n in part.lengths), torch.cat(scores))
+        with torch.autocast(like.device.type, enabled=False):
+            joined = torch.cat(scores)
+        return cls(known[0].rule, tuple(n for part in whole for n in part.lengths), joined)
 
     def _of(self, lengths: Sequence[int]) -> Window:
         """With other lengths, whose scores are the last."""

@@ -69,7 +69,7 @@ def fork(cache: Cache) -> DynamicCache:
         layer.fork() if isinstance(layer, (CompressedLayer, SelectedLayer)) else copy.copy(layer)
         for layer in cache.layers
     ]
-    new.ends_before_last_token = getattr(cache, "ends_before_last_token", False)
+    new.answered = getattr(cache, "answered", None)
     new.unread = getattr(cache, "unread", 0)
     return new
 

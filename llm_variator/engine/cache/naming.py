@@ -56,5 +56,4 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
 
 def cache_of(output: Any) -> Any:
     """The cache that a model returned; None where it returned none."""
-    name = next(name for name in NAMES if hasattr(type(output), name) or name in vars(output))
-    return getattr(output, name)
+    return next((getattr(output, name) for name in NAMES if hasattr(output, name)), None)

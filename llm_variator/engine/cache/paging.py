@@ -85,9 +85,10 @@ class KVPool:
         """
         with self._lock:
             if self.keys is None or self.values is None:
-                self.keys, self.values = (
-                    t.new_zeros(self.blocks, heads, self.block_size, t.shape[3]) for t in (keys, values)
-                )
+                with torch.inference_mode(False):  # those that come later may be outside of it
+                    self.keys, self.values = (
+                        t.new_zeros(self.blocks, heads, self.block_size, t.shape[3]) for t in (keys, values)
+                    )
             for mine, given in ((self.keys, keys), (self.values, values)):
                 if (mine.shape[1], mine.shape[3], mine.dtype) != (heads, given.shape[3], given.dtype):
                     raise VariatorError(

@@ -35,6 +35,7 @@ from llm_variator.engine.contexts.inputs import Chat, chats, template_options
 from llm_variator.engine.devices import input_device
 from llm_variator.engine.files import write_atomically
 from llm_variator.engine.plan import kv_heads
+from llm_variator.engine.session import answered, ends_before_last_token
 from llm_variator.errors import VariatorError
 
 FORMAT = "llm_variator.context"
@@ -105,7 +106,7 @@ def save(context: Kept, path: Path) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "belongs_to": _owners(context),
-        "ends_before_last_token": bool(getattr(context.cache, "ends_before_last_token", False)),
+        "ends_before_last_token": ends_before_last_token(context.cache),
         "messages": context.messages,
         "chat_template_kwargs": dict(context.chat_template_kwargs),
         "layers": layers,
@@ -193,7 +194,8 @@ def _fields(
         else:
             cache.layers[index].update(dense(keys), dense(values))
             cache.layers[index].cumulative_length = layer["tokens"]
-    cache.ends_before_last_token = bool(facts["ends_before_last_token"])
+    if facts["ends_before_last_token"]:
+        answered(cache)
     return {
         "plugin": plugin,
         "fingerprint": (facts["belongs_to"]["plugin"] or {}).get("fingerprint"),

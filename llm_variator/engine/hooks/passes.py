@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from llm_variator.engine.blocks import Place
@@ -36,7 +37,10 @@ def begin_pass(
             )
         return None
     if args or (
-        session.generating and session.now is not None and session.now.cache and not _goes_on(kwargs)
+        session.generating
+        and session.now is not None
+        and session.now.cache
+        and not _goes_on(kwargs, session.now.cache)
     ):
         raise VariatorError(
             "inside generate something else reads a prompt with the base model (guidance, a logits processor, "
@@ -62,13 +66,13 @@ def begin_pass(
             _refuse_weights(host, kwargs)
     past = cache.get_seq_length() if cache is not None else 0
     segment, places, unread = None, None, getattr(cache, "unread", 0)
+    if past and not session.passes:
+        _hide(cache, kwargs.get("attention_mask"), past, tokens.shape[1])
     if tokens.shape[1] != 1 or session.edges is not None:
         if unread and session.edges is None:
             raise VariatorError(
                 f"a prompt of this cache has {unread} tokens left: read these first, by themselves"
             )
-        if past and not session.passes:
-            _hide(cache, kwargs.get("attention_mask"), past, tokens.shape[1])
         segment = _segment(session, tokens, kwargs.get("attention_mask"), past, cache)
         _refuse_packed(kwargs, segment)
         if plugin is not None and plugin.selects:
@@ -78,7 +82,7 @@ def begin_pass(
     reads = _columns_read(host, kwargs) if narrows else None
     session.now = Pass(plugin, segment, cache, reads, places, ends_prompts=bool(unread) and segment is None)
     if cache is not None:
-        cache.ends_before_last_token, cache.unread = False, 0
+        cache.answered, cache.unread = None, 0
     session.passes += 1
     return args, kwargs
 
@@ -230,19 +234,21 @@ def _valid(mask: Any, width: int) -> Tensor | None:
     return None if mask is None else mask[:, -width:].bool()
 
 
-def _of_slots(mask: Any, past: int, width: int) -> Any:
-    """Of the 4D mask (or those of each kind of layer) that transformers makes for a static cache, the 2D one."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
+def _of_slots(session: Session, mask: Any, past: int, tokens: Tensor) -> Any:
+    """The 2D mask of a pass over a static cache, of which `generate` makes those of each kind of layer (4D)."""
+    is_made = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    if not session.generating or not is_made:
         return mask
-    last = mask[:, 0, -1, past : past + width]  # the last token sees all that is no padding
-    return last if mask.dtype == torch.bool else last >= 0
+    if session.mask is None:
+        return None
+    rows, width = tokens.shape[:2]
+    given = session.mask[:, past : past + width].repeat_interleave(rows // len(session.mask), dim=0)
+    return F.pad(given, (0, width - given.shape[1]), value=1)
 
 
-def _goes_on(kwargs: dict[str, Any]) -> bool:
-    """Whether a pass has a cache to go on from."""
-    return any(kwargs.get(name) is not None for name in NAMES)
+def _goes_on(kwargs: dict[str, Any], cache: Any) -> bool:
+    """Whether a pass goes on from `cache`."""
+    return any(kwargs.get(name) is cache for name in NAMES)
 
 
 def _refuse_packed(kwargs: dict[str, Any], segment: Segment) -> None:
@@ -265,7 +271,7 @@ def _refuse_packed(kwargs: dict[str, Any], segment: Segment) -> None:
 def _segment(session: Session, tokens: Tensor, mask: Any, past: int, cache: Any) -> Segment:
     """The tokens (rows, width, ...) of a pass after `past` columns of `cache`, `mask` over both."""
     rows, width = tokens.shape[:2]
-    valid = _valid(_of_slots(mask, past, width) if _is_static(cache) else mask, width)
+    valid = _valid(_of_slots(session, mask, past, tokens) if _is_static(cache) else mask, width)
     refuse_empty(rows * width, None if past else valid)
     if session.plugin is None:
         return Segment(width, 0, head=0, tail=0, device=tokens.device, valid=valid)

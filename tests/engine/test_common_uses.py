@@ -1,0 +1,268 @@
+"""What people do to a wrapped model that reads like nothing special, each beside the same thing done plainly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCAB, make_decoder, make_encoder, randomise
+from transformers import DynamicCache, GenerationConfig, Trainer, TrainingArguments
+
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.engine.cache.paging import KVPool
+
+MERGES = dict(k=2, sites=("ffn", "kv"), r=4, dense_head=1, dense_tail=1)
+KEEPS = dict(k=4, sites=("kv",), compressor="select", block=4, dense_head=2, dense_tail=2)
+GREEDY = dict(do_sample=False, max_new_tokens=6)
+
+
+def wrap(name: str = "llama", base=None, **config) -> VariatorModel:
+    model = VariatorModel(make_decoder(name) if base is None else base, VariatorConfig(**config))
+    randomise(model.plugin())
+    return model.eval()
+
+
+@pytest.fixture(params=["merges", "keeps"])
+def model(request) -> VariatorModel:
+    return wrap(**(MERGES if request.param == "merges" else KEEPS))
+
+
+def ids(n: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second of two rows with `count` tokens of padding before it in place of its first tokens."""
+    mask = torch.ones_like(rows)
+    mask[1, :count] = 0
+    return rows.masked_fill(mask == 0, 0), mask
+
+
+# --- masks
+
+
+def test_one_token_behind_padding_that_was_read_densely(model):
+    rows, mask = left_padded(ids(20, 2), 5)
+    token = ids(1, 2, seed=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with model.disable_plugin():
+        cache = model(rows, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+        alone = model(rows[1:, 5:], use_cache=True).past_key_values
+    both = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
+    after = positions[:, -1:] + 1
+    ours = model(token, attention_mask=both, position_ids=after, past_key_values=cache).logits[1]
+    torch.testing.assert_close(ours, model(token[1:], past_key_values=alone).logits[0])
+
+
+def test_generate_goes_on_behind_padding_that_was_read_densely(model):
+    rows, mask = left_padded(ids(20, 2), 5)
+    with model.disable_plugin():
+        turn = model.generate(rows, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+        alone = model.generate(rows[1:, 5:], return_dict_in_generate=True, **GREEDY)
+    both = torch.cat((mask, torch.ones(2, 6, dtype=torch.long)), dim=1)
+    more = dict(past_key_values=turn.past_key_values, attention_mask=both)
+    ours = model.generate(turn.sequences, **more, **GREEDY)
+    plain = model.generate(alone.sequences, past_key_values=alone.past_key_values, **GREEDY)
+    assert torch.equal(ours[1, -6:], plain[0, -6:])
+
+
+def test_one_row_pauses_for_a_step(model):
+    rows, steps = ids(20, 2), ids(2, 2, seed=1)
+    cache = model(rows, use_cache=True).past_key_values
+    mask = torch.ones(2, 22, dtype=torch.long)
+    mask[1, 20] = 0
+    first = dict(attention_mask=mask[:, :21], position_ids=torch.tensor([[20], [19]]))
+    model(steps[:, :1].masked_fill(mask[:, 20:21] == 0, 0), past_key_values=cache, **first)
+    second = dict(attention_mask=mask, position_ids=torch.tensor([[21], [20]]))
+    ours = model(steps[:, 1:], past_key_values=cache, **second).logits[1]
+    alone = model(rows[1:], use_cache=True).past_key_values
+    torch.testing.assert_close(ours, model(steps[1:, 1:], past_key_values=alone).logits[0])
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_what_a_mask_hides_of_a_cache_is_hidden_whatever_is_read(width):
+    model = wrap(k=1, sites=("ffn", "kv"), compressor="mean", decompressor="copy")
+    rows, new = ids(20), ids(width, seed=1)
+    mask = torch.ones(1, 20 + width, dtype=torch.long)
+    mask[:, 3:8] = 0
+    more = dict(attention_mask=mask, position_ids=torch.arange(20, 20 + width)[None])
+    cache = model(rows, use_cache=True).past_key_values
+    ours = model(new, past_key_values=cache, **more).logits
+    dense = model.base(rows, use_cache=True).past_key_values
+    torch.testing.assert_close(ours, model.base(new, past_key_values=dense, **more).logits)
+
+
+def test_right_padded_second_turn(model):
+    rows = ids(16, 2)
+    turn = model.generate(rows, return_dict_in_generate=True, **GREEDY)
+    question, mask = ids(6, 2, seed=1), torch.ones(2, 28, dtype=torch.long)
+    mask[1, -2:] = 0
+    whole = torch.cat((turn.sequences, question), dim=1).masked_fill(mask == 0, 0)
+    ours = model.generate(whole, attention_mask=mask, past_key_values=turn.past_key_values, **GREEDY)
+    alone = model.generate(rows[1:], return_dict_in_generate=True, **GREEDY)
+    single = torch.cat((alone.sequences, question[1:, :4]), dim=1)
+    plain = model.generate(single, past_key_values=alone.past_key_values, **GREEDY)
+    assert torch.equal(ours[1, -6:], plain[0, -6:])
+
+
+def test_static_cache_of_a_model_that_slides_all_through():
+    model = wrap(base=make_decoder("mistral", sliding_window=8), k=2, sites=("ffn",), r=4)
+    rows, mask = left_padded(ids(24, 2), 5)
+    static = dict(cache_implementation="static", output_logits=True, return_dict_in_generate=True)
+    ours = model.generate(rows, attention_mask=mask, **static, **GREEDY)
+    plain = model.generate(rows[1:, 5:], output_logits=True, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(ours.sequences[1, 24:], plain.sequences[0, 19:])
+    torch.testing.assert_close(ours.logits[0][1], plain.logits[0][0])
+
+
+# --- caches
+
+
+def test_prompt_reused_by_cropping_what_was_answered():
+    model = wrap(**KEEPS)
+    rows, question = ids(24), ids(9, seed=1)
+    fresh = model(rows, use_cache=True).past_key_values
+    cache = model.generate(rows, return_dict_in_generate=True, **GREEDY).past_key_values
+    cache.crop(24 - cache.get_seq_length())
+    ours = model(question, past_key_values=cache).logits
+    torch.testing.assert_close(ours, model(question, past_key_values=fresh).logits)
+
+
+def test_turn_after_an_answer_that_was_interrupted(model):
+    class StopError(Exception):
+        pass
+
+    def interrupt(input_ids, scores):
+        if input_ids.shape[1] == 23:
+            raise StopError
+        return scores
+
+    rows, question = ids(20), ids(9, seed=1)
+    cache = DynamicCache(config=model.base.config)
+    with pytest.raises(StopError):
+        model.generate(rows, past_key_values=cache, logits_processor=[interrupt], **GREEDY)
+    whole = model.generate(rows, return_dict_in_generate=True, do_sample=False, max_new_tokens=4)
+    read = torch.cat((whole.sequences[:, cache.get_seq_length() : 24], question), dim=1)
+    ours = model(read, past_key_values=cache).logits
+    torch.testing.assert_close(ours, model(read, past_key_values=whole.past_key_values).logits)
+
+
+def test_base_called_with_a_new_cache_inside_generate_is_refused(model):
+    def reads(input_ids, scores):
+        model.base(input_ids=input_ids, past_key_values=DynamicCache())
+        return scores
+
+    with pytest.raises(VariatorError, match="inside generate something else reads a prompt"):
+        model.generate(ids(20), logits_processor=[reads], **GREEDY)
+
+
+def test_going_on_without_the_cache_is_refused(model):
+    turn = model.generate(ids(20), return_dict_in_generate=True, **GREEDY)
+    whole = torch.cat((turn.sequences, ids(5, seed=1)), dim=1)
+    with pytest.raises(VariatorError, match="needs it: give use_cache=True"):
+        model.generate(whole, past_key_values=turn.past_key_values, use_cache=False, **GREEDY)
+    context = model.compress(ids(20))
+    for block in (model.use_plugin("default"), model.disable_plugin()):
+        with block, pytest.raises(VariatorError, match="needs it: give use_cache=True"):
+            model.generate(ids(5, seed=1), context=context, use_cache=False, **GREEDY)
+
+
+def test_pool_first_used_in_inference_mode():
+    model = wrap(**MERGES)
+    pool = KVPool(64, block_size=4)
+    with torch.inference_mode():
+        context = model.compress(ids(20), pool=pool)
+    plain = model.generate(ids(5, seed=1), context=model.compress(ids(20)), **GREEDY)
+    assert torch.equal(model.generate(ids(5, seed=1), context=context, **GREEDY), plain)
+
+
+def test_tokens_that_age_under_autocast():
+    model = wrap(**KEEPS, decode_block=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(ids(24), do_sample=False, max_new_tokens=16, min_new_tokens=16).shape[1] == 40
+
+
+# --- settings
+
+
+def test_generation_config_is_the_bases(model):
+    model.generation_config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    assert model.generate(ids(20)).shape[1] == 23
+    assert model.base.generation_config is model.generation_config
+
+
+def test_generation_config_by_position(model):
+    config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(ids(20), config), model.generate(ids(20), generation_config=config))
+
+
+def test_one_row_of_ids_without_its_dimension(model):
+    assert torch.equal(model.generate(ids(20)[0], **GREEDY), model.generate(ids(20), **GREEDY))
+
+
+def test_cache_that_older_checkpoints_ask_for(model):
+    plain = model.generate(ids(20), **GREEDY)
+    model.generation_config.cache_implementation = "hybrid"
+    assert torch.equal(model.generate(ids(20), **GREEDY), plain)
+
+
+def test_blocks_of_generators_end_in_any_order(model):
+    def holding(name):
+        with model.use_plugin(name):
+            yield
+        yield
+
+    model.add_plugin("other", VariatorConfig(**MERGES))
+    model.set_plugin(None)
+    one, two = holding("default"), holding("other")
+    next(one), next(two)
+    next(one)
+    assert model.active_plugin == "other"
+    next(two)
+    assert model.active_plugin is None
+
+
+def test_plugin_deleted_in_a_block_that_holds_it(model):
+    model.set_plugin(None)
+    with model.use_plugin("default"):
+        model.delete_plugin("default")
+        with pytest.raises(VariatorError, match="no plugin named 'default'"):
+            model(ids(20))
+
+
+def test_unloaded_twice(model):
+    model.unload()
+    with pytest.raises(VariatorError, match="has been unloaded already"):
+        model.unload()
+
+
+def test_plain_base_may_generate_anything(model):
+    with model.disable_plugin():
+        assert model.generate(ids(20), custom_generate=lambda *args, **kwargs: (1, 2), **GREEDY) == (1, 2)
+
+
+# --- Hugging Face's Trainer
+
+
+def trainer(model, folder, **options) -> Trainer:
+    return Trainer(model, TrainingArguments(str(folder), use_cpu=True, report_to="none", **options))
+
+
+def test_label_smoothing_shifts_the_labels(tmp_path):
+    model = wrap(k=1, sites=("ffn",), compressor="mean", decompressor="copy")
+    batch = {"input_ids": ids(20, 2), "labels": ids(20, 2)}
+    ours = trainer(model, tmp_path, label_smoothing_factor=0.1).compute_loss(model, dict(batch))
+    dense = make_decoder("llama").eval()
+    plain = trainer(dense, tmp_path, label_smoothing_factor=0.1).compute_loss(dense, dict(batch))
+    torch.testing.assert_close(ours, plain)
+    assert repr(model).startswith("VariatorModel(")
+
+
+def test_columns_of_a_decoder_and_of_answers_reach_the_model(tmp_path):
+    model = VariatorModel(make_encoder("t5"), VariatorConfig(k=2, r=4))
+    kept = trainer(model, tmp_path)
+    kept._set_signature_columns_if_needed()
+    wanted = {"input_ids", "attention_mask", "labels", "decoder_input_ids", "decoder_attention_mask"}
+    assert wanted | {"start_positions", "end_positions"} <= set(kept._signature_columns)
+    given = dict(input_ids=ids(12), decoder_input_ids=ids(4), labels=ids(4, seed=1))
+    other = given | {"decoder_input_ids": ids(4, seed=2)}
+    assert model(**given).loss != model(**other).loss
