@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import VOCAB, make_decoder, make_encoder, randomise
-from transformers import DynamicCache, GenerationConfig, Trainer, TrainingArguments
+from transformers import DynamicCache, GenerationConfig, StaticCache, Trainer, TrainingArguments
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.engine.cache.naming import cache_of
 from llm_variator.engine.cache.paging import KVPool
 
 MERGES = dict(k=2, sites=("ffn", "kv"), r=4, dense_head=1, dense_tail=1)
@@ -112,6 +113,21 @@ def test_static_cache_of_a_model_that_slides_all_through():
     plain = model.generate(rows[1:, 5:], output_logits=True, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(ours.sequences[1, 24:], plain.sequences[0, 19:])
     torch.testing.assert_close(ours.logits[0][1], plain.logits[0][0])
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_second_turn_in_a_static_cache(window):
+    model = wrap(base=make_decoder("mistral", sliding_window=window), k=2, sites=("ffn",), r=4)
+    rows, mask = left_padded(ids(24, 2), 5)
+    both = torch.cat((mask, torch.ones(2, 16, dtype=torch.long)), dim=1)
+    found = []
+    for cache in (StaticCache(config=model.base.config, max_cache_len=64), None):
+        turn = model.generate(
+            rows, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **GREEDY
+        )
+        whole = torch.cat((turn.sequences, ids(10, 2, seed=1)), dim=1)
+        found.append(model.generate(whole, attention_mask=both, past_key_values=cache_of(turn), **GREEDY))
+    assert torch.equal(*found)
 
 
 # --- caches
