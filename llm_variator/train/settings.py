@@ -18,7 +18,8 @@ from llm_variator.train.losses import LOSSES
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
-# Settings that a resumed run may change: all but --max-steps and --patience leave what is learned as it was.
+# Settings that a resumed run may change: each step stays as it was. How many there are, and after which of them weights
+# may be kept, is for --max-steps, --patience and --eval-every to say.
 # `config` is the recipe's name, as the flags of a table may hold it.
 FREE_ON_RESUME = frozenset(
     {"config", "data_dir", "device", "eval_every", "logging_every", "max_steps", "name", "output", "resume"}
