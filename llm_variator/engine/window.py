@@ -137,8 +137,7 @@ class Window:
 
     def appended(self, scores: Tensor, reads: Sequence[int]) -> Window:
         """With so many more tokens in every row, of left-aligned `scores` (b, KV heads, n)."""
-        with torch.autocast(scores.device.type, enabled=False):  # which has no float16 beside bfloat16
-            both, size = torch.cat((self.scores, scores.detach().half()), dim=-1), scores.shape[-1]
+        both, size = _joined((self.scores, scores.detach().half()), dim=-1), scores.shape[-1]
         if min(reads) < size:
             place = torch.arange(both.shape[-1], device=both.device)
             columns = (place - self._rows([size - read for read in reads])).clamp(min=0)
@@ -192,9 +191,7 @@ class Window:
         ]
         width = max(part.scores.shape[-1] for part in whole)
         scores = [F.pad(part.scores, (width - part.scores.shape[-1], 0)) for part in whole]
-        with torch.autocast(like.device.type, enabled=False):
-            joined = torch.cat(scores)
-        return cls(known[0].rule, tuple(n for part in whole for n in part.lengths), joined)
+        return cls(known[0].rule, tuple(n for part in whole for n in part.lengths), _joined(scores, dim=0))
 
     def _of(self, lengths: Sequence[int]) -> Window:
         """With other lengths, whose scores are the last."""
@@ -206,3 +203,8 @@ class Window:
         """One number for every row, (b or 1, 1, 1)."""
         values = list(values) if len(set(values)) > 1 else [values[0]]
         return numbers(values, self.scores.device)[:, None, None]
+
+
+def _joined(scores: Sequence[Tensor], dim: int) -> Tensor:
+    """torch.cat of float16, by its bits: under autocast to bfloat16 torch refuses it."""
+    return torch.cat([part.view(torch.int16) for part in scores], dim=dim).view(torch.float16)
