@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         fit_scores(settings, argv, started, RESULT_FILE)
         return
     checkpoint = _check_output(settings)
+    if settings.bf16 and not _in_bf16(settings):
+        announce(f"--bf16 is left out: {cpu.complaint(torch.bfloat16)}")
 
     run = prepare(settings)
     if is_main_process():
@@ -121,8 +123,9 @@ def _check_writable(settings: Settings) -> None:
 def _deciding(settings: Settings) -> dict[str, Any]:
     """The flags that decide what is learned, as plain JSON."""
     kept = {key: value for key, value in vars(settings).items() if key not in FREE_ON_RESUME}
-    # what is learned depends on the micro-batches of a step, wherever they run
+    # what is learned depends on the micro-batches of a step, wherever they run, and on what this CPU can
     kept["grad_accum"] *= world_size()
+    kept["bf16"] = _in_bf16(settings)
     plain: dict[str, Any] = json.loads(json.dumps(kept))
     return plain
 
@@ -177,7 +180,7 @@ def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorT
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16 and not (settings.on_cpu and _is_slow_in_bf16()),
+        bf16=_in_bf16(settings),
         use_cpu=settings.on_cpu,
         seed=settings.seed,
         eval_strategy="steps",
@@ -208,11 +211,9 @@ def _trainer(settings: Settings, run: Run, checkpoint: Path | None) -> VariatorT
     )
 
 
-def _is_slow_in_bf16() -> bool:
-    complaint = cpu.complaint(torch.bfloat16)
-    if complaint:
-        announce(f"--bf16 is left out: {complaint}")
-    return complaint is not None
+def _in_bf16(settings: Settings) -> bool:
+    """Whether steps really compute in bfloat16."""
+    return settings.bf16 and not (settings.on_cpu and cpu.complaint(torch.bfloat16))
 
 
 def _last_step(settings: Settings, run: Run, checkpoint: Path | None) -> int:
@@ -288,7 +289,7 @@ def _finish(
         "resumed_at": resumed_at or None,  # what is timed is of the steps from there on
         "processes": world_size(),
         "seconds_per_step": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
-        "bf16": trainer.args.bf16,
+        "bf16": trainer.args.bf16 and settings.steps > 0,
         "peak_memory_gib": peak_memory_gib(),
         "data": run.data,
         "config": None if run.plugin is None else run.plugin.plugin().config.to_dict(),

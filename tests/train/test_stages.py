@@ -370,6 +370,16 @@ def test_teacher_of_a_baseline_computes_as_its_student_does(teachers, data, tmp_
     assert figures["nats_from_teacher"] == pytest.approx(0, abs=1e-7)
 
 
+def test_run_is_not_resumed_in_another_precision(teachers, data, tmp_path, monkeypatch):
+    settings = dict(k=2, r=4, max_steps=2)
+    monkeypatch.setattr("llm_variator.sources.models.cpu.complaint", lambda dtype: None)
+    assert adapt(tmp_path / "run", teachers["t5"], data, "--bf16", **settings)["bf16"]
+    monkeypatch.setattr("llm_variator.sources.models.cpu.complaint", lambda dtype: "slow")
+    with pytest.raises(VariatorError, match="with other settings: bf16 was True, is False"):
+        adapt(tmp_path / "run", teachers["t5"], data, "--bf16", "--resume", **settings)
+    assert not adapt(tmp_path / "other", teachers["t5"], data, "--bf16", **settings)["bf16"]
+
+
 def test_checkpoints_can_be_dropped_at_the_end(teachers, data, tmp_path):
     adapt(tmp_path / "run", teachers["t5"], data, "--drop-checkpoints", k=2, r=4)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
