@@ -245,6 +245,13 @@ def test_plugin_deleted_in_a_block_that_holds_it(model):
             model(ids(20))
 
 
+def test_stack_of_a_wrapped_model_is_not_wrapped_again(model):
+    plain = model.generate(ids(20), **GREEDY)
+    with pytest.raises(VariatorError, match="already has a VariatorModel"):
+        VariatorModel(model.base.model)
+    assert torch.equal(model.generate(ids(20), **GREEDY), plain)
+
+
 def test_unloaded_twice(model):
     model.unload()
     with pytest.raises(VariatorError, match="has been unloaded already"):

@@ -39,8 +39,9 @@ ATTACHED = "_variator_attached"  # attribute of a base: its mark
 
 
 def refuse_attached(base: nn.Module) -> None:
-    """Raise a `VariatorError` if something is attached to `base` already."""
-    if getattr(base, ATTACHED, False):
+    """Raise a `VariatorError` if something is attached already, to `base` or to another model with modules of it."""
+    shared = (hook for module in base.modules() for hooks in _hooks(module) for hook in hooks.values())
+    if getattr(base, ATTACHED, False) or any(isinstance(hook, Hook) and hook.call for hook in shared):
         raise VariatorError(
             "this base already has a VariatorModel or token pruning: use it, or unload() or remove() it first"
         )
