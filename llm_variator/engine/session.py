@@ -382,9 +382,10 @@ def first_dense(cache: Cache | None, plan: Plan) -> int:
 
 def ends_before_last_token(cache: Cache) -> bool:
     """Whether the next token was generated but never read: it belongs to the continuation, and stays dense."""
-    return bool(cache.get_seq_length()) and getattr(cache, "answered", None) == cache.get_seq_length()
+    length = int(cache.get_seq_length())
+    return length > 0 and getattr(cache, "answered", None) == length
 
 
 def answered(cache: Any) -> None:
     """Note that `cache` holds all of an answer but its last token: true until it grows or is cropped."""
-    cache.answered = cache.get_seq_length()
+    cache.answered = int(cache.get_seq_length())

@@ -8,6 +8,7 @@ from conftest import VOCAB, make_decoder, make_encoder, randomise
 from transformers import DynamicCache, GenerationConfig, StaticCache, Trainer, TrainingArguments
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
+from llm_variator.engine.cache import CompressedLayer, SelectedLayer
 from llm_variator.engine.cache.naming import cache_of
 from llm_variator.engine.cache.paging import KVPool
 
@@ -79,6 +80,24 @@ def test_one_row_pauses_for_a_step(model):
     torch.testing.assert_close(ours, model(steps[1:, 1:], past_key_values=alone).logits[0])
 
 
+def test_mask_of_a_loop_that_generates_is_looked_at_once(model, monkeypatch):
+    rows, mask = left_padded(ids(20, 2), 5)
+    calls = []
+    kind = CompressedLayer if model.plugin().selects == {} else SelectedLayer
+    monkeypatch.setattr(kind, "hide", lambda layer, seen: calls.append(seen))
+    cache = model(rows, attention_mask=mask, use_cache=True).past_key_values
+    for step in range(3):
+        mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
+        more = dict(attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1)
+        model(ids(1, 2, seed=step), past_key_values=cache, **more)
+    assert len(calls) == 3, "once in each of three layers"
+    mask = mask.clone()
+    mask[0, 12] = 0
+    both = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
+    model(ids(1, 2), attention_mask=both, past_key_values=cache)
+    assert len(calls) == 6, "another mask"
+
+
 @pytest.mark.parametrize("width", [1, 2])
 def test_what_a_mask_hides_of_a_cache_is_hidden_whatever_is_read(width):
     model = wrap(k=1, sites=("ffn", "kv"), compressor="mean", decompressor="copy")
@@ -131,6 +150,24 @@ def test_second_turn_in_a_static_cache(window):
 
 
 # --- caches
+
+
+def test_mask_hides_what_is_read_after_cropping_too():
+    model = wrap(**KEEPS)
+    rows, mask = ids(24), torch.ones(1, 28, dtype=torch.long)
+    mask[:, 25] = 0
+
+    def answer(cache, seed):
+        for n, token in enumerate(ids(4, seed=seed)[0], start=25):
+            more = dict(attention_mask=mask[:, :n], position_ids=torch.tensor([[n - 1]]))
+            last = model(token.view(1, 1), past_key_values=cache, **more)
+        return last.logits
+
+    cache = model(rows, use_cache=True).past_key_values
+    answer(cache, seed=1)
+    cache.crop(24 - cache.get_seq_length())
+    ours = answer(cache, seed=2)
+    torch.testing.assert_close(ours, answer(model(rows, use_cache=True).past_key_values, seed=2))
 
 
 def test_prompt_reused_by_cropping_what_was_answered():

@@ -82,7 +82,7 @@ def begin_pass(
     reads = _columns_read(host, kwargs) if narrows else None
     session.now = Pass(plugin, segment, cache, reads, places, ends_prompts=bool(unread) and segment is None)
     if cache is not None:
-        cache.answered, cache.unread = None, 0
+        cache.answered, cache.unread, cache.ends_at = None, 0, past + tokens.shape[1]
     session.passes += 1
     return args, kwargs
 
@@ -103,12 +103,20 @@ def _hide(cache: Any, mask: Any, past: int, width: int) -> None:
 
     Such as the padding behind rows that ended before others.
     """
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != past + width:
-        return
     held = [layer for layer in cache.layers if isinstance(layer, (CompressedLayer, SelectedLayer))]
-    if held and not bool(mask[:, :past].all()):
+    if not held or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != past + width:
+        return
+    seen, before = mask[:, :past].bool(), getattr(cache, "masked", None)
+    if past != getattr(cache, "ends_at", None):  # it was cropped
+        before = None
+    if before is not None and len(before) == len(seen) and before.shape[1] <= past:
+        was = F.pad(before, (0, past - before.shape[1]), value=True)
+        if torch.equal(seen, was):  # as in every step of a loop that generates
+            return
+    if not bool(seen.all()):
         for layer in held:
-            layer.hide(mask[:, :past])
+            layer.hide(seen)
+    cache.masked = seen
 
 
 def _is_static(cache: Any) -> bool:
