@@ -66,6 +66,8 @@ def begin_pass(
             _refuse_weights(host, kwargs)
     past = cache.get_seq_length() if cache is not None else 0
     segment, places, unread = None, None, getattr(cache, "unread", 0)
+    if cache is not None and past != getattr(cache, "ends_at", 0):  # it was cropped, or emptied
+        cache.masked = None
     if past and not session.passes:
         _hide(cache, kwargs.get("attention_mask"), past, tokens.shape[1])
     if tokens.shape[1] != 1 or session.edges is not None:
@@ -107,8 +109,6 @@ def _hide(cache: Any, mask: Any, past: int, width: int) -> None:
     if not held or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != past + width:
         return
     seen, before = mask[:, :past].bool(), getattr(cache, "masked", None)
-    if past != getattr(cache, "ends_at", None):  # it was cropped
-        before = None
     if before is not None and len(before) == len(seen) and before.shape[1] <= past:
         was = F.pad(before, (0, past - before.shape[1]), value=True)
         if torch.equal(seen, was):  # as in every step of a loop that generates
