@@ -152,7 +152,8 @@ def test_second_turn_in_a_static_cache(window):
 # --- caches
 
 
-def test_mask_hides_in_a_cache_that_was_emptied_too(model):
+def test_mask_hides_in_a_cache_that_was_emptied_too():
+    model = wrap(**MERGES)
     rows, mask = ids(24), torch.ones(1, 25, dtype=torch.long)
     mask[:, 9:14] = 0
 
@@ -165,6 +166,15 @@ def test_mask_hides_in_a_cache_that_was_emptied_too(model):
     first = read(cache)
     cache.reset()
     torch.testing.assert_close(read(cache), first)
+
+
+def test_mask_over_tokens_of_which_heads_keep_different_ones_is_refused():
+    model = wrap(**KEEPS)
+    cache = model(ids(24), use_cache=True).past_key_values
+    mask = torch.ones(1, 25, dtype=torch.long)
+    mask[:, 9:14] = 0
+    with pytest.raises(VariatorError, match="read the prompt with that mask"):
+        model(ids(1, seed=1), attention_mask=mask, past_key_values=cache)
 
 
 def test_prompt_reused_by_cropping_what_was_answered():
