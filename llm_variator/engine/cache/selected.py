@@ -459,9 +459,9 @@ class SelectedLayer(DynamicLayer):
             seen = known.gather(-1, columns.long().clamp(min=0))
             if bool((seen != seen[:, :1]).any()):
                 raise VariatorError(
-                    "attention_mask hides tokens of which heads have kept different ones (of a prompt, or generated behind "
-                    "a row's end and reduced by decode_block): read the prompt with that mask, or answer such rows one "
-                    "by one"
+                    "attention_mask hides tokens of which heads have kept different ones (of a prompt, or generated "
+                    "behind a row's end and reduced by decode_block): read the prompt with that mask, or answer such "
+                    "rows one by one"
                 )
             changed.append(dataclasses.replace(one, columns=columns.masked_fill(~seen, FILLER)))
             same = same and torch.equal(changed[-1].columns, columns)
