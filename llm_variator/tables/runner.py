@@ -211,7 +211,7 @@ def _cell(folder: Path) -> Cell:
         return {}  # a dry run
     result = _result(folder)
     figures = result["figures"]
-    names = ("steps", "best_step", "held_out_history", "data", "nats_from_teacher", "bf16", "resumed_at")
+    names = ("steps", "best_step", "held_out_history", "data", "nats_from_teacher", "bf16")
     kept = {name: figures[name] for name in names if figures.get(name) is not None}
     return {
         "score": figures["held_out"],
