@@ -229,8 +229,11 @@ class VariatorModel(TrainableHolder):
                 groups allow; the result is the same.
         """
         self._refuse_headless("generate")
-        names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]
-        kwargs |= dict(zip(names, args, strict=False))
+        if args:
+            names = list(inspect.signature(GenerationMixin.generate).parameters)[2:-1]
+            if len(args) > len(names):
+                raise TypeError(f"generate takes at most {len(names) + 1} arguments by position")
+            kwargs |= dict(zip(names, args, strict=False))
         if inputs is not None:
             kwargs["input_ids"] = inputs
         given = kwargs.get("input_ids")

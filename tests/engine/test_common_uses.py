@@ -253,6 +253,8 @@ def test_generation_config_is_the_bases(model):
 def test_generation_config_by_position(model):
     config = GenerationConfig(max_new_tokens=3, do_sample=False)
     assert torch.equal(model.generate(ids(20), config), model.generate(ids(20), generation_config=config))
+    with pytest.raises(TypeError, match="at most 11 arguments by position"):
+        model.generate(*[None] * 12)
 
 
 def test_one_row_of_ids_without_its_dimension(model):

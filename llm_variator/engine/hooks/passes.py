@@ -66,9 +66,12 @@ def begin_pass(
             _refuse_weights(host, kwargs)
     past = cache.get_seq_length() if cache is not None else 0
     segment, places, unread = None, None, getattr(cache, "unread", 0)
-    if cache is not None and past != getattr(cache, "ends_at", 0):  # it was cropped, or emptied
-        cache.masked = None
-    if past and not session.passes:
+    # a static cache holds no entries, and counts its tokens on its device: no step may ask for their number
+    if cache is not None and not _is_static(cache):
+        if past != getattr(cache, "ends_at", 0):  # it was cropped, or emptied
+            cache.masked = None
+        cache.ends_at = past + tokens.shape[1]
+    if not session.passes and past:
         _hide(cache, kwargs.get("attention_mask"), past, tokens.shape[1])
     if tokens.shape[1] != 1 or session.edges is not None:
         if unread and session.edges is None:
@@ -84,7 +87,7 @@ def begin_pass(
     reads = _columns_read(host, kwargs) if narrows else None
     session.now = Pass(plugin, segment, cache, reads, places, ends_prompts=bool(unread) and segment is None)
     if cache is not None:
-        cache.answered, cache.unread, cache.ends_at = None, 0, past + tokens.shape[1]
+        cache.answered, cache.unread = None, 0
     session.passes += 1
     return args, kwargs
 
