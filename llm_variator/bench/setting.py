@@ -181,7 +181,7 @@ class Setting(Generic[S_co]):
             torch.set_num_threads(settings.threads)
         self.settings = settings
         self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if settings.clock == "cpu" and self.device != "cpu":
+        if settings.clock == "cpu" and not self.device.startswith("cpu"):
             raise VariatorError("--clock cpu cannot time a GPU: leave it out, or give --device cpu")
         self.base: Any = load_model(settings.model, device=self.device, **settings.loading())
         if settings.attention:

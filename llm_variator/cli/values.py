@@ -72,6 +72,7 @@ def output_file(value: Any) -> Path:
 
 
 OutputFile = Annotated[Path, output_file]
+PLOTS = (".png", ".svg", ".pdf")
 
 
 def plot_file(value: Any) -> Path:
@@ -88,7 +89,6 @@ def plot_file(value: Any) -> Path:
     return path
 
 
-PLOTS = (".png", ".svg", ".pdf")
 OutputPlot = Annotated[Path, plot_file]
 
 
