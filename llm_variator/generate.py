@@ -46,7 +46,9 @@ class Output:
     max_new_tokens: PositiveInt = flag(128, "tokens to generate")
     stream: bool = flag(False, "print the text while it is generated")
     compare: bool = flag(False, "greedy, dense against every plugin, as a table")
-    repetitions: PositiveInt = flag(5, "with --compare: timings of the first token, interleaved")
+    repetitions: PositiveInt | None = flag(
+        None, "with --compare: timings of the first token, interleaved (default: 5)"
+    )
     json: OutputFile | None = flag(None, "write the figures there too", metavar="FILE")
 
 
@@ -101,6 +103,8 @@ class Settings(flags.BaseModel, Sampling, Output, Prompt):
                 raise VariatorError(
                     "--compare is greedy and prints its texts at the end: leave out --stream and sampling"
                 )
+        if self.repetitions and not self.compare:
+            raise VariatorError("--repetitions are of the timings of --compare: add it, or leave them out")
         if len(plugins) > 1 and not self.compare:
             raise VariatorError("several plugins need --compare; give one --plugin to generate with")
 
@@ -137,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer,
             input_ids,
             max_new_tokens=settings.max_new_tokens,
-            repetitions=settings.repetitions,
+            repetitions=settings.repetitions or 5,
         )
         print_comparison(rows, input_ids.shape[1], settings.max_new_tokens)
         figures: dict[str, Any] = {"rows": [asdict(row) for row in rows]}

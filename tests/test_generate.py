@@ -225,6 +225,7 @@ def test_compare(run, files, tmp_path):
         (["--prompt", "a", "--plugin", "none=x"], "'none' is the dense model"),
         (["--prompt", "a", "--plugin", "dense=x"], "'dense' is the dense model"),
         (["--prompt", "a", "--compare"], "add --plugin"),
+        (["--prompt", "a", "--repetitions", "3"], "of --compare"),
         (["--prompt", "a", "--compare", "--plugin", "x", "--top-k", "5"], "--compare is greedy"),
         (["--prompt", "a", "--compare", "--plugin", "x", "--stream"], "--compare is greedy"),
         (["--prompt", "a", "--temperature", "-1"], "at least 0"),

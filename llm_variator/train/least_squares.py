@@ -29,7 +29,7 @@ from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.engine.session import Session, current_pass, scope
 from llm_variator.errors import VariatorError
 from llm_variator.model import VariatorModel
-from llm_variator.train.refinement import refine
+from llm_variator.train.refinement import Sample, refine
 
 # Added to the variance of every feature, as a share of it, where there are as many features as tokens; less with more
 # tokens. What few tokens do not determine stays small.
@@ -60,7 +60,7 @@ class LeastSquares:
     ) -> None:
         """Set the restoring layers of the active plugin, over the grouped tokens of the batches.
 
-        Takes two passes over them, and the memory of a few residual streams, whatever the model's depth.
+        Takes two passes over them, and the memory of a dozen residual streams, whatever the model's depth.
 
         Args:
             progress: is called with the name of each fitted layer, and what is to be said of its steps.
@@ -224,8 +224,9 @@ class _Stack:
         def hook(block: nn.Module, args: Any, result: Any) -> None:
             one = _running.get()
             if one is not None and not isinstance(one, _Compressed):
-                after = _states(result)
-                one.offer(layer, {"ffn": after, "attention": after - one.seen["ffn"]})
+                after, ffn = _states(result), one.seen["ffn"]
+                one.seen.clear()
+                one.offer(layer, lambda: {"ffn": after, "attention": after - ffn})
 
         return hook
 
@@ -239,22 +240,26 @@ class _Stack:
             assert now is not None
             assert now.segment is not None
             grouping = now.segment.grouping(k)
-            merged, groups = inputs  # (..., d), (..., k, d)
-            merged = merged.unsqueeze(-2).expand_as(groups)
-            if adds_up:
-                stream = one.seen["read"]  # what the site's output is added to
-                if site == "ffn":
-                    stream = stream + one.seen["attention"]
-                wanted, _ = _grouped(grouping, one.teacher.reach(layer)[site] - stream)
-            else:
-                wanted = self._ffn(layer, groups)
-            size, members = _grouped(grouping, one.size)
-            parts = (torch.cat((merged, groups), dim=-1), wanted - merged, 1 / size)
-            if members is not None:
-                members = members.expand(groups.shape[:-1])
-                one.offer((site, layer), tuple(part[members] for part in parts))
-            else:
-                one.offer((site, layer), tuple(part.flatten(0, -2) for part in parts))
+
+            def sample() -> Sample:
+                merged, groups = inputs  # (..., d), (..., k, d)
+                merged = merged.unsqueeze(-2).expand_as(groups)
+                if adds_up:
+                    stream = one.seen["read"]  # what the site's output is added to
+                    if site == "ffn":
+                        stream = stream + one.seen["attention"]
+                    wanted, _ = _grouped(grouping, one.teacher.reach(layer)[site] - stream)
+                else:
+                    wanted = self._ffn(layer, groups)
+                size, members = _grouped(grouping, one.size)
+                parts = (torch.cat((merged, groups), dim=-1), wanted - merged, 1 / size)
+                if members is None:
+                    features, missing, weights = (part.flatten(0, -2) for part in parts)
+                else:
+                    features, missing, weights = (part[members.expand(groups.shape[:-1])] for part in parts)
+                return features, missing, weights
+
+            one.offer((site, layer), sample)
 
         return hook
 
@@ -263,6 +268,8 @@ class _ThreadedPass:
     """A forward pass in a thread of its own, which waits at one place after the other with what is known there.
 
     Only one thread runs at a time: the model's own code goes on from layer to layer, and nothing is computed again.
+    As many passes wait as there are batches, so what is known at a place is made of what the model holds there only
+    when it is asked for.
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
@@ -271,7 +278,7 @@ class _ThreadedPass:
         self._run = run
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._place: Any = None
-        self._known: Any = None
+        self._known: Callable[[], Any] | None = None
         self._stopped = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=copy_context().run, args=(self._work,), daemon=True)
@@ -284,7 +291,8 @@ class _ThreadedPass:
             self._there.acquire()
             if self._error is not None:
                 raise self._error
-        return self._known
+        assert self._known is not None
+        return self._known()
 
     def stop(self) -> None:
         """End the pass where it is."""
@@ -292,7 +300,7 @@ class _ThreadedPass:
         self._go.release()
         self._thread.join()
 
-    def offer(self, place: Any, known: Any) -> None:
+    def offer(self, place: Any, known: Callable[[], Any]) -> None:
         """In the pass: wait here."""
         self._place, self._known = place, known
         self._there.release()
@@ -347,7 +355,9 @@ def _keep_read(seen: Callable[[], dict[str, Tensor]], name: str) -> Callable[...
     """A pre-hook that keeps what a layer reads."""
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen()[name] = args[0] if args else kwargs["hidden_states"]
+        here = seen()
+        here.clear()
+        here[name] = args[0] if args else kwargs["hidden_states"]
 
     return hook
 

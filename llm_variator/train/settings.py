@@ -268,6 +268,10 @@ class Settings(
             raise VariatorError(
                 "--beside is for scores that are fitted: give --sites kv --compressor kv=select, and no --plugin"
             )
+        if self.keep != Baselines.keep and self.method != "ltp" and not self.fits_scores:
+            raise VariatorError(
+                "--keep is for --method ltp, and for scores that are fitted: --sites kv --compressor kv=select"
+            )
         if self.max_steps == 0 and not self._is_closed_form():
             raise VariatorError(
                 "--max-steps 0 leaves nothing to do: give steps, --init least-squares, or --plugin A,B to join them"

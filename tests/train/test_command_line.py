@@ -45,6 +45,7 @@ from llm_variator.train.trainer import VariatorTrainer
         (dict(method="distill", k=None, r=None, dense_head=None), "not a decoder"),
         (dict(task_weight=0.5), "--task-weight belongs to --stage adapt"),
         (dict(student="somewhere"), "--student belongs to --method distill"),
+        (dict(keep=0.5), "--keep is for --method ltp"),
         (dict(stage="adapt", task="sst2", eval_every=3), "every evaluation has one: give --save-every 3"),
         (dict(stage="adapt", task="sst2", eval_every=1), "every evaluation has one: give --save-every 1"),
         (dict(sites="kv", init="least-squares"), "this plugin restores none"),

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,6 +239,12 @@ class PagedStore(KVStore):
         return PagedStore(
             self.pool, [list(table) for table in self.tables], self.entries, self.heads, self.of
         )
+
+    def __deepcopy__(self, memo: Any) -> PagedStore:
+        return self.fork()  # for copy.deepcopy of a cache: a block is copied where the two diverge
+
+    def __reduce__(self) -> Any:
+        raise VariatorError("a pool's blocks are not pickled: write the context to a file by its save")
 
     def like(self, keys: Tensor, values: Tensor) -> PagedStore:
         """A store in the same pool that holds these entries."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -148,6 +149,10 @@ class CompressedContext:
     def fork(self) -> CompressedContext:
         """The same context once more, sharing everything; each of the two is freed by itself."""
         return dataclasses.replace(self, cache=fork(self._alive()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedContext:
+        cache = copy.deepcopy(self._alive(), memo)
+        return dataclasses.replace(self, model=memo.get(id(self.model), self.model), cache=cache)
 
     def quantised(self, bits: int = 4) -> CompressedContext:
         """This context with keys and values in 4 or 8 bits, in memory and in files; what comes after is dense.

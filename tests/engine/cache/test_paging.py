@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import random
 
 import pytest
@@ -27,6 +29,17 @@ GREEDY = dict(do_sample=False, max_new_tokens=5)
 
 def states(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def merging() -> VariatorModel:
+    return make_variator("llama", MIXED, num_hidden_layers=2)
+
+
+def keeping() -> VariatorModel:
+    """With a plugin whose heads form other classes."""
+    model = selecting.make("llama")
+    selecting.add(model, "swapped", dict(selecting.MAIN, ratios=((4, 2), (1, 1), (2, 2))))
+    return model
 
 
 def test_a_paged_store_is_what_concatenation_is():
@@ -145,6 +158,32 @@ def test_blocks_and_sharing_by_hand():
     assert pool.report().used == 0  # a context that nobody refers to gives its blocks back by itself
 
 
+@pytest.mark.parametrize("make", [merging, keeping])
+def test_a_deep_copy_is_a_fork(make):
+    """As a saved prompt is reused with transformers: `copy.deepcopy` of its cache, for each question."""
+    model, pool = make(), KVPool(1000, block_size=4)
+    document, question = prompts(40, 6)
+    context = model.compress(document, pool=pool)
+    used, expected = pool.report().used, model.generate(question, context=context, **GREEDY)
+    copied = copy.deepcopy(context)
+    assert copied.model is model
+    assert (pool.report().used, pool.report().shared) == (used, used)
+    assert torch.equal(model.generate(question, context=copied, **GREEDY), expected)
+    whole = torch.cat((document, question), dim=1)
+    answer = model.generate(whole, past_key_values=copy.deepcopy(context.cache), **GREEDY)
+    assert torch.equal(answer[:, 40:], expected)
+    context.free()
+    assert torch.equal(model.generate(question, context=copied, **GREEDY), expected)
+    with pytest.raises(VariatorError, match="its save"):
+        pickle.dumps(copied.cache)
+    copied.free()
+    del answer
+    gc.collect()
+    assert pool.report().used == 0
+    together = copy.deepcopy((model, model.compress(document)))
+    assert together[1].model is together[0]
+
+
 def test_double_free_and_use_after_free():
     model, pool = make_variator("llama", MIXED), KVPool(100)
     for context in (model.compress(prompts(30)[0], pool=pool), model.compress(prompts(30)[0])):
@@ -198,17 +237,6 @@ def test_a_pool_holds_one_shape():
     context.free()
     with pytest.raises(VariatorError, match="at least one block"):
         KVPool(0)
-
-
-def merging() -> VariatorModel:
-    return make_variator("llama", MIXED, num_hidden_layers=2)
-
-
-def keeping() -> VariatorModel:
-    """With a plugin whose heads form other classes."""
-    model = selecting.make("llama")
-    selecting.add(model, "swapped", dict(selecting.MAIN, ratios=((4, 2), (1, 1), (2, 2))))
-    return model
 
 
 @pytest.mark.parametrize("make", [merging, keeping])
