@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from llm_variator import cli
 from llm_variator.baselines import make_student
-from llm_variator.cli import REQUIRED, flag, flags
+from llm_variator.cli import REQUIRED, flag, flags, spelled
 from llm_variator.cli.values import PositiveInt, Share
 from llm_variator.config import CONFIG_FILE, VariatorConfig
 from llm_variator.errors import VariatorError
@@ -47,12 +47,16 @@ PAPER_TOKENS, PAPER_KEEP = 512, 0.25
 class Encoders:
     """Encoders: what T5 and BERT are compared with."""
 
-    answer: PositiveInt = flag(2, "tokens that T5's decoder reads")
-    keep: Share = flag(PAPER_KEEP, "token pruning's share per FFN")
+    answer: PositiveInt | None = flag(None, "tokens that T5's decoder reads (default: 2)")
+    keep: Share | None = flag(None, "token pruning's share per FFN (default: 0.25)")
     student_ffn: Share | None = flag(
         None, "inner width of the student's FFNs (default: 0.25; with --student-layers: 1)", metavar="SHARE"
     )
     student_layers: tuple[PositiveInt, ...] = flag((), "of its encoder and decoder", metavar="N")
+
+    def encoder_flags_given(self) -> list[str]:
+        """The flags of this group (with their dashes) that the user or the recipe gave."""
+        return [spelled(field.name) for field in dataclasses.fields(Encoders) if getattr(self, field.name)]
 
     def __post_init__(self) -> None:
         if len(self.student_layers) > 2:
@@ -97,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures: dict[str, Any] = {"model": settings.model, "config": config.to_dict()}
     figures["parameters"] = {"model": whole, "plugin": parameters(model.plugin())}
     if model.is_decoder:
+        if given := settings.encoder_flags_given():
+            raise VariatorError(
+                f"{', '.join(given)}: for T5 and BERT alone; what a decoder keeps of keys is for --k and --k-per-head"
+            )
         stack = Stack.of(base.config)
         rows = {
             n: (prefill(stack, n), prefill(stack, n, config)) for n in settings.tokens or [512, 2048, 8192]
@@ -126,14 +134,15 @@ def _encoder(
     shape, small = EncoderShape.of(base.config), EncoderShape.of(student.config)
     counts = figures["parameters"]
     counts |= {"dense": counts["model"], "token pruning": counts["model"], "student": parameters(student)}
-    answer = settings.answer if shape.decoder_layers else 0
-    figures |= {"answer": answer, "keep": settings.keep, "prompts": {}}
+    answer = (settings.answer or 2) if shape.decoder_layers else 0
+    keep = settings.keep or PAPER_KEEP
+    figures |= {"answer": answer, "keep": keep, "prompts": {}}
     paper = _papers_costs(settings.model) if _is_papers(settings, config) else {}
     for n in settings.tokens or [PAPER_TOKENS]:
         costs = {
             "dense": encoding(shape, n, answer=answer),
             "plugin": encoding(shape, n, answer=answer, plugin=config),
-            "token pruning": encoding(shape, n, answer=answer, keep=settings.keep),
+            "token pruning": encoding(shape, n, answer=answer, keep=keep),
             "student": encoding(small, n, answer=answer),
         }
         dense = costs["dense"]
@@ -166,7 +175,7 @@ def _is_papers(settings: Settings, config: VariatorConfig) -> bool:
     ours = dataclasses.replace(config, base=None)
     papers = dataclasses.replace(VariatorConfig(k=4), dense_head=0, dense_tail=0)
     student = not settings.student_layers and settings.student_ffn in (None, PAPER_KEEP)
-    return ours == papers and settings.keep == PAPER_KEEP and student
+    return ours == papers and settings.keep in (None, PAPER_KEEP) and student
 
 
 def _print_encoder(

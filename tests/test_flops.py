@@ -56,6 +56,11 @@ def test_the_papers_figures_stand_beside_its_own_settings_only(flags, capsys):
         (["--model", "llama-7b", "--k", "2", "--plugin", "nowhere"], "leave out --k"),
         (["--model", "llama-7b", "--layers", "40"], "has 32 layers"),
         (["--model", "t5-base", "--keep", "2"], "--keep: expected a share above 0, at most 1, got '2'"),
+        (
+            ["--model", "llama-7b", "--sites", "kv", "--compressor", "kv=select", "--keep", "0.4"],
+            "--keep: for T5",
+        ),
+        (["--model", "llama-7b", "--answer", "9", "--student-ffn", "1"], "--answer, --student-ffn: for T5"),
         (["--model", "bert-base", "--student-layers", "6", "6"], "no decoder"),
         (["--model", "t5-base", "--student-layers", "6", "6", "6"], "one number for the encoder"),
         (

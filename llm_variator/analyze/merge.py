@@ -14,14 +14,12 @@ from rich.progress import track
 from torch import Tensor
 
 from llm_variator.analyze.activations import read
-from llm_variator.analyze.observe import Observer, drift
+from llm_variator.analyze.observe import Observer, drift, merged_span
 from llm_variator.analyze.settings import Reading
 from llm_variator.analyze.token_losses import by_category, token_losses
 from llm_variator.cli import REQUIRED, flag
 from llm_variator.cli.values import Natural, PositiveInt
 from llm_variator.config import VariatorConfig
-from llm_variator.engine.groups import split
-from llm_variator.engine.plugin import CompressionPlugin
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.probe import open_probe
 from llm_variator.evaluate.sensitivity import WORK, measure_layers
@@ -64,6 +62,8 @@ def run(settings: Settings) -> dict[str, Any]:
             "merge"
         )
     context, batch_size = settings.context, settings.batch_size
+    if not merged_span(model, context):
+        raise VariatorError(f"--context {context} holds no group that {settings.plugin} merges: give more")
     length = context + (settings.continuation if model.is_decoder else 0)
     windows = settings.stretches(tokenizer, length)
     prompts = windows[:, :context]
@@ -81,7 +81,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if model.is_decoder:
         losses = token_losses(model, windows, context, batch_size)
         figures["tokens"] = by_category(
-            losses, windows, context, _merged(model.plugin(), context), lambda ids: str(tokenizer.decode(ids))
+            losses, windows, context, merged_span(model, context), lambda ids: str(tokenizer.decode(ids))
         )
         if settings.sensitivity_windows:
             figures["sensitivity"] = sensitivity(
@@ -149,12 +149,6 @@ def sensitivity(
             harms = measure_layers(probe, template, site, [k])
             found[site] = {"k": k, "divergence": [each.get(k) for each in harms]}
     return found
-
-
-def _merged(plugin: CompressionPlugin, context: int) -> range:
-    """Positions of a prompt that some layer merges."""
-    part = split(context, min(site.k for site in plugin.sites.values()), *plugin.config.ends)
-    return range(part.head, context - part.tail)
 
 
 def _print(figures: Mapping[str, Any]) -> None:

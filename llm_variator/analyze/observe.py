@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_variator.analyze.activations import read
+from llm_variator.engine.groups import split
 from llm_variator.engine.hooks import architecture_of, host_of
 from llm_variator.model import VariatorModel
 
@@ -66,6 +67,7 @@ class Observer:
         self.wins: dict[tuple[str, int], Moments] = {}
         self.restored: dict[int, Moments] = {}
         self.copied: dict[int, Moments] = {}
+        self._whole: dict[tuple[str, int], Tensor | None] = {}
         base = host_of(model.base)
         architecture = architecture_of(base)
         self.blocks = list(architecture.blocks(base))
@@ -86,13 +88,15 @@ class Observer:
 
     def _merged(self, site: str, layer: int) -> Any:
         def hook(module: Any, args: tuple[Tensor, Tensor | None], _output: Tensor) -> None:
-            groups, members = args
-            if members is not None and not bool(members.all()):
-                return  # a short last group has other positions
-            weights = module.weights(groups).float().flatten(0, -2)  # (groups, k)
-            self.weights.setdefault((site, layer), Moments()).add(weights)
-            last = weights[:, -1:] > weights[:, :-1].max(-1, keepdim=True).values
-            self.wins.setdefault((site, layer), Moments()).add(last)
+            groups, members = (
+                args  # (..., k, d); a short group has other positions, and zeros in place of tokens
+            )
+            whole = None if members is None else members.expand(groups.shape[:-1]).all(-1)
+            self._whole[site, layer] = whole
+            if len(weights := _of(whole, module.weights(groups).float())):
+                self.weights.setdefault((site, layer), Moments()).add(weights)
+                last = weights[:, -1:] > weights[:, :-1].max(-1, keepdim=True).values
+                self.wins.setdefault((site, layer), Moments()).add(last)
 
         return hook
 
@@ -102,12 +106,25 @@ class Observer:
             true = groups
             for part in self._ffn[layer]:
                 true = part.forward(true)  # past the hooks: the frozen FFN on every token
-            k = groups.shape[-2]
             for sums, ours in ((self.restored, output), (self.copied, merged.unsqueeze(-2))):
-                error = relative_error(ours.float(), true.float())
-                sums.setdefault(layer, Moments()).add(error.reshape(-1, k))
+                error = _of(self._whole["ffn", layer], relative_error(ours.float(), true.float()))
+                if len(error):
+                    sums.setdefault(layer, Moments()).add(error)
 
         return hook
+
+
+def _of(whole: Tensor | None, x: Tensor) -> Tensor:
+    """(groups, k) of x (..., k), of the whole groups alone."""
+    return x.flatten(0, -2) if whole is None else x[whole]
+
+
+def merged_span(model: VariatorModel, tokens: int) -> range:
+    """Positions of a prompt of `tokens` that some layer merges; empty where it holds no group."""
+    plugin = model.plugin()
+    k = min(site.k for site in plugin.sites.values())
+    part = split(tokens, k, plugin.plan.head, plugin.plan.tail, ragged=not model.is_decoder)
+    return range(part.head, tokens - part.tail)
 
 
 @torch.inference_mode()
@@ -124,10 +141,8 @@ def drift(model: VariatorModel, windows: Tensor, batch_size: int) -> dict[str, l
     Returns:
         Per layer, for the tokens inside the first and last dense part (`dense`) and for those in groups (`merged`).
     """
-    config = model.plugin().config
     observer = Observer(model)
-    head, tail = config.ends
-    inner = slice(head, windows.shape[1] - tail)
+    span = merged_span(model, windows.shape[1])
     sums: dict[str, list[Moments]] = {
         name: [Moments() for _ in observer.blocks] for name in ("merged", "dense")
     }
@@ -137,10 +152,9 @@ def drift(model: VariatorModel, windows: Tensor, batch_size: int) -> dict[str, l
         ours = _states(model, observer.blocks, batch)
         for layer, (own, dense) in enumerate(zip(ours, true, strict=True)):
             error = relative_error(own, dense)
-            sums["merged"][layer].add(error[:, inner].reshape(-1, 1))
-            edges = torch.cat((error[:, :head], error[:, windows.shape[1] - tail :]), dim=1)
-            if edges.numel():
-                sums["dense"][layer].add(edges.reshape(-1, 1))
+            sums["merged"][layer].add(error[:, span.start : span.stop].reshape(-1, 1))
+            edges = torch.cat((error[:, : span.start], error[:, span.stop :]), dim=1)
+            sums["dense"][layer].add(edges.reshape(-1, 1))
     return {
         name: [each.mean[0] for each in layers]
         for name, layers in sums.items()

@@ -6,6 +6,7 @@ written down: k repeated outputs, one matrix product over 2d columns. Same weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,8 @@ from llm_variator.measures.timing import Case, bar, ratio, timed
 class Compare(Settings):
     """The plugin's arithmetic, fused and plain.
 
-    One FFN at the model's width, a prompt of whole groups. of dense: over the dense FFN's time in the same repetition.
-    Rows named plain: the equations with concatenation and repetition, same weights.
+    One FFN at the model's width, a prompt of whole groups of every ratio. of dense: over the dense FFN's time in the
+    same repetition. Rows named plain: the equations with concatenation and repetition, same weights.
     """
 
     plugins: tuple[str, ...] = ("ffn:2", "ffn:4", "ffn:8")
@@ -43,6 +44,12 @@ class Compare(Settings):
                 raise VariatorError(
                     f"bench compare times how groups are merged, and {spec} merges none: leave it out"
                 )
+            if spec.sites != ("ffn",):
+                raise VariatorError(f"bench compare times one FFN: give ffn:{spec.k} in place of {spec}")
+        if min(self.tokens) < (least := math.lcm(*(spec.k for spec in self.measured()))):
+            raise VariatorError(
+                f"--tokens {min(self.tokens)} hold no whole groups of all ratios: give {least} or more"
+            )
 
 
 class PlainLayers(nn.Module):
@@ -85,12 +92,11 @@ def rows(setting: Setting[Compare]) -> list[dict[str, Any]]:
     found = []
     total = (1 + 4 * len(ratios)) * len(settings.tokens) * (settings.repetitions + 1)
     with bar(total, "compare") as advance, torch.inference_mode():
-        for tokens in settings.tokens:
-            cases: dict[str, Case] = {}
+        for asked in settings.tokens:
+            tokens = asked - asked % math.lcm(*ratios)
+            x = torch.randn(1, tokens, dim, generator=setting.generator).to(setting.device, base.dtype)
+            cases = {DENSE: _case(ffn, x)}
             for k in ratios:
-                n = tokens - tokens % k
-                x = torch.randn(1, n, dim, generator=setting.generator).to(setting.device, base.dtype)
-                cases.setdefault(DENSE, _case(ffn, x))
                 cases |= _ways(setting, k, dim, ffn, x)
             seconds = setting.interleaved(cases, advance)
             for name in cases:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from llm_variator.bench.reading import random_cache
 from llm_variator.bench.setting import DENSE, Batches, Setting, Settings
 from llm_variator.cli import flag
 from llm_variator.cli.values import PositiveInt
-from llm_variator.measures.timing import bar, wait
+from llm_variator.measures.timing import CLOCKS, bar, wait
 
 _NAME = 100
 """Characters of a kernel's name: those of templates have thousands."""
@@ -49,7 +48,7 @@ def rows(setting: Setting[Profile]) -> list[dict[str, Any]]:
             for name in names:
                 for kind, run in _passes(setting, name, tokens, batch).items():
                     with setting.using(name)():
-                        table = _profiled(run, setting.device, settings.kernels, settings.repetitions)
+                        table = _profiled(run, setting.device, settings)
                     where = {"case": f"{name}, {kind}", "tokens": tokens, "batch": batch}
                     found += [where | row for row in table]
                     advance()
@@ -67,15 +66,15 @@ def _passes(setting: Setting[Profile], name: str, tokens: int, batch: int) -> di
     }
 
 
-def _profiled(run: Callable[[], object], device: str, most: int, repetitions: int) -> list[dict[str, Any]]:
+def _profiled(run: Callable[[], object], device: str, settings: Profile) -> list[dict[str, Any]]:
     """The kernels of one pass, those that take longest first, after as many passes without the profiler."""
-    seconds = []
-    for _ in range(1 + repetitions):
+    now, seconds = CLOCKS[settings.clock], []
+    for _ in range(1 + settings.repetitions):
         wait(device)
-        started = time.perf_counter()
+        started = now()
         run()
         wait(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
     gpu = torch.device(device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities, acc_events=True) as found:
@@ -87,7 +86,7 @@ def _profiled(run: Callable[[], object], device: str, most: int, repetitions: in
         for event in found.key_averages()
         if event.device_type == kind and not event.is_user_annotation
     ]
-    return table(times, sorted(seconds[1:])[len(seconds[1:]) // 2], most)
+    return table(times, sorted(seconds[1:])[len(seconds[1:]) // 2], settings.kernels)
 
 
 def table(times: list[tuple[str, float, int]], seconds: float, most: int) -> list[dict[str, Any]]:

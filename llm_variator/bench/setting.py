@@ -155,6 +155,11 @@ class Settings(flags.Stored, flags.BaseModel):
         """What `--plugins` says; raises VariatorError where it says nothing."""
         return [plugin(text) for text in self.plugins]
 
+    def one_plugin(self) -> None:
+        """For benchmarks of one plugin: raises VariatorError where `--plugins` names more."""
+        if len(self.plugins) > 1:
+            raise VariatorError(f"bench {self.command()} takes one plugin, not {' '.join(self.plugins)}")
+
     @classmethod
     def command(cls) -> str:
         """The benchmark's name."""

@@ -29,6 +29,10 @@ class Swap(Settings):
     plugins: tuple[str, ...] = ("ffn,kv:2",)
     tokens: tuple[PositiveInt, ...] = (1, 512)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_plugin()
+
 
 def rows(setting: Setting[Swap]) -> list[dict[str, Any]]:
     """Forward passes of the bare base and of the base with plugins switched off; loading; choosing."""

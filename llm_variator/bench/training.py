@@ -35,9 +35,13 @@ class Train(Batches, Plotted, Settings):
     gradients, and Adam.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_plugin()
+
 
 def train_rows(setting: Setting[Train]) -> list[dict[str, Any]]:
-    """A step of distillation by the first plugin, and its parts."""
+    """A step of distillation by the plugin, and its parts."""
     settings = setting.settings
     name = setting.names[0]
     total = 4 * len(settings.tokens) * len(settings.batch_sizes) * (settings.repetitions + 1)

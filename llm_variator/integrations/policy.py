@@ -100,9 +100,18 @@ class LoadPolicy:
             target_seconds=target_seconds, release=release, hold_seconds=hold_seconds, free_kv=free_kv,
             utilisation=utilisation, window_seconds=window_seconds,
         )  # fmt: skip
-        for name, value in numbers.items():
+        positive: dict[str, float] = (
+            {} if tokens_per_second is None else {"tokens_per_second": tokens_per_second}
+        )
+        for what, given in (("cost", costs), ("share", shares)):
+            positive |= {f"the {what} of {k}": value for k, value in (given or {}).items()}
+        for name, value in {**numbers, **positive}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise VariatorError(f"a load policy needs a number for {name}, got {value!r}")
+        if small := [name for name, value in positive.items() if value <= 0]:
+            raise VariatorError(
+                f"a load policy needs a number above 0 for {small[0]}, got {positive[small[0]]!r}"
+            )
         if target_seconds <= 0 or window_seconds <= 0 or hold_seconds < 0 or not 0 <= free_kv <= 1:
             raise VariatorError(
                 "a load policy needs target_seconds > 0, window_seconds > 0, hold_seconds >= 0, 0 <= free_kv <= 1"

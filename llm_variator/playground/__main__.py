@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llm_variator import cli
-from llm_variator.cli import flag, flags
+from llm_variator.cli import flag, flags, spelled
 from llm_variator.cli.values import OutputFile, Port, PositiveInt
 from llm_variator.errors import VariatorError
 from llm_variator.generate import encode, parse_plugins, read_prompt
@@ -34,18 +35,18 @@ class Export:
     prompt: str | None = flag(None, "the prompt itself", metavar="TEXT")
     prompt_file: str | None = flag(None, "text, Markdown or PDF; - is stdin", metavar="FILE")
     chat: bool = flag(False, "wrap the prompt in the model's chat template")
-    repetitions: PositiveInt = flag(5, "timings of the first token, interleaved")
+    repetitions: PositiveInt | None = flag(None, "timings of the first token, interleaved (default: 5)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
     """The live page."""
 
-    host: str = flag(
-        "127.0.0.1", "where to listen: by default this machine alone can reach it", metavar="ADDRESS"
+    host: str | None = flag(
+        None, "where to listen (default: 127.0.0.1, which this machine alone can reach)", metavar="ADDRESS"
     )
     port: Port | None = flag(None, "default: the first free one from 7860")
-    upload_megabytes: PositiveInt = flag(300, "the largest file that is taken")
+    upload_megabytes: PositiveInt | None = flag(None, "the largest file that is taken (default: 300)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,12 @@ class Settings(flags.BaseModel, Serving, Export):
     max_new_tokens: PositiveInt = flag(128, "tokens of an answer")
 
     def __post_init__(self) -> None:
-        if self.export is None and (self.prompt is not None or self.prompt_file is not None or self.chat):
+        mode, other = ("the live page", Export) if self.export is None else ("--export", Serving)
+        surplus = [field for field in dataclasses.fields(other) if getattr(self, field.name) != field.default]
+        if surplus:
+            given = ", ".join(spelled(field.name) for field in surplus)
             raise VariatorError(
-                "--prompt, --prompt-file and --chat are for --export: the live page asks for them"
+                f"{mode} does without {given}: leave it out{', or add --export' * (other is Export)}"
             )
 
     def plugins(self) -> dict[str, str]:
@@ -109,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         conditions = ", ".join(["dense", *playground.model.plugins])
         blocks = page.build(playground, f"{settings.model}: {conditions}")
         address = page.launch(
-            blocks, host=settings.host, port=settings.port, upload_megabytes=settings.upload_megabytes
+            blocks,
+            host=settings.host or "127.0.0.1",
+            port=settings.port,
+            upload_megabytes=settings.upload_megabytes or 300,
         )
         print(f"{address} (end with Ctrl+C)", flush=True)
         blocks.block_thread()
@@ -126,7 +133,7 @@ def _export(settings: Settings, file: Path, argv: Sequence[str]) -> None:
     command = scrub_paths(f"python -m llm_variator.playground {shlex.join(argv)}")
     rows = export(
         file, model, tokenizer, ids, name=settings.model, command=command,
-        max_new_tokens=settings.max_new_tokens, repetitions=settings.repetitions,
+        max_new_tokens=settings.max_new_tokens, repetitions=settings.repetitions or 5,
     )  # fmt: skip
     print_comparison(rows, ids.shape[1], settings.max_new_tokens)
     print(f"{file}: {file.stat().st_size / 1e3:,.0f} kB")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -202,6 +203,11 @@ class Playground:
                 )
         else:
             text = str(self.tokenizer.decode(context.input_ids[0], skip_special_tokens=True))
+            if not text or not torch.equal(encode(text, self.tokenizer).ids, context.input_ids.cpu()):
+                raise VariatorError(
+                    f"{file.name} was not read from a text alone, and no other plugin could read the same: the "
+                    "playground takes files of one document"
+                )
         return Document(text, context.messages is not None, {context.plugin: context})
 
     def _with_costs(self, panel: Panel, context: CompressedContext, seconds: float | None) -> Panel:

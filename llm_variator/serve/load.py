@@ -65,6 +65,17 @@ class Load(flags.Stored, Plugins):
         metavar="FILE",
     )
 
+    def __post_init__(self) -> None:
+        if self.peak <= FIRST_RATE:
+            raise VariatorError(
+                f"--peak is where arrivals rise to from {FIRST_RATE:g}: give more, not {self.peak:g}"
+            )
+        given = {"--policy": self.policy, "--log": self.log}
+        if self.url and (surplus := [name for name, value in given.items() if value is not None]):
+            raise VariatorError(
+                f"{', '.join(surplus)}: of a server that is started; the one at --url runs already, leave out either"
+            )
+
 
 class Answer(NamedTuple):
     """What became of one request."""
@@ -82,6 +93,10 @@ class Answer(NamedTuple):
 
 def measure_load(settings: Load, plugins: dict[str, str], server_flags: list[str]) -> dict[str, Any]:
     """Send the same rising arrivals for each of `settings.choices`, to `settings.url` or to a server of our own."""
+    if settings.url and server_flags:
+        raise VariatorError(
+            f"{' '.join(server_flags)}: of a server that is started; the one at --url runs already, leave out either"
+        )
     earlier, shared = [_read(path) for path in settings.earlier], _shared(settings, server_flags)
     for figures in earlier:
         if differs := [name for name, value in shared.items() if figures["settings"].get(name) != value]:

@@ -25,6 +25,7 @@ from llm_variator import cli
 from llm_variator.cli import flag, flags
 from llm_variator.cli.values import PositiveInt
 from llm_variator.config import CONFIG_FILE, VariatorConfig
+from llm_variator.errors import VariatorError
 from llm_variator.integrations.vllm.rows import ratio_of
 from llm_variator.measures.operations import Stack, prefill
 from llm_variator.measures.results import write_result
@@ -78,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; raises VariatorError for wrong input."""
     started = time.perf_counter()
     settings, server_flags = read(argv), split(argv)[1]
+    if server_flags and not isinstance(settings, Load):
+        raise VariatorError(
+            f"{' '.join(server_flags)}: words after -- are a server's, which load alone starts"
+        )
     with tempfile.TemporaryDirectory() as folder:
         plugins = make_plugins(settings, folder)
         match settings:

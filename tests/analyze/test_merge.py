@@ -14,7 +14,7 @@ from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.analyze import token_losses as module
 from llm_variator.analyze.__main__ import main
 from llm_variator.analyze.merge import observed
-from llm_variator.analyze.observe import Moments, drift
+from llm_variator.analyze.observe import Moments, Observer, drift
 from llm_variator.analyze.token_losses import (
     FAR,
     NEAR,
@@ -78,6 +78,44 @@ def test_reconstruction_against_a_plain_computation():
         copied = ((g.unsqueeze(2) - true).norm(dim=-1) / true.norm(dim=-1)).mean().item()
     assert found["restored"] == pytest.approx(error, rel=1e-4)
     assert found["copied"] == pytest.approx(copied, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+@torch.inference_mode()
+def test_a_short_last_group_counts_nowhere(kind):
+    """Computed from the whole groups alone; the sixteenth token would be one of a group with two zeros."""
+    model = make_variator(kind, VariatorConfig(k=3, sites=("ffn",), r=4, dense_head=0, dense_tail=0))
+    groups, errors = [], []
+    for own in model.plugin().sites.values():
+        own.compressor.register_forward_hook(lambda own, args, out: groups.append((own, args[0][:, :5])))
+        own.decompressor.register_forward_hook(lambda own, args, out: errors.append(out[:, :5]))
+    found = observed(model, ids(1, 16), batch_size=1)
+    for (_, layer), (compressor, whole), restored in zip(model.plugin().sites, groups, errors, strict=True):
+        mean = compressor.weights(whole).mean((0, 1)).tolist()
+        weights, reconstruction = (
+            found["weights"]["ffn"][str(layer)],
+            found["reconstruction"][str(layer)],
+        )
+        assert weights["mean"] == pytest.approx(mean, rel=1e-4)
+        assert weights["groups"] == 5
+        true = whole
+        for part in Observer(model)._ffn[layer]:
+            true = part.forward(true)
+        error = ((restored - true).norm(dim=-1) / true.norm(dim=-1)).mean().item()
+        assert reconstruction["restored"] == pytest.approx(error, rel=1e-4)
+
+
+def test_tokens_that_fill_no_group_are_dense():
+    """A decoder's tail takes the seven that are left of 23 in groups of eight."""
+    model = make_variator("llama", VariatorConfig(k=8, sites=("ffn",), r=4, dense_head=4, dense_tail=16))
+    tokens, outputs = ids(1, 43), []
+    for active in ("default", None):
+        with torch.no_grad(), model.use_plugin(active):
+            outputs.append(model(tokens, output_hidden_states=True, prompt_length=43).hidden_states[1])
+    error = ((outputs[0] - outputs[1]).norm(dim=-1) / outputs[1].norm(dim=-1))[0]
+    found = drift(model, tokens, 1)
+    assert found["merged"][0] == pytest.approx(error[4:20].mean().item(), rel=1e-3)
+    assert found["dense"][0] == pytest.approx(0, abs=1e-6)
 
 
 def test_identity_plugin_drifts_nowhere():
@@ -181,6 +219,9 @@ def test_command(tmp_path, capsys):
     assert sum(row["tokens"] for row in figures["tokens"]["by_origin"]) == 2 * 16
     assert len(figures["drift"]["merged"]) == 3
     assert "restored" in capsys.readouterr().out
+    flags[flags.index("48")] = "5"
+    with pytest.raises(VariatorError, match="--context 5 holds no group"):
+        main(["merge", "--model", str(tmp_path / "model"), "--plugin", str(tmp_path / "plugin"), *flags])
 
 
 def kept(folder, **more) -> str:

@@ -23,7 +23,7 @@ from llm_variator.bench.training import ADAM_BYTES, NF4_BITS, STEP, Memory, _tra
 from llm_variator.engine.cache import KVCacheReport
 from llm_variator.engine.layers import HiddenCompressor, HiddenDecompressor
 from llm_variator.engine.plugin import weights_digest
-from llm_variator.measures.timing import Case, Spread, interleaved, ratio, timed
+from llm_variator.measures.timing import CLOCKS, Case, Spread, interleaved, ratio, timed
 from llm_variator.sources.models import load_config, load_model
 
 TINY = ["--random-init", "--device", "cpu", "--repetitions", "2", "--threads", "1"]
@@ -368,6 +368,12 @@ def test_plot(tmp_path, command):
         *(([c, "--plugins", "kept:0.3"], "leave it out") for c in ("memory", "compare")),
         (["memory", "--plugins", "runs/k2"], "leave it out"),
         (["compare", "--plugins", "runs/k2"], "give SITES:K in place of k2"),
+        *(
+            ([c, "--plugins", "ffn:2", "ffn:8"], "takes one plugin, not ffn:2 ffn:8")
+            for c in ("train", "swap")
+        ),
+        (["compare", "--plugins", "kv:2"], "give ffn:2 in place of kv k=2"),
+        (["compare", "--tokens", "20", "--plugins", "ffn:3", "ffn:8"], "give 24 or more"),
         (["prefill", "--plugins", "./nowhere"], "nowhere"),
         (["prefill", "--plugins", "smollm2-135m/k2", "runs/k2"], "two plugins are called 'k2'"),
         (["prefill", "--plugins", "smollm2-135m/k2", "--dense-tail", "3"], "leave out --dense-tail"),
@@ -400,6 +406,17 @@ def test_a_saved_plugin_is_measured_as_it_is(tmp_path):
     measured = setting("--plugins", f"it-is={tmp_path / 'mine'}").model.plugin("it-is").state_dict()
     for name, value in made.plugin("a").state_dict().items():
         assert torch.equal(measured[name], value), name
+
+
+def test_profile_times_by_the_clock_that_is_asked_for(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(
+        CLOCKS, "cpu", lambda: calls.append(0) or float(len(calls))
+    )  # each pass takes a second
+    flags = ["profile", "--model", "tiny-llama", "--plugins", "ffn:2", "--tokens", "8", "--clock", "cpu"]
+    for row in figures(tmp_path, *flags)["rows"]:
+        if row["kernel"] == BUSY:
+            assert row["of_busy"] == pytest.approx(1e3 / row["ms"])
 
 
 @pytest.mark.parametrize("command", ["decode", "swap", "profile", "train"])

@@ -136,6 +136,11 @@ def test_a_slow_first_pass_does_not_count():
         dict(window_seconds=0),
         dict(utilisation=0),
         dict(hold_seconds="x"),
+        dict(tokens_per_second="3000"),
+        dict(tokens_per_second=0),
+        dict(costs={2: 0.6, 4: float("nan")}),
+        dict(shares={2: True}),
+        dict(shares={2: -0.5}),
         dict(target_seconds=float("nan")),
     ],
 )

@@ -100,6 +100,20 @@ def test_refused_settings(plugins):
     with pytest.raises(VariatorError, match="cannot be imported"):
         read({"k2": plugins(2)}, policy={"class": "llm_variator.integrations.policy:Missing"})
     assert read({"k2": plugins(2)}, policy={"class": "collections:Counter"}).make_policy() == {2: 1}
+    with pytest.raises(VariatorError, match="serve some, or leave the policy out"):
+        read({}, policy={"target_seconds": 1})
+    with pytest.raises(VariatorError, match="costs of 4, which is not served; 2 are"):
+        read({"k2": plugins(2)}, policy={"costs": {"k4": 0.5}})
+    with pytest.raises(VariatorError, match="shares are numbers by ratio"):
+        read({"k2": plugins(2)}, policy={"shares": 0.5})
+
+
+@pytest.mark.parametrize("name", ["2", "k2", 2])
+def test_costs_of_a_policy_go_before_those_that_are_reckoned(plugins, name):
+    """The keys of JSON are texts."""
+    found = read({"k2": plugins(2), "k4": plugins(4)}, policy={"costs": {name: 0.9}})
+    assert found.make_policy().costs == {0: 1.0, 2: 0.9, 4: found.costs[4]}
+    assert found.make_policy().shares == {0: 1.0, **found.shares}
 
 
 def parallel(**changes):

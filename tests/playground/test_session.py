@@ -231,6 +231,16 @@ def test_a_saved_conversation_is_refused(tmp_path):
         playground.load(tmp_path / "talk.safetensors")
 
 
+def test_a_saved_context_of_more_than_its_text_is_refused(tmp_path):
+    """What stands beside it would read less than it did."""
+    playground = make_playground()
+    ids = playground.tokenizer(TEXT)["input_ids"]
+    special = playground.tokenizer.all_special_ids[0]
+    playground.model.compress([*ids[:50], special, *ids[50:]]).save(tmp_path / "more.safetensors")
+    with pytest.raises(VariatorError, match=r"more\.safetensors was not read from a text alone"):
+        playground.load(tmp_path / "more.safetensors")
+
+
 def test_a_file_that_is_none_is_named(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no context")
     with pytest.raises(VariatorError, match=r"x\.safetensors"):
@@ -337,6 +347,25 @@ def test_the_export_says_what_compare_says(tmp_path):
     data = json.loads(re.search(r'id="views">(.*?)</script>', page)[1])
     assert "".join(data["pieces"]) == TEXT
     assert [view["plugin"] for view in data["views"]] == ["none", "keep", "ffn"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--prompt", "a", "--chat"],
+            "the live page does without --prompt, --chat: leave it out, or add --export",
+        ),
+        (["--repetitions", "3"], "the live page does without --repetitions"),
+        (
+            ["--export", "x.html", "--prompt", "a", "--port", "80"],
+            "--export does without --port: leave it out$",
+        ),
+    ],
+)
+def test_flags_of_the_other_mode_are_refused(words, message):
+    with pytest.raises(VariatorError, match=message):
+        run_playground(words)
 
 
 def test_the_export_command_writes_what_the_compare_command_prints(tmp_path, capsys):

@@ -21,7 +21,7 @@ from llm_variator.serve.load import (
     measure_load,
     quantile,
 )
-from llm_variator.serve.measure import Prefill, read
+from llm_variator.serve.measure import Prefill, main, read
 from llm_variator.serve.prompts import QUESTIONS, Asked, prompts_from
 from llm_variator.sources.models import load_tokenizer
 
@@ -65,6 +65,26 @@ def test_settings_from_flags_and_a_recipe(tmp_path):
         read(["load", "--choices", "0", "two"])
     with pytest.raises(VariatorError, match="--requests"):
         read(["prefill", "--requests", "3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["load", "--peak", "0.1"], "--peak is where arrivals rise to from 0.1: give more, not 0.1"),
+        (
+            ["load", "--url", "http://a", "--policy", "{}", "--log", "f"],
+            "--policy, --log: of a server that is started",
+        ),
+        (
+            ["load", "--url", "http://a", "--", "--enforce-eager"],
+            "--enforce-eager: of a server that is started",
+        ),
+        (["prefill", "--", "--enforce-eager"], "--enforce-eager: words after -- are a server's"),
+    ],
+)
+def test_flags_that_nothing_would_read(words, message):
+    with pytest.raises(VariatorError, match=message):
+        main(words)
 
 
 def test_earlier_runs_with_other_settings_are_refused_before_a_server_starts(tmp_path):

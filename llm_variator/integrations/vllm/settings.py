@@ -102,6 +102,8 @@ class Settings:
         settings = cls(plugins, default, values.get("policy", {}), costs, shares)
         if plugins:
             settings.make_policy()
+        elif settings.policy:
+            raise VariatorError("a policy chooses among plugins: serve some, or leave the policy out")
         return settings
 
     @property
@@ -155,7 +157,8 @@ class Settings:
         path = options.pop("class", None)
         made: Any = LoadPolicy
         if path is None:
-            options = {"costs": self.costs, "shares": self.shares} | options
+            for what, own in (("costs", self.costs), ("shares", self.shares)):
+                options[what] = {**own, **self._by_ratio(what, options.get(what, {}))}
         else:
             module, _, name = str(path).partition(":")
             try:
@@ -168,6 +171,19 @@ class Settings:
             return made(self.gentlest_first, **options)
         except TypeError as error:
             raise VariatorError(f"policy: {error}") from None
+
+    def _by_ratio(self, what: str, given: Any) -> dict[Ratio, Any]:
+        """`{"k2": 0.6}` or `{"2": 0.6}` -> {2: 0.6}: JSON has no numbers for keys."""
+        if not isinstance(given, Mapping):
+            raise VariatorError(f'policy: {what} are numbers by ratio, as in {{"k2": 0.6}}, not {given!r}')
+        found = {
+            int(name) if str(name).isdecimal() else ratio_of(str(name)): number
+            for name, number in given.items()
+        }
+        if unknown := [k for k in found if k and k not in self.plugins]:
+            served = ", ".join(map(str, self.plugins))
+            raise VariatorError(f"policy: {what} of {unknown[0]}, which is not served; {served} are")
+        return found
 
     def check_engine(self, vllm_config: Any) -> None:
         """Refuse engine settings with which compression would be wrong or silently absent.
