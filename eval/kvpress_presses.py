@@ -77,7 +77,8 @@ def main() -> None:
     ways = [way for name in args.presses for way in ways_of(name, args.entries, args.kvzap, args.window)]
     check_presses(model, ways, tasks)
 
-    result = begun(args.output, tasks["digest"], [way.label for way in ways])
+    kvzap = kvzap_settings(args.kvzap, args.window) if "KVzap" in args.presses else None
+    result = begun(args.output, tasks["digest"], [way.label for way in ways], kvzap)
     for part in measure(model, ways, tasks, args.batch_size, result["conditions"][0]):
         for condition, found in zip(result["conditions"], part, strict=True):
             condition["texts"] += found.get("texts", [])
@@ -85,17 +86,25 @@ def main() -> None:
         args.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
-def begun(path: Path, digest: str, labels: list[str]) -> dict[str, Any]:
+def kvzap_settings(folder: Path, window: int) -> str:
+    """What of KVzap its label does not say: its fit, by the contents of its files, and its window."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    fit = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    return f"{fit}, window {window}"
+
+
+def begun(path: Path, digest: str, labels: list[str], kvzap: str | None) -> dict[str, Any]:
     """What a run that was stopped has measured of the same tasks with the same presses; else nothing yet."""
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
     if path.is_file():
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        same = before["digest"] == digest and before["versions"] == versions
+        same = before["digest"] == digest and before["versions"] == versions and before.get("kvzap") == kvzap
         if same and [one["label"] for one in before["conditions"]] == labels:
             return before
     return {
         "digest": digest,
         "versions": versions,
+        "kvzap": kvzap,
         "conditions": [{"label": label, "texts": [], "answers": {}} for label in labels],
     }
 

@@ -93,6 +93,9 @@ def read_external(
         raise VariatorError(
             f"{path} was measured on other windows or questions: --export again with these flags, and measure again"
         )
+    places = quiz.asked.keys() if quiz else ()
+    if any(len(one.texts) < len(texts) or not one.answers.keys() >= set(places) for one in found):
+        raise VariatorError(f"{path} is of a run that was stopped: run it again, it goes on where it was")
     return found
 
 

@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -33,6 +34,7 @@ DEFAULT_MODEL = "smollm2-135m"
 _OURS = ("plugin", "k", "keep", "data_dir", "compare", "prompt_tokens", "repetitions")
 _PLUGIN = ("plugin", "k", "keep")
 """Those of a run with one plugin."""
+_WRONG_ARGUMENT = re.compile("unexpected keyword argument|missing .* required")
 _POSITIVE, _NATURAL = get_args(PositiveInt)[1], get_args(Natural)[1]
 
 
@@ -155,6 +157,10 @@ def run(settings: Settings, argv: Sequence[str]) -> None:
             _run(settings)
     except VariatorError:
         raise
+    except TypeError as error:
+        if not _WRONG_ARGUMENT.search(str(error)):
+            raise
+        raise VariatorError(f"--model_args: {error}") from error
     except (OSError, ValueError, KeyError) as error:  # how lm-eval, datasets and transformers say no
         reason = (str(error).strip().strip("'\"") or type(error).__name__).splitlines()[0]
         mend = (
@@ -168,8 +174,15 @@ def run(settings: Settings, argv: Sequence[str]) -> None:
 def _comparison(settings: Settings, entries: str) -> table.Comparison:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    theirs = settings.theirs
-    model = theirs["model"] or DEFAULT_MODEL
+    theirs, arguments = _flags_and_arguments(settings.theirs)
+    kind = theirs["model"] if theirs["model"] in _model_types() else None
+    if kind is not None and not kind.startswith("variator"):
+        raise VariatorError(
+            f"--compare is of models of ours: leave --model {kind} out, hf is one of its columns"
+        )
+    model = _base_of(theirs, arguments) or DEFAULT_MODEL
+    if surplus := [name for name in ("log_samples", "predict_only") if theirs.get(name)]:
+        raise VariatorError(f"--compare stores figures, no samples: leave out --{' and --'.join(surplus)}")
     parsed = table.parse_entries(entries, model)
     if theirs["use_cache"]:
         raise VariatorError(
@@ -183,7 +196,7 @@ def _comparison(settings: Settings, entries: str) -> table.Comparison:
             raise VariatorError(f"--output_path: {error}") from None
     elif output:
         raise VariatorError(f"--output_path {output}: with --compare give a file that ends in .json")
-    arguments = {**(theirs["model_args"] or {}), "pretrained": model}
+    arguments["pretrained"] = model
     return table.Comparison(
         model=model,
         entries=parsed,
@@ -195,20 +208,14 @@ def _comparison(settings: Settings, entries: str) -> table.Comparison:
 
 
 def _run(settings: Settings) -> None:
-    import lm_eval.models  # noqa: F401  (fills the registry)
     from lm_eval._cli.run import Run
-    from lm_eval.api.registry import model_registry
     from lm_eval.utils import setup_logging
 
-    import llm_variator.integrations.harness  # noqa: F401  (registers our model types)
-
     setup_logging()
-    theirs, arguments = dict(settings.theirs), dict(settings.theirs["model_args"] or {})
-    model = theirs["model"]
-    if model is None and "pretrained" in arguments:
-        model = "variator"
-    elif model is None or model not in model_registry:
-        arguments["pretrained"] = model or DEFAULT_MODEL
+    theirs, arguments = _flags_and_arguments(settings.theirs)
+    model, base = theirs["model"], _base_of(theirs, arguments)
+    if model is None or model not in _model_types():
+        arguments["pretrained"] = base or DEFAULT_MODEL
         model = model_type(arguments["pretrained"])
     given = {name: getattr(settings, name) for name in _PLUGIN}
     given = {name: value for name, value in given.items() if value is not None}
@@ -218,6 +225,41 @@ def _run(settings: Settings) -> None:
     if theirs["use_cache"]:
         theirs["use_cache"] = cache_file(theirs["use_cache"], model, arguments)
     Run._execute(_for_lm_eval(theirs, model, arguments))
+
+
+def _model_types() -> Container[str]:
+    """Those that lm-eval knows, ours among them."""
+    import lm_eval.models  # noqa: F401  (fills the registry)
+    from lm_eval.api.registry import model_registry
+
+    import llm_variator.integrations.harness  # noqa: F401  (registers our model types)
+
+    known: Container[str] = model_registry
+    return known
+
+
+def _flags_and_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """lm-eval's flags and the arguments of the model, of which some are flags as well."""
+    flags, arguments = dict(given), dict(given["model_args"] or {})
+    for name in ("batch_size", "max_batch_size", "device"):
+        if name in arguments:
+            value = arguments.pop(name)
+            if flags.get(name) is not None and str(flags[name]) != str(value):
+                raise VariatorError(
+                    f"--{name} {flags[name]} and {name}={value} in --model_args: leave one out"
+                )
+            flags[name] = value
+    return flags, arguments
+
+
+def _base_of(flags: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
+    """The base model, by --model where that is no model type, or by its argument `pretrained`."""
+    named, base = flags["model"], arguments.get("pretrained")
+    if named is None or named in _model_types():
+        return base
+    if base not in (None, named):
+        raise VariatorError(f"--model {named} and pretrained={base} are two models: leave one out")
+    return str(named)
 
 
 def _for_lm_eval(theirs: Mapping[str, Any], model: str, arguments: Mapping[str, Any]) -> argparse.Namespace:

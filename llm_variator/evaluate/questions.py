@@ -23,6 +23,7 @@ from llm_variator.sources.corpora import (
     tokenize,
 )
 from llm_variator.sources.tasks import Example, load_examples
+from llm_variator.sources.tasks.forms import following
 
 ARTICLES = "squad-articles"
 """The name of SQuAD's development articles as a source of text."""
@@ -152,13 +153,9 @@ def encode_question(
     cut = text.rindex(f"\nQuestion: {example.inputs['question']}") if hidden else len(text)
     return Question(
         list(tokenizer(text[:cut], add_special_tokens=form != "chat", verbose=False)["input_ids"]),
-        _encode(tokenizer, text[cut:]),
-        _encode(tokenizer, answer),
+        following(tokenizer, text[:cut], text[cut:]) if hidden else [],
+        following(tokenizer, text, answer),
     )
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
 
 def _written(

@@ -52,6 +52,8 @@ def _parse_entry(part: str, model: str) -> Entry:
     label, given, value = part.partition("=")
     if part in (DENSE, HF):
         return Entry(part)
+    if label in (DENSE, HF):
+        raise VariatorError(f"--compare {part!r}: {label} is a column of its own; give another label")
     if given and value.isdecimal():
         if int(value) < 1:
             raise VariatorError(f"--compare {part!r}: the ratio must be at least 1")
@@ -241,7 +243,11 @@ def agreement(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict
         for label, run in runs.items():
             own = _answers(run, task)
             pairs = list(zip(own, reference, strict=True))
-            gaps = [abs(ours[0] - theirs[0]) for ours, theirs in pairs if not isinstance(ours, str)]
+            gaps = [
+                abs(ours[0] - theirs[0])
+                for ours, theirs in pairs
+                if isinstance(ours, tuple) and isinstance(ours[0], float)
+            ]
             table[task][label] = {
                 "answers": len(own),
                 "equal": sum(ours == theirs for ours, theirs in pairs),

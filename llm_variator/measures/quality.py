@@ -39,7 +39,7 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is read, asked and right, as token ids tokenised apart."""
+    """What is read, asked and right, as token ids."""
 
     prompt: list[int]
     """Read in the condition that is measured."""

@@ -143,6 +143,20 @@ def test_side_by_side_for_t5(data, t5_folder, tmp_path):
     assert found["prefill"][0]["kv_bytes"] is None
 
 
+@pytest.mark.parametrize("kind", [[], ["--model", "variator"]])
+def test_the_base_and_its_batches_may_be_arguments_of_the_model(data, tmp_path, kind):
+    line = ["harness", *kind, "--tasks", "variator_sst2", "--data-dir", data, "--limit", "3"]
+    line += ["--model_args", f"pretrained={model_folder()},batch_size=3,device=cpu"]
+    main([*line, "--compare", "none", "--repetitions", "0", "--output_path", str(tmp_path / "t.json")])
+    figures = json.loads((tmp_path / "t.json").read_text())["figures"]
+    assert Path(figures["model"]).name == Path(model_folder()).name
+    assert figures["batch_size"] == 3
+    main([*line, "--output_path", str(tmp_path / "one")])
+    (results,) = (tmp_path / "one").rglob("results_*.json")
+    config = json.loads(results.read_text())["config"]
+    assert (config["batch_size"], config["model_args"]["pretrained"]) == (3, model_folder())
+
+
 def test_nothing_timed(data, tmp_path):
     main(words(data, "--compare", "none", "--output_path", str(tmp_path / "t.json"), "--repetitions", "0"))
     assert json.loads((tmp_path / "t.json").read_text())["figures"]["prefill"] == []
@@ -217,6 +231,13 @@ def test_a_cache_belongs_to_base_plugin_and_ratio(tmp_path):
             ["--compare", "none", "--output_path", f"{__file__}/t.json"],
             "--output_path: expected a file that can be",
         ),
+        (["--compare", "none,none=2"], "none is a column of its own; give another label"),
+        (["--compare", "none", "--log_samples"], "no samples: leave out --log_samples"),
+        (["--compare", "none", "--model", "hf"], "hf is one of its columns"),
+        (["--model_args", "pretrained=other"], "and pretrained=other are two models"),
+        (["--compare", "none", "--model_args", "pretrained=other"], "and pretrained=other are two models"),
+        (["--model_args", "device=cuda"], "--device cpu and device=cuda in --model_args: leave one out"),
+        (["--model_args", "plugn=x"], "unexpected keyword argument 'plugn'"),
         (["--plugin", "nowhere"], "nowhere"),
         (["--k", "0"], "--k: expected a whole number"),
         (["--use_cache", "c", "--plugin", "nowhere"], "nowhere"),
@@ -268,7 +289,9 @@ def test_agreement_counts():
     assert (found["b"]["equal"], found["b"]["answers"], found["b"]["largest_difference"]) == (1, 2, 0.5)
     wholes = agreement({"a": run(-9.0, -8.0), "b": run(-9.0, -8.25)})["t"]  # log-likelihoods of whole texts
     assert (wholes["b"]["equal"], wholes["b"]["largest_difference"]) == (1, 0.25)
-    texts = agreement({"a": run("x", "y"), "b": run("x", "z")})["t"]
+    lists = agreement({"a": run(["x"], ["y"]), "b": run(["x"], ["z"])})["t"]  # of humaneval's filter
+    assert (lists["b"]["equal"], lists["b"]["largest_difference"]) == (1, None)
+    texts = agreement({"a": run("x", ""), "b": run("x", "z")})["t"]
     assert (texts["b"]["equal"], texts["b"]["largest_difference"]) == (1, None)
 
 

@@ -15,13 +15,15 @@ import datasets.config
 import lm_eval.evaluator
 import lm_eval.tasks
 import pyarrow
+import torch
 from lm_eval.tasks import TaskManager
 from pyarrow import parquet
+from transformers import LogitsProcessor
 
 from llm_variator import VariatorError
 from llm_variator.evaluate.harness import TASKS
-from llm_variator.integrations.harness import VariatorLM
-from llm_variator.sources.models import byte_tokenizer
+from llm_variator.integrations.harness import VariatorLM, VariatorSeq2SeqLM
+from llm_variator.sources.models import byte_tokenizer, load_tokenizer
 from llm_variator.sources.tasks import TASKS as TABLE
 from llm_variator.sources.tasks import load_examples
 
@@ -98,6 +100,28 @@ def test_the_right_answer_scores(data):
     row = squad.eval_docs[0]
     assert squad.process_results(row, ["the answer 0."]) == {"exact_match": 1.0, "f1": 1.0}
     assert squad.process_results(row, ["wrong"]) == {"exact_match": 0.0, "f1": 0.0}
+
+
+def test_an_answer_of_t5_ends_where_training_ends_it(data, flan_t5_small):
+    """A fine-tuned T5 writes <extra_id_1> behind its answer, no </s>, and decoding drops the one it wrote."""
+    ends = load_tokenizer(flan_t5_small).convert_tokens_to_ids(["<extra_id_1>", "</s>"])
+    (task,) = load("variator_t5_squad", data_dir=str(data)).values()
+    task.build_all_requests(rank=0, world_size=1)
+    assert all(request.args[1]["eos_token_id"] == ends for request in task.instances)
+    written = iter(
+        [*load_tokenizer(flan_t5_small)("Rome", add_special_tokens=False)["input_ids"], ends[0]] + [1234] * 99
+    )
+
+    class Rigged(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            forced = torch.full_like(scores, -1e9)
+            forced[:, next(written)] = 0
+            return forced
+
+    model = VariatorSeq2SeqLM(str(flan_t5_small), batch_size=3, device="cpu")
+    generate = model.model.generate
+    model.model.generate = lambda *args, **more: generate(*args, logits_processor=[Rigged()], **more)
+    assert model.generate_until(task.instances, disable_tqdm=True) == ["Rome"] * 3
 
 
 def test_rows_say_where_they_come_from(data):

@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 import torch
 from conftest import make_decoder, make_encoder, randomise
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import Unigram
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.sources.models import byte_tokenizer
 from llm_variator.sources.tasks import TASKS, Example, Origin, forms, label_from_log_likelihoods
-from llm_variator.sources.tasks.forms import IGNORED, fitted, form_for, predict_all
+from llm_variator.sources.tasks.forms import IGNORED, fitted, following, form_for, predict_all
 
 T5, BERT, LLAMA = (byte_tokenizer(kind) for kind in ("t5", "bert", "llama"))
 ORIGIN = Origin("made up", 4, 4, official=False)
@@ -120,6 +122,42 @@ def test_long_input_loses_its_end_and_the_template_stays():
     assert fitted(short, lambda item: len(item.prompt), 10_000) is short
     with pytest.raises(VariatorError, match="does not fit in 20 tokens; raise --max-length"):
         fitted(long, lambda item: len(item.prompt), 20)
+
+
+def test_of_two_long_inputs_both_lose_their_ends():
+    both = example("mrpc", "x" * 600, "y" * 500)
+    short = fitted(both, lambda item: len(item.prompt), 512)
+    assert 511 <= len(short.prompt) <= 512
+    assert len(short.inputs["sentence1"]) == len(short.inputs["sentence2"])
+    uneven = fitted(example("mrpc", "x" * 600, "y" * 50), lambda item: len(item.prompt), 512)
+    assert uneven.inputs["sentence2"] == "y" * 50
+
+
+@pytest.fixture(scope="module")
+def spaced() -> PreTrainedTokenizerFast:
+    """As LLaMA's first two: a space before every text, and words that begin with theirs."""
+    words = ["<unk>", "▁", "▁Answer", ":", "▁Yes", "▁No", "\n", "▁a", "▁Ann", "▁ab", "▁b"]
+    made = Tokenizer(Unigram([(word, -1.0) for word in words], unk_id=0))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+def test_what_follows_a_prompt_has_the_tokens_that_it_has_there(spaced):
+    read = spaced.convert_ids_to_tokens
+    assert read(spaced(" Yes")["input_ids"]) == ["▁", "▁Yes"]
+    assert read(following(spaced, "Answer:", " Yes")) == ["▁Yes"]
+    assert read(following(spaced, "a", "b")) == ["▁b"]  # not the end of "▁ab"
+    assert following(LLAMA, "Answer:", " Yes") == LLAMA(" Yes")["input_ids"]
+    form = form_for(llama_model(), TASKS["squad"], spaced)
+    labels = form.collate([example("squad", "a", "a", answer="Ann")])["labels"][0]
+    assert read(labels[labels != IGNORED].tolist()) == ["▁Ann", "\n"]
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_head_of_other_labels_is_refused(labels):
+    model = make_encoder("bert", AutoModelForSequenceClassification, vocab_size=384, num_labels=labels)
+    with pytest.raises(VariatorError, match=f"has {labels} labels, sst2 2: fine-tune it first"):
+        form_for(model, TASKS["sst2"], BERT)
 
 
 # --- predictions

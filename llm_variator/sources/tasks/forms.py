@@ -58,6 +58,11 @@ def form_for(
     if model.config.is_encoder_decoder:
         return Seq2SeqForm(task, tokenizer, max_length, start=model.config.decoder_start_token_id)
     if type(model).__name__.endswith("ForSequenceClassification"):
+        if task.answers and model.config.num_labels != len(task.answers):
+            raise VariatorError(
+                f"{type(model).__name__} has {model.config.num_labels} labels, {task.name} {len(task.answers)}: "
+                f"fine-tune it first, by --stage finetune --task {task.name}"
+            )
         return ClassifierForm(task, tokenizer, max_length)
     if not model.can_generate():
         raise VariatorError(
@@ -167,9 +172,7 @@ class DecoderForm:
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Prompt and answer in one row, padded on the right; `prompt_length` (rows,) is the prompt's."""
         prompts = self._prompts(examples)
-        answers = self.tokenizer(
-            [f"{example.continuation}\n" for example in examples], add_special_tokens=False
-        )["input_ids"]
+        answers = [self._answer(f"{example.continuation}\n") for example in examples]
         pairs = list(zip(prompts, answers, strict=True))
         return {
             "input_ids": _padded([prompt + answer for prompt, answer in pairs], self._pad),
@@ -183,10 +186,7 @@ class DecoderForm:
         device = _device(model)
         prompts = self._prompts(examples)
         if self.task.answers:
-            answers = [
-                self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-                for text in self.task.answers
-            ]
+            answers = [self._answer(f" {text}") for text in self.task.answers]
             return _likeliest(self.task, answers, lambda prefix: self._logits_after(model, prompts, prefix))
         width = max(map(len, prompts))
         rows = [[self._pad] * (width - len(prompt)) + prompt for prompt in prompts]
@@ -220,6 +220,10 @@ class DecoderForm:
         return torch.stack(
             [row[start : start + 1 + len(prefix)] for row, start in zip(logits, starts, strict=True)]
         )
+
+    def _answer(self, text: str) -> list[int]:
+        end = self.task.decoder_template.rpartition("\n")[2]  # with which every prompt ends
+        return following(self.tokenizer, end, text)
 
     def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
         texts = [fitted(example, self._length, self.max_length).decoder_prompt for example in examples]
@@ -266,20 +270,19 @@ class ClassifierForm:
 
 
 def fitted(example: Example, length: Callable[[Example], int], limit: int) -> Example:
-    """The example with its longest input cut at the end until `length` is at most `limit`.
+    """The example with its inputs cut at the end, to a length that the longest have in common, until it fits.
 
     Raises:
-        VariatorError: the prompt is too long even with that input empty.
+        VariatorError: the prompt is longer than `limit` even with all inputs empty.
     """
-    over = length(example) - limit
-    if over <= 0:
+    if length(example) <= limit:
         return example
-    name, text = max(example.inputs.items(), key=lambda item: len(item[1]))
 
     def cut(size: int) -> Example:
-        return dataclasses.replace(example, inputs={**example.inputs, name: text[:size]})
+        inputs = {name: text[:size] for name, text in example.inputs.items()}
+        return dataclasses.replace(example, inputs=inputs)
 
-    kept, least = len(text), 0  # the most characters that fit, by bisection
+    kept, least = max(map(len, example.inputs.values())), 0  # the most characters that fit, by bisection
     if length(cut(0)) > limit:
         raise VariatorError(
             f"task {example.task.name!r}: its prompt does not fit in {limit} tokens; raise --max-length"
@@ -288,6 +291,21 @@ def fitted(example: Example, length: Callable[[Example], int], limit: int) -> Ex
         middle = (kept + least) // 2
         least, kept = (middle, kept) if length(cut(middle)) <= limit else (least, middle)
     return cut(least)
+
+
+def following(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+    """The tokens of `text` as they are behind `before`.
+
+    LLaMA's tokenizer begins every text by a space: " Yes" alone is another one than behind "Answer:". Where the two are
+    joined in a token, `text` has those that it has alone.
+    """
+    first, whole = (
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        for part in (before, before + text)
+    )
+    if whole[: len(first)] == first:
+        return list(whole[len(first) :])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def takes_prompt_length(model: Any) -> bool:
