@@ -51,6 +51,7 @@ from llm_variator.engine.prompts import (
     setting,
     turned,
     uncompiled,
+    without_padding,
 )
 from llm_variator.engine.session import Session, answered, broken, outside, scope
 from llm_variator.engine.trainable import TrainableHolder
@@ -237,9 +238,11 @@ class VariatorModel(TrainableHolder):
         if inputs is not None:
             kwargs["input_ids"] = inputs
         given = kwargs.get("input_ids")
-        plain = isinstance(given, (list, tuple, str)) or (isinstance(given, Tensor) and given.ndim == 1)
+        plain = isinstance(given, (list, tuple, str, Mapping)) or (
+            isinstance(given, Tensor) and given.ndim == 1
+        )
         if context is None and plain:
-            prompt = encode(kwargs["input_ids"], mask=kwargs.get("attention_mask"))
+            prompt = encode(given, kwargs.get("tokenizer"), mask=kwargs.get("attention_mask"))
             device = input_device(self._host)
             kwargs |= {"input_ids": prompt.ids.to(device), "attention_mask": prompt.mask.to(device)}
         if context is not None:
@@ -260,7 +263,7 @@ class VariatorModel(TrainableHolder):
         if self._architecture.decoder:
             check_generation(self._host, plugin, kwargs)
             if past := cache.get_seq_length() if cache is not None else 0:
-                refuse_reading_twice(self._host, kwargs)
+                refuse_reading_twice(self._host, kwargs, past)
                 kwargs = turned(kwargs, past)
             else:
                 kwargs = normalised(self._host, kwargs)
@@ -322,7 +325,7 @@ class VariatorModel(TrainableHolder):
                 seen = new.new_zeros(len(new), after.tokens - new.shape[1], new.shape[2])
                 kwargs["inputs_embeds"] = torch.cat((seen, new), dim=1)
             else:
-                kwargs["input_ids"] = after.input_ids
+                kwargs["input_ids"] = without_padding(after.input_ids, after.attention_mask)
             kwargs = read_ahead(self.base, self._host, plugin, kwargs, forked=True)
             output = self._generate(plugin, kwargs)
         whole = output if isinstance(output, Tensor) else output.sequences

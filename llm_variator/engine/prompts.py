@@ -68,10 +68,16 @@ def check_generation(
         )
 
 
-def refuse_reading_twice(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
-    """Raise where generate is to go on from a cache that it is not to use: it would read all tokens once more."""
+def refuse_reading_twice(host: PreTrainedModel, kwargs: Mapping[str, Any], past: int = 0) -> None:
+    """Raise where generate would read once more what a cache of `past` tokens holds, or take a question for that."""
     if setting(host, kwargs, "use_cache") is False:
         raise VariatorError("going on from a context or a cache needs it: give use_cache=True")
+    ids = kwargs.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim == 2 and 0 < ids.shape[1] <= past:
+        raise VariatorError(
+            f"the cache holds {past} tokens and {ids.shape[1]} are given: give the whole sequence, those of the cache "
+            "first and some behind them; or compress the prompt, and ask with context="
+        )
 
 
 def drafts(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
@@ -159,6 +165,12 @@ def normalised(host: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any
             ready["position_ids"] = padding_first(positions, fits)
         kwargs |= {name: value for name, value in ready.items() if kwargs.get(name) is not None}
     return kwargs
+
+
+def without_padding(ids: Tensor, mask: Tensor) -> Tensor:
+    """The ids with a row's own first token where `mask` is 0: a penalty of repetition counts all that it sees."""
+    first = mask.bool().int().argmax(dim=1, keepdim=True)
+    return torch.where(mask.bool(), ids, ids.gather(1, first.to(ids.device)))
 
 
 def turned(given: Mapping[str, Any], past: int) -> dict[str, Any]:

@@ -335,3 +335,55 @@ def test_columns_of_a_decoder_and_of_answers_reach_the_model(tmp_path):
     given = dict(input_ids=ids(12), decoder_input_ids=ids(4), labels=ids(4, seed=1))
     other = given | {"decoder_input_ids": ids(4, seed=2)}
     assert model(**given).loss != model(**other).loss
+
+
+# --- turns of several plugins, and prompts that a cache holds
+
+
+def test_a_dense_turn_before_anything_ages_keeps_its_keys():
+    """Keys of the first layer depend on tokens and places alone: none of the dense turn's may be written over."""
+    config = dict(k=2, sites=("kv",), compressor="mean", decompressor="copy", dense_head=0, dense_tail=2)
+    model = VariatorModel(make_decoder("llama"), VariatorConfig(**config, decode_block=4)).eval()
+    tokens = ids(17)
+    with torch.no_grad():
+        with model.disable_plugin():
+            keys = model(tokens, use_cache=True).past_key_values.layers[0].keys[0]
+        cache = model(tokens[:, :3], prompt_length=0, use_cache=True).past_key_values
+        with model.disable_plugin():
+            model(tokens[:, 3:9], past_key_values=cache, use_cache=True)
+        for place in range(9, 17):
+            model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
+    held = cache.layers[0].keys[0] if hasattr(cache.layers[0], "keys") else cache.layers[0].store.keys[0]
+    torch.testing.assert_close(held[:, :9], keys[:, :9])
+
+
+def test_a_cache_that_holds_the_whole_prompt_is_not_read_over(model):
+    prompt = ids(20)
+    cache = cache_of(model(prompt, use_cache=True))
+    for given in (prompt, ids(5, seed=1)):
+        with pytest.raises(
+            VariatorError, match=r"holds 20 tokens and (20|5) are given: give the whole sequence"
+        ):
+            model.generate(given, past_key_values=cache, **GREEDY)
+
+
+def test_what_a_tokenizer_gives_needs_no_stars(model):
+    from llm_variator.sources.models import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    wide = wrap(base=make_decoder("llama", vocab_size=len(tokenizer)), **MERGES)
+    given = tokenizer("a prompt of some length", return_tensors="pt")
+    expected = wide.generate(**given, **GREEDY)
+    assert torch.equal(wide.generate(given, **GREEDY), expected)
+    assert torch.equal(wide.generate("a prompt of some length", tokenizer=tokenizer, **GREEDY), expected)
+
+
+def test_padding_between_a_context_and_a_question_is_no_repeated_token(model):
+    context = model.compress(ids(20))
+    long, short = ids(9, seed=1)[0].tolist(), ids(4, seed=2)[0].tolist()
+    options = dict(
+        GREEDY, max_new_tokens=1, repetition_penalty=5.0, output_scores=True, return_dict_in_generate=True
+    )
+    both = model.generate([long, short], context=context, **options).scores[0]
+    alone = model.generate([short], context=context, **options).scores[0]
+    torch.testing.assert_close(both[1], alone[0])

@@ -22,10 +22,13 @@ from llm_variator.errors import VariatorError
 
 
 def is_compressed(cache: Any) -> bool:
-    """Whether some layer of `cache` holds fewer entries than tokens, or some that only fill up a row."""
+    """Whether some layer of `cache` holds fewer entries than tokens, fillers of a row, or entries to merge later."""
     return any(
         isinstance(layer, SelectedLayer)
-        or (isinstance(layer, CompressedLayer) and (layer.entries != layer.tokens or layer.has_fillers))
+        or (
+            isinstance(layer, CompressedLayer)
+            and (layer.entries != layer.tokens or layer.has_fillers or layer.recent is not None)
+        )
         for layer in getattr(cache, "layers", ())
     )
 
