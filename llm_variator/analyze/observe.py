@@ -88,9 +88,8 @@ class Observer:
 
     def _merged(self, site: str, layer: int) -> Any:
         def hook(module: Any, args: tuple[Tensor, Tensor | None], _output: Tensor) -> None:
-            groups, members = (
-                args  # (..., k, d); a short group has other positions, and zeros in place of tokens
-            )
+            # (..., k, d); a short group has other positions, and zeros in place of tokens
+            groups, members = args
             whole = None if members is None else members.expand(groups.shape[:-1]).all(-1)
             self._whole[site, layer] = whole
             if len(weights := _of(whole, module.weights(groups).float())):
