@@ -50,12 +50,26 @@ def rescale(model):
             module.scaling["a"] *= 2
 
 
+@torch.no_grad()
+def train_a_step(model, of):
+    next(weights for name, weights in model.base.named_parameters() if of in name).add_(0.01)
+
+
+def take_weights(model):
+    model.base.load_state_dict(
+        {name: value + 0.01 for name, value in model.base.state_dict().items()}, assign=True
+    )
+
+
 CHANGES = {
     "another adapter": (lambda m: m.base.set_adapter("b"), "adapters"),
     "adapters off": (lambda m: m.base.base_model.disable_adapter_layers(), "adapters"),
     "rescaled": (rescale, "adapters"),
     "another number format": (lambda m: m.bfloat16(), "number format"),
     "another setting": (lambda m: setattr(m.base.config, "rms_norm_eps", 0.1), "settings"),
+    "a trained base": (lambda m: train_a_step(m, "up_proj.weight"), "weights"),
+    "a trained adapter": (lambda m: train_a_step(m, "lora_B.a"), "weights"),
+    "loaded weights": (take_weights, "weights"),
 }
 
 
@@ -72,10 +86,15 @@ def test_a_context_of_another_function_is_refused(adapted, change, tmp_path):
     for use in (
         lambda: adapted.generate(question, context=context, **GREEDY),
         lambda: context.fork().extend(question),
+        lambda: copy.deepcopy(context),
+        lambda: context.save(tmp_path / "another.safetensors"),
     ):
         with pytest.raises(VariatorError, match=rf"other {what} of the base model|has changed since"):
             use()
-    with pytest.raises(VariatorError, match=rf"other {what} of the base model|was made in torch.float32"):
+    assert not (tmp_path / "another.safetensors").exists()
+    with pytest.raises(
+        VariatorError, match=rf"other {what} of the base model|was made in torch.float32|has other weights"
+    ):
         CompressedContext.load(tmp_path / "context.safetensors", adapted)
 
 
@@ -85,6 +104,9 @@ def test_what_does_not_change_the_function_is_no_reason_to_refuse():
     expected = model.generate(question, context=context, **GREEDY)
     model.base.config.use_cache = False
     model.base.config.eos_token_id = 5
+    model.base._apply(torch.clone)  # what moving to another device does
+    other, twin = copy.deepcopy((model, context))
+    assert torch.equal(other.generate(question, context=twin, use_cache=True, **GREEDY), expected)
     assert torch.equal(model.generate(question, context=context, use_cache=True, **GREEDY), expected)
 
 

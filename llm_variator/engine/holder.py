@@ -109,6 +109,12 @@ class PluginHolder(nn.Module):
         self._handles.clear()
         delattr(self._host, ATTACHED)
 
+    def __del__(self) -> None:
+        # Dropped without `unload`, nobody could call it any more. The base stays frozen: somebody may have gone on
+        # with it before garbage is collected.
+        if self.__dict__.get("_handles"):
+            self._detach()
+
     def __getstate__(self) -> dict[str, Any]:
         # for copy.deepcopy and pickle: hooks belong to their modules, the copy gets its own
         return {**self.__dict__, "_handles": [], "_compiled_call_impl": None}
@@ -116,6 +122,12 @@ class PluginHolder(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._attach()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise VariatorError(
+            "nn.DataParallel copies a model without its hooks: start one process per GPU (torchrun), or make one GPU "
+            "visible (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def add_plugin(self, name: str, config: VariatorConfig) -> CompressionPlugin:
         """Add a new, untrained plugin (fp32 weights) without activating it."""

@@ -304,6 +304,20 @@ def test_unloaded_twice(model):
         model.unload()
 
 
+@pytest.mark.parametrize("config", [MERGES, KEEPS])
+def test_dropped_without_unload(config):
+    base = make_decoder("llama")
+    wrap(base=base, **config)(ids(20))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    again = wrap(base=base, **config)
+    assert torch.equal(again(ids(20)).logits, wrap(**config)(ids(20)).logits)
+
+
+def test_copies_for_data_parallel_would_be_dense(model):
+    with pytest.raises(VariatorError, match="one process per GPU"):
+        model._replicate_for_data_parallel()  # what nn.DataParallel calls
+
+
 def test_plain_base_may_generate_anything(model):
     with model.disable_plugin():
         assert model.generate(ids(20), custom_generate=lambda *args, **kwargs: (1, 2), **GREEDY) == (1, 2)

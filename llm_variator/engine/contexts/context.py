@@ -28,7 +28,7 @@ from llm_variator.engine.cache.paging import KVPool
 from llm_variator.engine.cache.quantised import Quantised
 from llm_variator.engine.cache.stores import KVStore, SharedStore, whole
 from llm_variator.engine.contexts import files
-from llm_variator.engine.contexts.fingerprints import check_function, plugin_fingerprint
+from llm_variator.engine.contexts.fingerprints import check_function, function_state, plugin_fingerprint
 from llm_variator.engine.contexts.host import Host
 from llm_variator.engine.contexts.inputs import (
     Chat,
@@ -151,8 +151,9 @@ class CompressedContext:
         return dataclasses.replace(self, cache=fork(self._alive()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedContext:
-        cache = copy.deepcopy(self._alive(), memo)
-        return dataclasses.replace(self, model=memo.get(id(self.model), self.model), cache=cache)
+        check_function(self.model.base, self.function, "the context")
+        cache, model = copy.deepcopy(self._alive(), memo), memo.get(id(self.model), self.model)
+        return dataclasses.replace(self, model=model, cache=cache, function=function_state(model.base))
 
     def quantised(self, bits: int = 4) -> CompressedContext:
         """This context with keys and values in 4 or 8 bits, in memory and in files; what comes after is dense.

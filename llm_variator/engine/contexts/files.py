@@ -25,7 +25,9 @@ from llm_variator.engine.cache.recent import Recent
 from llm_variator.engine.cache.selected import HeadClass
 from llm_variator.engine.cache.stores import KVStore, Part, SharedStore, whole
 from llm_variator.engine.contexts.fingerprints import (
+    WEIGHTS,
     check_function,
+    function_state,
     model_fingerprint,
     plugin_fingerprint,
     tokenizer_fingerprint,
@@ -70,6 +72,7 @@ class Kept(Protocol):
 
 def save(context: Kept, path: Path) -> None:
     """Write `context` to `path`, whole or not at all."""
+    check_function(context.model.base, context.function, "the context")
     tensors = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
     layers: list[dict[str, Any]] = []
     for index, layer in enumerate(context.cache.layers):
@@ -202,7 +205,7 @@ def _fields(
         "input_ids": tensors["input_ids"].to(input_device(model.base)),
         "attention_mask": tensors["attention_mask"].to(input_device(model.base)),
         "cache": cache,
-        "function": facts["belongs_to"]["base"]["function"],
+        "function": function_state(model.base),
         "messages": facts["messages"],
         "chat_template_kwargs": template_options(facts.get("chat_template_kwargs")),
     }
@@ -291,7 +294,7 @@ def _owners(context: Kept) -> dict[str, Any]:
             "name": model.signature.name,
             "dtype": str(model.base.dtype),
             "fingerprint": model_fingerprint(model.base),
-            "function": dict(context.function),
+            "function": {name: value for name, value in context.function.items() if name != WEIGHTS},
         },
         "plugin": None
         if context.plugin is None

@@ -18,6 +18,9 @@ _known: WeakKeyDictionary[nn.Module, tuple[Any, str]] = (
     WeakKeyDictionary()
 )  # with the state it was computed in
 
+WEIGHTS = "weights"
+"""Of `function_state`: what means nothing in another process, where `model_fingerprint` takes its place."""
+
 # Settings of a model's configuration that do not enter its forward pass.
 _IDLE = {
     "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "dtype",
@@ -58,7 +61,7 @@ def _tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def function_state(base: Any) -> dict[str, str]:
-    """What decides the function that a model computes beside its tensors: adapters in use, settings."""
+    """What decides the function that a model computes: adapters in use, settings, and in this process its weights."""
     adapters = []
     for name, module in base.named_modules():
         if isinstance(module.__dict__.get("scaling"), dict):  # a layer of PEFT's
@@ -66,7 +69,14 @@ def function_state(base: Any) -> dict[str, str]:
             scales = {one: module.scaling.get(one) for one in used}
             adapters.append([name, scales, sorted(map(str, getattr(module, "merged_adapters", ())))])
     config = {name: value for name, value in base.config.to_dict().items() if name not in _IDLE}
-    return {"adapters": _digest(adapters), "settings": _digest(config), "number format": str(base.dtype)}
+    # not where they lie, so that a model may move; a parameter on disk (meta) is another object after every pass
+    weights = [(id(p), 0 if p.is_inference() else p._version) for p in base.parameters() if not p.is_meta]
+    return {
+        "adapters": _digest(adapters),
+        "settings": _digest(config),
+        "number format": str(base.dtype),
+        WEIGHTS: _digest(weights),
+    }
 
 
 def check_function(base: Any, made: Mapping[str, str], what: str) -> None:
