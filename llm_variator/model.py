@@ -476,7 +476,12 @@ class VariatorModel(TrainableHolder):
 
     def uncompile(self) -> None:
         """Undo `compile`."""
-        self._host.base_model._compiled_call_impl = None
+        if isinstance(self._host.base_model._compiled_call_impl, CompiledStack):
+            self._host.base_model._compiled_call_impl = None
+
+    def _detach(self) -> None:
+        self.uncompile()
+        super()._detach()
 
     # --- files
 
@@ -503,12 +508,6 @@ class VariatorModel(TrainableHolder):
         with tempfile.TemporaryDirectory() as folder:
             plugin.save(folder, card=plugin.card(source=repo_id))
             return upload(Path(folder), repo_id, private=private)
-
-    def unload(self) -> PreTrainedModel:
-        """Detach every hook and give the base model back as it was; this object is of no use afterwards."""
-        if self.is_decoder:
-            self.uncompile()
-        return super().unload()
 
 
 # transformers' pipelines log an error for every class that they have not heard of; this is their list of wrappers.

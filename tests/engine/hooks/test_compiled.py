@@ -10,7 +10,7 @@ import torch
 from conftest import make_variator, pad, prompts, randomise
 from torch._dynamo.utils import counters, get_compilation_metrics
 
-from llm_variator import VariatorConfig, VariatorError
+from llm_variator import VariatorConfig, VariatorError, VariatorModel
 from llm_variator.engine.hooks import compiled
 from llm_variator.engine.hooks.compiled import DECODE, PREFILL
 from llm_variator.engine.session import Session, current, scope, traced
@@ -219,11 +219,19 @@ def test_somebody_elses_torch_compile_of_a_dense_pass_does_not_freeze_it(part):
             torch.testing.assert_close(theirs(ids).logits, expected)
 
 
-def test_unload_leaves_nothing_compiled():
+@pytest.mark.parametrize("dropped", [False, True])
+def test_unload_leaves_nothing_of_ours_compiled(dropped):
     model = variator()
+    base = model.base
     model.compile(backend="eager")
-    base = model.unload()
+    if not dropped:
+        model.unload()
+    del model
     assert base.base_model._compiled_call_impl is None
+    base.base_model.compile(backend="eager")
+    theirs = base.base_model._compiled_call_impl
+    VariatorModel(base, VariatorConfig(k=2)).unload()
+    assert base.base_model._compiled_call_impl is theirs
 
 
 def test_options_are_torchs_by_name():
