@@ -61,7 +61,7 @@ class HookSwitch:
     def __init__(self, hang: Callable[[], Hung]) -> None:
         """`hang` puts hooks on the modules that the base has now."""
         self._hang = hang
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a dropped model may be collected while this thread holds it
         self._holders = 0
         self._stays = False
         self._begin()
