@@ -171,9 +171,11 @@ def _words(flags: Flags) -> str:
 
 
 def _best_score(folder: Path) -> float:
-    """Of what a run can have kept: of what it started with there is no checkpoint."""
-    history = _result(folder)["figures"]["held_out_history"]
-    return max(score for step, score in history if step or len(history) == 1)
+    """Of what a run has kept."""
+    figures = _result(folder)["figures"]
+    history = dict(figures["held_out_history"])
+    kept = figures.get("best_step")
+    return float(history[max(history) if kept is None else kept])
 
 
 def _result(folder: Path) -> dict[str, Any]:

@@ -183,7 +183,12 @@ class VariatorTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self._learner.load(Path(self.state.best_model_checkpoint))
+        best, start = Path(self.state.best_model_checkpoint), Path(self.args.output_dir or ".") / START
+        scores = {entry["step"]: entry[f"eval_{self._judge.figure}"] for entry in self.evaluations}
+        pick = max if self._judge.higher_is_better else min
+        if start.is_dir() and pick(scores, key=scores.__getitem__) == 0:  # of equals the earliest
+            best, self.state.best_global_step = start, 0
+        self._learner.load(best)
 
 
 class _Progress(ProgressCallback):

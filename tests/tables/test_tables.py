@@ -270,11 +270,17 @@ def test_grid_takes_the_best_of_all_combinations(tmp_path, data):
 
 
 def test_best_of_a_grid_does_not_count_what_was_never_kept(tmp_path):
-    folders = {"kept": [[0, 84.0], [2, 83.8]], "lost": [[0, 84.0], [2, 80.0]], "closed form": [[0, 83.9]]}
-    for name, history in folders.items():
+    folders: dict = {
+        "its best": (2, [[0, 84.0], [2, 83.8], [4, 83.0]]),
+        "its start": (0, [[0, 84.0], [2, 80.0]]),
+        "its last": (None, [[0, 84.0], [2, 83.0], [4, 82.0]]),
+        "closed form": (None, [[0, 83.9]]),
+    }
+    for name, (step, history) in folders.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "training.json").write_text(json.dumps({"figures": {"held_out_history": history}}))
-    assert [_best_score(tmp_path / name) for name in folders] == [83.8, 80.0, 83.9]
+        figures = {"held_out_history": history, "best_step": step}
+        (tmp_path / name / "training.json").write_text(json.dumps({"figures": figures}))
+    assert [_best_score(tmp_path / name) for name in folders] == [83.8, 84.0, 82.0, 83.9]
 
 
 def test_several_seeds_share_their_teacher_and_show_their_spread(tmp_path, data):

@@ -249,6 +249,23 @@ def test_best_checkpoint_is_kept(teachers, data, tmp_path):
         assert torch.equal(value, kept[name]), name
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_start_by_least_squares_is_kept_where_steps_ruin_it(teachers, data, tmp_path, killed):
+    settings = dict(k=2, r=4, init="least-squares", init_tokens=2000, save_total_limit=9)
+    adapt(tmp_path / "start", teachers["t5"], data, **settings | {"max_steps": 0})
+    settings |= dict(learning_rate=30.0)
+    figures = adapt(tmp_path / "run", teachers["t5"], data, **settings)
+    scores = dict(figures["held_out_history"])
+    assert scores[0] >= max(scores.values())
+    if killed:  # before it was saved
+        (tmp_path / "run" / "training.json").unlink()
+        shutil.copytree(tmp_path / "start", tmp_path / "run" / "start")
+        figures = adapt(tmp_path / "run", teachers["t5"], data, "--resume", **settings)
+    assert figures["best_step"] == 0
+    theirs, ours = (load_file(tmp_path / name / "variator.safetensors") for name in ("start", "run"))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 def test_patience_ends_what_no_longer_improves(teachers, data, tmp_path):
     settings = dict(stage="finetune", model=teachers["t5"], task="rte", data_dir=data, learning_rate=30.0)
     settings |= dict(max_steps=40, save_total_limit=99, patience=2)
