@@ -15,7 +15,6 @@ A recipe is a YAML mapping:
       Original: {method: original}                     # the fine-tuned model
       Variator: {plugin: {k: 4}}                       # pre-trained, then adapted to each task
       w/o PT: {plugin: {k: 4}, pretrain: false}
-      Two layers dense: {plugin: {k: 8, layers: 2-7}, tasks: {squad: {layers: 1-6}}}  # another plugin on one task
       LTP: {method: ltp, adapt: {max_steps: 100}}      # flags of this row's runs
     seeds: 3                                           # adaptations of each cell, whose mean and spread are shown
     paper: {Original: {sst2: 94.3}}                    # what the paper printed, shown beside ours
@@ -56,12 +55,6 @@ class Row:
     """Overrides of the pre-training; None: none."""
     adapt: Flags | None = None
     """Overrides of the adaptation; None: none, the row is only measured."""
-    tasks: Mapping[str, Flags] = dataclasses.field(default_factory=dict)
-    """Overrides of the plugin flags on single tasks."""
-
-    def on(self, task: str) -> Row:
-        """The row as it is on one task."""
-        return dataclasses.replace(self, plugin={**self.plugin, **self.tasks.get(task, {})}, tasks={})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +91,7 @@ class TableRecipe:
             self.flags("adapt", row, task),
         ]
         several = [self.seeds] if self.seeds > 1 and row.adapt is not None else []
-        said_of_row = dataclasses.asdict(row.on(task))
-        del said_of_row["tasks"]
-        said = [model, said_of_row, *stages, *several]
+        said = [model, dataclasses.asdict(row), *stages, *several]
         text = json.dumps(said, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -169,7 +160,7 @@ def read_table(path: str | Path) -> TableRecipe:
     for name, settings in content["rows"].items():
         settings = mapping(settings, f"row {name!r}")
         for key in settings:
-            _check_name(key, {"method", "plugin", "pretrain", "adapt", "tasks"}, fail)
+            _check_name(key, {"method", "plugin", "pretrain", "adapt"}, fail)
         method = settings.get("method", "variator")
         _check_name(method, set(METHODS), fail)
         for stage in ("pretrain", "adapt"):
@@ -177,14 +168,6 @@ def read_table(path: str | Path) -> TableRecipe:
             given = settings.get(stage, {})
             without = never or given is False or given is None
             settings[stage] = None if without else flags(given, f"row {name!r}, {stage}")
-        settings["tasks"] = {
-            task: flags(given, f"row {name!r}, task {task!r}")
-            for task, given in mapping(settings.get("tasks"), f"row {name!r}, tasks").items()
-        }
-        for task in settings["tasks"]:
-            _check_name(task, set(TASKS), fail)
-        if settings["tasks"] and method != "variator":
-            raise fail(f"row {name!r}: tasks are for plugins, {method} has none")
         if method == "variator" and not mapping(settings.get("plugin"), f"row {name!r}, plugin"):
             raise fail(f"row {name!r} needs its plugin flags, e.g. plugin: {{k: 4}}")
         rows.append(Row(str(name), **settings))

@@ -72,7 +72,6 @@ class Runner:
         taught. Of several seeds `score` and the nats are means, `spread` the standard deviation of the scores, and
         `runs` has the cell of each.
         """
-        row = row.on(task)
         teacher = self._searched(
             "finetune", self._table.flags("finetune", task=task), task=task, model=self._model
         )

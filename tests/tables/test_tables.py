@@ -176,9 +176,6 @@ GOOD = {"title": "t", "model": "tiny-t5", "columns": ["rte"], "rows": {"Variator
         ({"paper": {"B": {}}}, "unknown 'B'"),
         ({"methods": {"ltp": {"train": {}}}}, "unknown 'train'"),
         ({"extends": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
-        ({"rows": {"A": {"plugin": {"k": 2}, "tasks": {"rtee": {}}}}}, "unknown 'rtee'; did you mean 'rte'"),
-        ({"rows": {"A": {"plugin": {"k": 2}, "tasks": {"rte": 3}}}}, "row 'A', task 'rte' must be a mapping"),
-        ({"rows": {"A": {"method": "ltp", "tasks": {"rte": {}}}}}, "row 'A': tasks are for plugins"),
         ({"seeds": 0}, "seeds: 0 is no number of adaptations; give 1 or more"),
         ({"seeds": [0, 1]}, "is no number of adaptations"),
         ({"seeds": 2, "adapt": {"grid": {"seed": [0, 1]}}}, "seeds counts up from one whole number"),
@@ -223,30 +220,6 @@ def test_the_more_particular_flags_win(tmp_path):
     assert row.name == "LTP"
     assert table.flags("adapt", row, "rte") == dict(seed=4, r=2, max_steps=1, max_length=9, keep=0.5)
     assert table.flags("adapt") == dict(seed=1, r=2, max_steps=1)
-
-
-def test_another_plugin_on_one_task(tmp_path, data, capsys):
-    file = tmp_path / "table.yaml"
-    rows = {"A": {"plugin": {"k": 2, "layers": "0"}, "pretrain": False}}
-    content = GOOD | {"columns": ["rte", "sst2"], "rows": rows}
-    file.write_text(yaml.safe_dump(content))
-    everywhere = read_table(file)
-    rows["A"]["tasks"] = {"sst2": {"layers": "1"}}
-    file.write_text(yaml.safe_dump(content))
-    table, same = read_table(file), everywhere.rows[0]
-    assert table.digest(table.rows[0], "rte", "m") == everywhere.digest(same, "rte", "m")
-    assert table.digest(table.rows[0], "sst2", "m") != everywhere.digest(same, "sst2", "m")
-    assert row_costs(table, "tiny-t5") == row_costs(everywhere, "tiny-t5")
-    main([str(file), "--runs", str(tmp_path / "runs"), "--data-dir", str(data), "--dry-run"])
-    adapted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("adapt-")]
-    assert [line.partition("-variator")[0] for line in adapted] == ["adapt-rte", "adapt-sst2"]
-    assert ["--layers=0" in line for line in adapted] == [True, False]
-    assert ["--layers=1" in line for line in adapted] == [False, True]
-
-    rows["A"]["tasks"]["sst2"]["layers"] = "0-1"
-    file.write_text(yaml.safe_dump(content))
-    with pytest.raises(VariatorError, match="row 'A' costs something else on sst2"):
-        row_costs(read_table(file), "tiny-t5")
 
 
 def test_grid_takes_the_best_of_all_combinations(tmp_path, data):
