@@ -161,9 +161,11 @@ def test_remove_gives_the_model_back(encoder):
     pruning.remove()
     assert torch.equal(model(**batch).logits, before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    VariatorModel(model, VariatorConfig(k=2))
+    wrapped = VariatorModel(model, VariatorConfig(k=2))
     with pytest.raises(VariatorError, match="already has"):
         TokenPruning(model)
+    wrapped.unload()
+    TokenPruning(model).remove()
 
 
 @pytest.mark.parametrize("name", ["t5-gated", "bert"])
