@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial, reduce
 from types import MappingProxyType
@@ -109,10 +110,10 @@ class PluginHolder(nn.Module):
         self._handles.clear()
         delattr(self._host, ATTACHED)
 
-    def __del__(self) -> None:
+    def __del__(self, ends: Callable[[], bool] = sys.is_finalizing) -> None:
         # Dropped without `unload`, nobody could call it any more. The base stays frozen: somebody may have gone on
-        # with it before garbage is collected.
-        if self.__dict__.get("_handles"):
+        # with it before garbage is collected. As Python ends, modules and their names are gone already.
+        if self.__dict__.get("_handles") and not ends():
             self._detach()
 
     def __getstate__(self) -> dict[str, Any]:

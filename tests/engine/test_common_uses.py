@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from conftest import VOCAB, make_decoder, make_encoder, randomise
@@ -304,10 +306,16 @@ def test_unloaded_twice(model):
         model.unload()
 
 
+@pytest.mark.parametrize("in_a_cycle", [False, True])
 @pytest.mark.parametrize("config", [MERGES, KEEPS])
-def test_dropped_without_unload(config):
+def test_dropped_without_unload(config, in_a_cycle):
     base = make_decoder("llama")
-    wrap(base=base, **config)(ids(20))
+    dropped = wrap(base=base, **config)
+    dropped(ids(20))
+    if in_a_cycle:
+        dropped.myself = [dropped]
+    del dropped
+    gc.collect()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
     again = wrap(base=base, **config)
     assert torch.equal(again(ids(20)).logits, wrap(**config)(ids(20)).logits)

@@ -31,7 +31,7 @@ from llm_variator.engine.hooks.ffn import hook_ffn
 from llm_variator.engine.hooks.hook import ATTACHED, Hook, Mark, strip
 from llm_variator.engine.hooks.last_layer import hook_last_layer
 from llm_variator.engine.hooks.passes import begin_answer, begin_encoding, begin_pass, end_pass
-from llm_variator.engine.hooks.switch import HookSwitch, Hung
+from llm_variator.engine.hooks.switch import HookPart, HookSwitch, Hung
 from llm_variator.engine.rotary import hook_rotary
 from llm_variator.errors import VariatorError
 
@@ -132,7 +132,7 @@ class Architecture:
             answer = partial(begin_answer, cache_name=cache_argument(reader))
             starts.append(reader.register_forward_pre_hook(Hook(answer), with_kwargs=True))
         setattr(base, ATTACHED, Mark())
-        return [*starts, switch]
+        return [*map(HookPart, starts), switch]  # no weak references: garbage collection clears them first
 
     def _hang(self, base: PreTrainedModel, count: int) -> Hung:
         """Hooks on the `count` layers that `base` has now.

@@ -68,7 +68,7 @@ class HookSwitch:
 
     def _begin(self) -> None:
         self._hung = self._hang()
-        self._parts: list[Part] = [*map(_Part, self._hung.handles), *self._hung.others]
+        self._parts: list[Part] = [*map(HookPart, self._hung.handles), *self._hung.others]
         self._on = True
 
     def before(self, begin: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,7 +140,7 @@ class HookSwitch:
             self._on = on
 
 
-class _Part:
+class HookPart:
     """A hook that can be taken out of its module and put back in its place among others."""
 
     def __init__(self, handle: RemovableHandle) -> None:
@@ -151,12 +151,14 @@ class _Part:
         self._earlier: frozenset[int] = frozenset()
 
     def remove(self) -> None:
+        """Out of the module; where it is out already, nothing."""
         if self._id in self._among:  # somebody else may have removed it
             keys = list(self._among)
             self._earlier = frozenset(keys[: keys.index(self._id)])
             del self._among[self._id]
 
     def put(self) -> None:
+        """Back, behind those hooks that it stood behind."""
         keys = list(self._among)
         place = max((number + 1 for number, key in enumerate(keys) if key in self._earlier), default=0)
         self._among[self._id] = self._hook
