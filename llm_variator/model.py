@@ -47,10 +47,12 @@ from llm_variator.engine.prompts import (
     normalised,
     read_ahead,
     refuse_drafts_after,
+    refuse_other_adapters,
     refuse_reading_twice,
     setting,
     turned,
     uncompiled,
+    with_own_cache,
     without_padding,
 )
 from llm_variator.engine.session import Session, answered, broken, outside, scope
@@ -219,8 +221,9 @@ class VariatorModel(TrainableHolder):
         decoder's ways to generate are as ever.
 
         Args:
-            inputs: token ids (rows, tokens), or `input_ids=`; after a `context` text and messages too. Embeddings
-                (rows, tokens, d) go by `inputs_embeds=`: as in Hugging Face, the output begins behind them.
+            inputs: token ids (rows, tokens), or `input_ids=`; after a `context`, or with `tokenizer=`, text and
+                messages too, which an answer follows. Embeddings (rows, tokens, d) go by `inputs_embeds=`: as in
+                Hugging Face, the output begins behind them.
             *args: what Hugging Face's takes second and further by position, a `generation_config` first.
             context: what comes before `inputs`, read by `compress`; one row serves any number of questions.
                 It is shared, not changed. Sequences come back without it: question and answer.
@@ -242,7 +245,7 @@ class VariatorModel(TrainableHolder):
             isinstance(given, Tensor) and given.ndim == 1
         )
         if context is None and plain:
-            prompt = encode(given, kwargs.get("tokenizer"), mask=kwargs.get("attention_mask"))
+            prompt = encode(given, kwargs.get("tokenizer"), kwargs.get("attention_mask"), answer=True)
             device = input_device(self._host)
             kwargs |= {"input_ids": prompt.ids.to(device), "attention_mask": prompt.mask.to(device)}
         if context is not None:
@@ -296,6 +299,8 @@ class VariatorModel(TrainableHolder):
         plugin = self._active()
         check_generation(self._host, plugin, kwargs)
         refuse_reading_twice(self._host, kwargs)
+        refuse_other_adapters(kwargs)
+        kwargs = with_own_cache(self._host, kwargs)
         if return_context and (setting(self._host, kwargs, "num_beams") or 1) > 1:
             raise VariatorError(
                 "return_context does not work with beams: their caches are of other sequences"
@@ -312,10 +317,11 @@ class VariatorModel(TrainableHolder):
         kwargs |= {"attention_mask": after.attention_mask, cache_argument(self._host): after.cache}
         with released_on_error(after.cache):
             stops = kwargs.get("stopping_criteria") or setting(self._host, kwargs, "stop_strings")
-            if return_context and stops and len(after.input_ids) > 1:
+            answers = len(after.input_ids) * (setting(self._host, kwargs, "num_return_sequences") or 1)
+            if return_context and stops and answers > 1:
                 raise VariatorError(
                     "return_context tells by eos_token_id alone where each of several rows ended: leave out "
-                    "stop_strings and stopping_criteria, or answer row by row"
+                    "stop_strings and stopping_criteria, or ask for one answer at a time"
                 )
             if question.embeds is None:
                 check_vocabulary(self._host, question.ids)

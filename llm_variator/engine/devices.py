@@ -44,5 +44,5 @@ def behind(order: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:
     """(n,) long on `device`."""
-    made = torch.tensor(list(values), dtype=torch.long)
+    made = torch.tensor(list(values), dtype=torch.long, device="cpu")
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)

@@ -186,20 +186,20 @@ class Indices:
         self, valid: Tensor, prompts: list[int], k: int, head: int, tail: int, *, ragged: bool = False
     ) -> None:
         """`valid` (b, n) bool on the CPU; row i's first `prompts[i]` valid tokens are prompt, the rest dense."""
-        rows, width = valid.shape
+        (rows, width), here = valid.shape, valid.device
         columns, members, present, dense = [], [], [], []
         self.trailing = width
-        reach = torch.full((rows, width), FILLER)
+        reach = torch.full((rows, width), FILLER, device=here)
         for row, prompt in enumerate(prompts):
             tokens = valid[row].nonzero().squeeze(-1)  # columns of this row's tokens, in order
             part = split(prompt, k, head, tail, ragged=ragged)
             start = prompt - part.tail
             behind = len(tokens) - start
-            if not torch.equal(tokens[start:], torch.arange(width - behind, width)):
+            if not torch.equal(tokens[start:], torch.arange(width - behind, width, device=here)):
                 behind = 0  # padding comes last, or in between
             self.trailing = min(self.trailing, behind)
             inside = tokens[part.head : start]
-            places = torch.arange(part.groups * k).view(part.groups, k)
+            places = torch.arange(part.groups * k, device=here).view(part.groups, k)
             present.append(places < len(inside))
             inside = inside[
                 places.clamp(max=len(inside) - 1)
@@ -212,7 +212,7 @@ class Indices:
             dense.append(alone + row * width)
         size = max(len(own) for own in columns)
         self.shape = (rows, size)
-        self.columns = torch.full((rows, size), FILLER)
+        self.columns = torch.full((rows, size), FILLER, device=here)
         for row, own in enumerate(columns):
             self.columns[row, size - len(own) :] = own
         self.reach = reach
@@ -222,10 +222,12 @@ class Indices:
         self._real = None if bool(real.all()) else real  # (groups, k) bool
         self._kept = real.flatten().nonzero().squeeze(-1)  # (tokens in groups,) into the members
         self._dense = torch.cat(dense)  # (dense tokens,) into the columns
-        slots = torch.full((rows * width,), FILLER)  # column -> entry
+        slots = torch.full((rows * width,), FILLER, device=here)  # column -> entry
         own = self.columns != FILLER
         self._entries = own.flatten().nonzero().squeeze(-1)  # (real entries,) into the entries
-        self._placed = (self.columns + torch.arange(rows)[:, None] * width)[own]  # ... and their columns
+        self._placed = (self.columns + torch.arange(rows, device=here)[:, None] * width)[
+            own
+        ]  # ... and their columns
         slots[self._placed] = self._entries
         self._member_slots = slots[self._members[:, -1]]
         self._dense_slots = slots[self._dense]
@@ -307,7 +309,9 @@ class Segment:
             rows = len(valid) if valid is not None else len(prompts)  # type: ignore[arg-type]
             self.uniform_prompt = None
             self.prompts = [prompts] * rows if isinstance(prompts, int) else prompts
-            self.valid = torch.ones(rows, width, dtype=torch.bool) if valid is None else valid.cpu()
+            self.valid = (
+                torch.ones(rows, width, dtype=torch.bool, device="cpu") if valid is None else valid.cpu()
+            )
             self.prompts = [min(p, int(n)) for p, n in zip(self.prompts, self.valid.sum(1), strict=True)]
         self._groupings: dict[int, Grouping] = {}
 

@@ -28,8 +28,10 @@ _GROWING = (None, "dynamic", "dynamic_full", "hybrid", "offloaded", "quantized")
 
 def setting(host: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
     """A generation setting: the call's, else its generation_config's, else the model's, as transformers takes it."""
+    if name in kwargs:
+        return kwargs[name]  # None too: it unsets what the configurations say
     places = (kwargs.get("generation_config"), host.generation_config)
-    found = [kwargs.get(name), *(getattr(place, name, None) for place in places)]
+    found = [getattr(place, name, None) for place in places]
     return next((value for value in found if value is not None), None)
 
 
@@ -127,9 +129,7 @@ def check_vocabulary(host: PreTrainedModel, ids: Tensor) -> None:
     if ids.is_floating_point():
         raise VariatorError("token ids must be whole numbers; give embeddings as inputs_embeds=")
     embeddings: Any = host.get_input_embeddings()
-    if hasattr(embeddings, "get_base_layer"):  # PEFT's adapter on it
-        embeddings = embeddings.get_base_layer()
-    size = int(embeddings.num_embeddings)
+    size = len(embeddings.weight)
     least, most = ids.min().item(), ids.max().item()
     if least < 0 or most >= size:
         raise VariatorError(
@@ -214,12 +214,7 @@ def read_ahead(
 
     `forked`: the cache is a context's, of one row or of one per prompt.
     """
-    chunk = setting(host, given, "prefill_chunk_size")
-    kwargs = {name: value for name, value in given.items() if name != "prefill_chunk_size"}
-    if getattr(kwargs.get("generation_config") or host.generation_config, "prefill_chunk_size", None):
-        config = copy.deepcopy(kwargs.get("generation_config") or host.generation_config)
-        config.prefill_chunk_size = None
-        kwargs["generation_config"] = config
+    chunk, kwargs = setting(host, given, "prefill_chunk_size"), _without(host, given, "prefill_chunk_size")
     embeds: Any = kwargs.get("inputs_embeds")
     ids: Any = kwargs.get("input_ids") if embeds is None else embeds
     mask: Any = kwargs.get("attention_mask")
@@ -230,8 +225,10 @@ def read_ahead(
     if chunk is not None or (forked and slides(cache) and not bool(mask[:, past:].all())):
         _refuse(ids, mask, past, repeats if past and not forked else 1, setting(host, kwargs, "use_cache"))
         if cache is None:
+            kwargs = with_own_cache(host, kwargs)
             cache = kwargs[name] = DynamicCache(config=host.config)
         mask = ids.new_ones(ids.shape[:2], dtype=torch.long) if mask is None else mask
+        kwargs = _of_any_pass(kwargs, mask)
         if read(base, plugin, cache, ids[:, past:], mask, chunk=chunk, unread=1):
             both = {
                 name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None
@@ -242,6 +239,59 @@ def read_ahead(
         forked = True
     if forked and repeats > 1:
         cache.batch_repeat_interleave(repeats)
+    return kwargs
+
+
+def with_own_cache(host: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a generation that gets a dynamic cache from us, beside which transformers takes no kind of one.
+
+    Raises:
+        VariatorError: they ask for another kind.
+    """
+    kind = setting(host, kwargs, "cache_implementation")
+    if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
+        raise VariatorError(
+            f"cache_implementation={kind!r} does not work after a context, nor with prefill_chunk_size: their cache is "
+            "dynamic; leave it out"
+        )
+    return _without(host, kwargs, "cache_implementation")
+
+
+def refuse_other_adapters(kwargs: Mapping[str, Any]) -> None:
+    """Raise where rows are to be read by adapters that another pass, which reads what is before them, does not get."""
+    if kwargs.get("adapter_names") is not None:
+        raise VariatorError(
+            "adapter_names choose adapters for one pass, not for what a context holds or prefill_chunk_size reads "
+            "ahead: choose one with set_adapter, or give the whole prompt at once"
+        )
+
+
+def _of_any_pass(kwargs: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+    """The arguments of a prompt that is read in several passes, each of which counts its positions by `mask`.
+
+    Raises:
+        VariatorError: they say something else.
+    """
+    refuse_other_adapters(kwargs)
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        own, counted = mask.bool(), mask.long().cumsum(1) - 1
+        if positions.shape != mask.shape or not torch.equal(positions[own], counted[own]):
+            raise VariatorError(
+                "a prompt that is read in parts has the positions that its attention_mask says: leave out position_ids "
+                "or prefill_chunk_size"
+            )
+    return {name: value for name, value in kwargs.items() if name != "position_ids"}
+
+
+def _without(host: PreTrainedModel, given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arguments without a setting, whoever made it."""
+    kwargs = {other: value for other, value in given.items() if other != name}
+    if getattr(kwargs.get("generation_config"), name, None) is not None:
+        kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+        setattr(kwargs["generation_config"], name, None)
+    if getattr(host.generation_config, name, None) is not None:
+        kwargs[name] = None  # a configuration's None would be filled in with it
     return kwargs
 
 

@@ -135,7 +135,8 @@ def prefill(
             total += _selecting(stack, plugin, n, heads, ffn, narrow)
             continue
         if layer == stack.layers - 1 and reads and all(p[1].tail >= reads for p in (ffn, kv, whole) if p):
-            total += _last(stack, plugin, n, entries, reads, layer, causal=causal)
+            site = "attention" if whole else "kv"
+            total += _last(stack, plugin, n, entries, reads, layer, site, causal=causal)
             continue
         seen = _seen(entries, queries, stack.windows[layer]) if causal else queries * entries[1].entries
         total += Cost(
@@ -186,10 +187,14 @@ def _last(
     entries: tuple[int, Split],
     reads: int,
     layer: int,
+    site: str,
     *,
     causal: bool,
 ) -> Cost:
-    """Cost of a last layer whose last `reads` columns alone are read: keys and values of all `entries`, and they."""
+    """Cost of a last layer whose last `reads` columns alone are read: keys and values of all `entries`, and they.
+
+    `site`: which made the entries.
+    """
     k, part = entries
     held = part.entries
     window = stack.windows[layer] or n
@@ -198,7 +203,7 @@ def _last(
         ffn=2 * stack.ffn_weights * reads,
         projections=2 * stack.query_weights * reads + 2 * stack.key_value_weights * held,
         scores=2 * 2 * stack.attention_width * seen,
-        plugin=_plugin_cost(plugin, "kv", stack.dim, k, part, restores=False)
+        plugin=_plugin_cost(plugin, site, stack.dim, k, part, restores=False)
         if plugin and part.groups
         else 0,
         cache_entries=min(held, window),

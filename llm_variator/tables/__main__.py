@@ -121,11 +121,17 @@ def _check_selection(what: str, wanted: Sequence[str], known: Sequence[str]) -> 
 def _known_cells(file: Path, table: TableRecipe, model: str) -> dict[str, dict[str, Cell]]:
     """Cells of an earlier call of which the recipe still says the same."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["figures"]["cells"]
+        figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+        found: dict[str, Any] = figures["cells"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VariatorError(f"{file} is no table that can be continued ({error}): move it away") from None
+    if found and figures.get("model", scrub_paths(model)) != scrub_paths(model):
+        raise VariatorError(
+            f"{file} has the cells of {figures['model']}: give those of {model} another folder, as in --results "
+            "runs/results"
+        )
     kept = _in_order(found, table)
     for row in table.rows:
         for task, cell in list(kept.get(row.name, {}).items()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from transformers import PreTrainedModel
 
@@ -13,7 +15,7 @@ from llm_variator.engine.groups import split
 from llm_variator.measures.operations import EncoderShape, Stack, encoding, parameters, prefill
 from llm_variator.model import VariatorModel
 from llm_variator.sources.models import load_model
-from llm_variator.tables.recipe import Row, TableRecipe, as_argv
+from llm_variator.tables.recipe import Flags, Row, TableRecipe, as_argv
 
 TOKENS = 512  # of the input, as the paper counts
 ANSWER = 32  # tokens of a decoder's answer to it
@@ -39,18 +41,18 @@ def row_costs(table: TableRecipe, model: str) -> dict[str, dict[str, float]]:
 def _cost(base: PreTrainedModel, row: Row, table: TableRecipe) -> dict[str, float]:
     plugin, keep, counted, shape_of = None, None, base, base.config
     more: dict[str, float] = {}
+    made = table.flags("adapt" if row.pretrain is None else "pretrain", row)
     with torch.device("meta"):
         if row.method == "variator":
-            attached = VariatorModel(base, _plugin_config(row))
+            attached = VariatorModel(base, _plugin_config(row, made))
             plugin = attached.plugin().config
             count = parameters(attached.plugin())
             attached.unload()
         else:
-            said = table.flags("adapt", row)
             if row.method == "ltp":
-                keep = said.get("keep", 0.25)
+                keep = table.flags("adapt", row).get("keep", 0.25)
             else:
-                counted = make_student(base, said.get("student_layers"))
+                counted = make_student(base, made.get("student_layers"))
                 shape_of = counted.config
             count = parameters(counted)
     if base.config.is_encoder_decoder or base.config.model_type == "bert":
@@ -72,6 +74,8 @@ def _cross_entries(plugin: VariatorConfig | None) -> int:
     return TOKENS if plugin is None or k is None else split(TOKENS, k, *plugin.ends, ragged=True).entries
 
 
-def _plugin_config(row: Row) -> VariatorConfig:
-    argv = as_argv(row.plugin)
+def _plugin_config(row: Row, made: Flags) -> VariatorConfig:
+    """The plugin's, by the flags `made` of the run that makes it."""
+    names = {field.name for field in dataclasses.fields(flags.PluginConfig)}
+    argv = as_argv({name: value for name, value in made.items() if name in names} | dict(row.plugin))
     return cli.read(flags.PluginConfig, argv, prog="python -m llm_variator.train").plugin_config()

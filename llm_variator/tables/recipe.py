@@ -6,9 +6,9 @@ A recipe is a YAML mapping:
     model: the base model
     columns: [sst2, mnli]
     options: {dtype: float32}                          # flags of every training run
+    pretrain: {max_steps: 500}                         # flags of each stage
     finetune: {max_steps: 300, grid: {learning_rate: [1.0e-5, 3.0e-5]}}
-    pretrain: {max_steps: 500}                         # flags of each stage; `grid` tries all combinations
-    adapt: {max_steps: 400}
+    adapt: {max_steps: 400}                            # `grid` tries all combinations
     methods: {ltp: {adapt: {learning_rate: 5.0e-5}}}   # flags of all rows of one method, by stage
     tasks: {squad: {max_length: 384}}                  # flags of the runs on one task
     rows:
@@ -77,10 +77,15 @@ class TableRecipe:
 
     def flags(self, stage: str, row: Row | None = None, task: str | None = None) -> dict[str, Any]:
         """Flags of a run, the more particular ones winning: options, stage, task, method, row."""
-        flags = {**self.options, **self.stages[stage], **(self.tasks.get(task, {}) if task else {})}
+        layers = [self.options, self.stages[stage], self.tasks.get(task, {}) if task else {}]
         if row is not None:
-            of_method = self.methods.get(row.method, {}).get(stage, {})
-            flags |= {**of_method, **((row.pretrain if stage == "pretrain" else row.adapt) or {})}
+            of_row = row.pretrain if stage == "pretrain" else row.adapt
+            layers += [self.methods.get(row.method, {}).get(stage, {}), of_row or {}]
+        flags: dict[str, Any] = {}
+        for given in layers:
+            if grid := {name: tried for name, tried in flags.pop("grid", {}).items() if name not in given}:
+                flags["grid"] = grid
+            flags |= given
         return flags
 
     def digest(self, row: Row, task: str, model: str) -> str:
@@ -134,6 +139,8 @@ def read_table(path: str | Path) -> TableRecipe:
 
     def flags(value: Any, of: str) -> dict[str, Any]:
         given = mapping(value, of)
+        if "config" in given:
+            raise fail(f"{of}: flags stand here, not in a file that config names")
         for name, values in mapping(given.get("grid"), f"grid of {of}").items():
             if not isinstance(values, list) or not values:
                 raise fail(f"grid of {of}: {name} must be a list of values, got {values!r}")
@@ -187,6 +194,8 @@ def read_table(path: str | Path) -> TableRecipe:
         note=str(content.get("note", "")).strip(),
         seeds=seeds,
     )
+    if any("grid" in table.flags("pretrain", row) for row in rows if row.pretrain is not None):
+        raise fail("pretrain has no grid: there is no score of it to choose by; give one value each")
     for given in (table.flags("adapt", row, task) for row in rows for task in table.columns if seeds > 1):
         if "seed" in given.get("grid", {}) or type(given.get("seed", 0)) is not int:
             raise fail("seeds counts up from one whole number: give seed no other value, and no grid")

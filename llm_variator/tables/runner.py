@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_variator.engine.files import write_atomically
 from llm_variator.errors import VariatorError
 from llm_variator.evaluate.__main__ import main as evaluate
 from llm_variator.measures.results import scrub_paths
@@ -28,6 +29,10 @@ from llm_variator.train.settings import FREE_ON_RESUME, check_machine
 from llm_variator.train.trainer import START, checkpoints, last_complete_checkpoint
 
 Cell = dict[str, Any]
+
+ORIGINS = "origins.json"
+"""In a run's folder: marks of the runs that it started from, by name."""
+_OF_WEIGHTS = ("held_out", "held_out_history", "loss_history")  # figures that differ where the weights do
 
 # Where a run happens, not what it is: no part of its name.
 _CIRCUMSTANCES = FREE_ON_RESUME | {"device"}
@@ -112,7 +117,7 @@ class Runner:
         """Do one run unless it is done; returns its folder."""
         flags = {"stage": stage, **more, **flags}
         folder = self._folder / _run_name(flags)
-        if (folder / RESULT_FILE).is_file() or folder in self._checked:
+        if self._is_done(folder, flags) or folder in self._checked:
             return folder
         self._say(f"{folder.name}: {_words(flags)}")
         if self._dry:
@@ -126,6 +131,7 @@ class Runner:
                 resume = True
             except VariatorError:  # killed before its first checkpoint was whole
                 shutil.rmtree(folder)
+        self._note_origins(folder, flags)
         argv = as_argv({**flags, **self._circumstances, "output": folder, "drop_checkpoints": True})
         train(argv + (["--resume"] if resume else []))
         gc.collect()
@@ -145,13 +151,43 @@ class Runner:
         if "test_limit" in adapt:
             flags["limit"] = adapt["test_limit"]
         folder = self._folder / _run_name({"stage": "evaluate", **flags})
-        if not (folder / RESULT_FILE).is_file():
-            self._say(f"{folder.name}: {_words(flags)}")
-        if not self._dry and not (folder / RESULT_FILE).is_file():
+        if self._is_done(folder, flags):
+            return folder
+        self._say(f"{folder.name}: {_words(flags)}")
+        if not self._dry:
+            self._note_origins(folder, flags)
             place = {name: value for name, value in self._circumstances.items() if name == "data_dir"}
             evaluate(["task", *as_argv({**flags, **place, "json": folder / RESULT_FILE})])
             gc.collect()
         return folder
+
+    def _is_done(self, folder: Path, flags: Flags) -> bool:
+        """Whether a run is done, from the models and plugins that are there now; what is of others is deleted."""
+        file, now = folder / ORIGINS, self._origins(flags)
+        if not file.is_file():
+            return (folder / RESULT_FILE).is_file()
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if all(known.get(name) == mark for name, mark in now.items()):
+            return (folder / RESULT_FILE).is_file()
+        if not self._dry:
+            self._say(f"{folder.name} is of runs that were done anew since: once more")
+            shutil.rmtree(folder)
+        return False
+
+    def _note_origins(self, folder: Path, flags: Flags) -> None:
+        if now := self._origins(flags):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / ORIGINS, json.dumps(now))
+
+    def _origins(self, flags: Flags) -> dict[str, str]:
+        """Of the runs of this table that one starts from, what tells one attempt at each from the next."""
+        marks = {}
+        for name in ("model", "plugin", "student"):
+            folder = Path(str(flags.get(name)))
+            if folder.parent == self._folder and (folder / RESULT_FILE).is_file():
+                figures = _result(folder)["figures"]
+                marks[folder.name] = _mark([figures.get(of) for of in _OF_WEIGHTS])
+        return marks
 
 
 def _run_name(flags: Flags) -> str:
@@ -160,9 +196,16 @@ def _run_name(flags: Flags) -> str:
     kept |= {
         name: flags[name] for name in ("max_steps", "patience", "test_limit", "eval_every") if name in flags
     }
-    mark = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    if flags.get("save_every") == 0:  # which keeps the last weights, not the best
+        kept["save_every"] = 0
+    if flags["stage"] == "pretrain" and "save_dtype" in flags:  # others start from what is saved
+        kept["save_dtype"] = flags["save_dtype"]
     parts = [flags["stage"], flags.get("task"), flags.get("method")]
-    return "-".join([*(part for part in parts if part), mark])
+    return "-".join([*(part for part in parts if part), _mark(kept)])
+
+
+def _mark(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _words(flags: Flags) -> str:
@@ -173,6 +216,8 @@ def _best_score(folder: Path) -> float:
     """Of what a run has kept."""
     figures = _result(folder)["figures"]
     history = dict(figures["held_out_history"])
+    if not history:  # nothing was trained: its score is that of the whole test set
+        return float(next(iter(figures["held_out"].values())))
     kept = figures.get("best_step")
     return float(history[max(history) if kept is None else kept])
 

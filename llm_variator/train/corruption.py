@@ -90,6 +90,10 @@ def _parts(total: int, count: int, draw: np.random.Generator) -> list[int]:
     return [int(part) for part in np.diff([0, *cuts, total])]
 
 
+SPECIAL_TOKENS = 2
+"""Of BERT, around a window."""
+
+
 def token_masking(tokenizer: PreTrainedTokenizerBase) -> Corruption:
     """BERT's: of 15 % of the tokens 80 % become the mask token, 10 % a random one, 10 % stay.
 

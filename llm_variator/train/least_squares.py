@@ -78,9 +78,17 @@ class LeastSquares:
                     continue
                 moments, samples = _Moments(), []
                 for one in passes:
-                    moments.add(*(sample := one.reach((site, layer))))
+                    if (sample := one.reach((layer, site))) is None:
+                        continue
+                    moments.add(*sample)
                     if not is_linear:
                         samples.append(sample)
+                if not moments.tokens:
+                    k = plugin.sites[site, layer].k
+                    raise VariatorError(
+                        f"least squares: no row has a group of {k} tokens for {site} {layer}; give longer examples, or "
+                        "start without --init"
+                    )
                 decompressor, said = plugin.sites[site, layer].decompressor, ""
                 moments.solve(decompressor, self._gain)
                 if not is_linear:
@@ -259,7 +267,7 @@ class _Stack:
                     features, missing, weights = (part[members.expand(groups.shape[:-1])] for part in parts)
                 return features, missing, weights
 
-            one.offer((site, layer), sample)
+            one.offer((layer, site), sample)
 
         return hook
 
@@ -267,9 +275,9 @@ class _Stack:
 class _ThreadedPass:
     """A forward pass in a thread of its own, which waits at one place after the other with what is known there.
 
-    Only one thread runs at a time: the model's own code goes on from layer to layer, and nothing is computed again.
-    As many passes wait as there are batches, so what is known at a place is made of what the model holds there only
-    when it is asked for.
+    Places are passed in ascending order. Only one thread runs at a time: the model's own code goes on from layer to
+    layer, and nothing is computed again. As many passes wait as there are batches, so what is known at a place is made
+    of what the model holds there only when it is asked for.
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
@@ -279,14 +287,16 @@ class _ThreadedPass:
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._place: Any = None
         self._known: Callable[[], Any] | None = None
-        self._stopped = False
+        self._stopped = self._ended = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=copy_context().run, args=(self._work,), daemon=True)
         self._thread.start()
 
     def reach(self, place: Any) -> Any:
-        """Go on to a place, and say what is known there."""
+        """Go on to a place, and say what is known there; None where the pass goes by without it."""
         while self._place != place:
+            if self._ended or (self._place is not None and self._place > place):
+                return None
             self._go.release()
             self._there.acquire()
             if self._error is not None:
@@ -316,16 +326,16 @@ class _ThreadedPass:
             with torch.no_grad():
                 if not self._stopped:
                     self._run()
-            raise AssertionError("the pass ended before the place it was to reach")
         except _Stop:
             return
         except BaseException as error:
             self._error = error
-            self._there.release()
+        self._ended = True
+        self._there.release()
 
 
 class _Compressed(_ThreadedPass):
-    """A pass with the plugin, beside its teacher's: `reach((site, layer))` is a `Sample`."""
+    """A pass with the plugin, beside its teacher's: `reach((layer, site))` is a `Sample`, where it has groups there."""
 
     def __init__(self, run: Callable[[], Any], teacher: _ThreadedPass, size: Tensor) -> None:
         self.teacher = teacher
@@ -390,10 +400,10 @@ class _Moments:
 
     def __init__(self) -> None:
         self._sums: list[Any] = [0.0] * 5
-        self._tokens = 0
+        self.tokens = 0
 
     def add(self, features: Tensor, missing: Tensor, weights: Tensor) -> None:
-        self._tokens += len(features)
+        self.tokens += len(features)
         f, t, w = (x.double() for x in (features, missing, weights))
         new = (w.sum(), (f * w).sum(0), (t * w).sum(0), (f * w).T @ f, (f * w).T @ t)
         self._sums = [total + part.cpu() for total, part in zip(self._sums, new, strict=True)]
@@ -404,7 +414,7 @@ class _Moments:
         f, t = f / count, t / count
         ff, ft = ff / count - torch.outer(f, f), ft / count - torch.outer(f, t)
         variance = ff.diag().clamp(min=1e-12)
-        ridge = RIDGE * len(variance) / self._tokens
+        ridge = RIDGE * len(variance) / self.tokens
         whole = torch.linalg.solve(ff + torch.diag(ridge * variance), ft) * gain  # (2d, d)
         _, directions = torch.linalg.eigh(whole.T @ ff @ whole)
         rank = min(decompressor.down.out_features, len(directions))

@@ -21,7 +21,7 @@ from llm_variator.sources.tasks import find_task, load_examples
 from llm_variator.sources.tasks.examples import Example
 from llm_variator.sources.tasks.forms import IGNORED, TaskForm, form_for
 from llm_variator.sources.tasks.table import Task
-from llm_variator.train.corruption import Corrupted, span_corruption, stack, token_masking
+from llm_variator.train.corruption import SPECIAL_TOKENS, Corrupted, span_corruption, stack, token_masking
 from llm_variator.train.data import Corpus, ExampleStream, TrainingStream, build_corpus, collate
 from llm_variator.train.distributed import announce
 from llm_variator.train.judges import ContinuationJudge, Judge, LossJudge, TaskJudge
@@ -124,6 +124,12 @@ def _pretrain_encoder(settings: Settings) -> Run:
     else:
         corruption = token_masking(tokenizer)
     seq_length = settings.seq_length or SEQ_LENGTH["encoder"]
+    positions = getattr(base.config, "max_position_embeddings", None)  # BERT's
+    if positions is not None and seq_length + SPECIAL_TOKENS > positions:
+        raise VariatorError(
+            f"--seq-length {seq_length}: with its {SPECIAL_TOKENS} special tokens a window is longer than the model's "
+            f"{positions} positions; give {positions - SPECIAL_TOKENS} or less"
+        )
     corpus = _corpus(settings, tokenizer, seq_length)
     objective = Objective(learner, settings.loss, kl_weight=settings.kl_weight)
     held_out = Corrupted(list(corpus.held_out), corruption, seed=0)

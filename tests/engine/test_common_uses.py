@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from conftest import VOCAB, make_decoder, make_encoder, randomise
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig, StaticCache, Trainer, TrainingArguments
 
 from llm_variator import VariatorConfig, VariatorError, VariatorModel
@@ -409,3 +410,134 @@ def test_padding_between_a_context_and_a_question_is_no_repeated_token(model):
     both = model.generate([long, short], context=context, **options).scores[0]
     alone = model.generate([short], context=context, **options).scores[0]
     torch.testing.assert_close(both[1], alone[0])
+
+
+# --- what a call says beside its prompt
+
+
+def test_several_answers_that_end_by_themselves_are_no_context(model):
+    context, ends = model.compress(ids(20)), lambda seen, scores: torch.tensor([True, False, False])
+    options = dict(GREEDY, do_sample=True, num_return_sequences=3, stopping_criteria=[ends])
+    with pytest.raises(
+        VariatorError, match="leave out stop_strings and stopping_criteria, or ask for one answer"
+    ):
+        model.generate(ids(4, seed=1), context=context, return_context=True, **options)
+    assert model.generate(ids(4, seed=1), context=context, **options).shape[0] == 3
+
+
+def test_none_unsets_what_a_configuration_says(model):
+    context, question = model.compress(ids(20)), ids(4, seed=1)
+    free = model.generate(question, context=context, **GREEDY)
+    model.generation_config.eos_token_id = int(free[0, -5])  # the second token of the answer
+    options = dict(GREEDY, context=context, return_context=True, pad_token_id=0)
+    answer, after = model.generate(question, eos_token_id=None, **options)
+    assert torch.equal(answer, free)
+    assert after.attention_mask.all()
+    ended, _ = model.generate(question, **options)
+    assert ended.shape[1] < free.shape[1]
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(VariatorError, match="leave it out"):
+        model.generate(ids(20), **GREEDY)
+    model.generation_config.eos_token_id = None
+    assert model.generate(ids(20), cache_implementation=None, **GREEDY).shape == (1, 26)
+
+
+@pytest.mark.parametrize("place", ["call", "given configuration", "the model's configuration"])
+@pytest.mark.parametrize("kind", ["dynamic", "offloaded", "quantized"])
+def test_kind_of_cache_where_the_library_makes_it(model, kind, place):
+    context, options = model.compress(ids(20)), dict(GREEDY)
+    expected = model.generate(ids(20), **GREEDY), model.generate(ids(4, seed=1), context=context, **GREEDY)
+    if place == "call":
+        options["cache_implementation"] = kind
+    elif place == "given configuration":
+        options = dict(generation_config=GenerationConfig(cache_implementation=kind, **GREEDY))
+    else:
+        model.generation_config.cache_implementation = kind
+    for calls, prompt in ((dict(prefill_chunk_size=8), ids(20)), (dict(context=context), ids(4, seed=1))):
+        if kind == "dynamic":
+            assert torch.equal(model.generate(prompt, **calls, **options), expected["context" in calls])
+            continue
+        with pytest.raises(VariatorError, match=r"cache_implementation|quantise a context"):
+            model.generate(prompt, **calls, **options)
+
+
+def test_chunks_that_only_the_model_s_configuration_asks_for(model):
+    expected = model.generate(ids(20), **GREEDY)
+    model.generation_config.prefill_chunk_size = 8
+    assert torch.equal(model.generate(ids(20), **GREEDY), expected)
+    given = GenerationConfig(prefill_chunk_size=6, **GREEDY)
+    assert torch.equal(model.generate(ids(20), generation_config=given), expected)
+    assert (given.prefill_chunk_size, model.generation_config.prefill_chunk_size) == (6, 8)
+
+
+def test_positions_of_a_prompt_that_is_read_in_parts(model):
+    rows, mask = left_padded(ids(20, 2), 5)
+    counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    chunked = dict(GREEDY, attention_mask=mask, prefill_chunk_size=8)
+    expected = model.generate(rows, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(rows, position_ids=counted, **chunked), expected)
+    with pytest.raises(VariatorError, match="leave out position_ids or prefill_chunk_size"):
+        model.generate(rows, position_ids=counted * 9, **chunked)
+
+
+def test_adapters_by_row_are_of_one_pass(model):
+    base = get_peft_model(make_decoder("llama"), LoraConfig(target_modules=["q_proj"]))
+    wrapped = wrap(base=base, **MERGES)
+    context = wrapped.compress(ids(20))
+    for more in (dict(prefill_chunk_size=8), dict(context=context)):
+        with pytest.raises(VariatorError, match="adapter_names choose adapters for one pass"):
+            wrapped.generate(ids(20), adapter_names=["default"], **more, **GREEDY)
+    one = wrapped.generate(ids(20), adapter_names=["default"], **GREEDY)
+    assert torch.equal(one, wrapped.generate(ids(20), **GREEDY))
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "vera", "modules to save"])
+def test_context_notices_adapters_of_every_kind(kind):
+    config = {
+        "lora": LoraConfig(target_modules=["q_proj"]),
+        "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "vera": VeraConfig(target_modules=["q_proj"], r=2),
+        "modules to save": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    }[kind]
+    base = get_peft_model(make_decoder("llama"), config)
+    base.add_adapter("b", config)
+    wrapped = wrap(base=base, **MERGES)
+    context = wrapped.compress(ids(20))
+    with base.disable_adapter(), pytest.raises(VariatorError, match="other adapters"):
+        wrapped.generate(ids(4, seed=1), context=context, **GREEDY)
+    wrapped.generate(ids(4, seed=1), context=context, **GREEDY)
+    base.set_adapter("b")
+    with pytest.raises(VariatorError, match="other adapters"):
+        wrapped.generate(ids(4, seed=1), context=context, **GREEDY)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "embeddings", "modules to save"])
+def test_embeddings_with_an_adapter(kind):
+    config = {
+        "tokens": LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+        "embeddings": LoraConfig(target_modules=["embed_tokens"]),
+        "modules to save": LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    }[kind]
+    plain, wrapped = wrap(**MERGES), wrap(base=get_peft_model(make_decoder("llama"), config), **MERGES)
+    assert torch.equal(wrapped.generate(ids(20), **GREEDY), plain.generate(ids(20), **GREEDY))
+    context = wrapped.compress(ids(20))
+    with pytest.raises(VariatorError, match=f"0 to {VOCAB - 1}; got {VOCAB}"):
+        wrapped.generate(torch.tensor([[VOCAB]]), context=context, **GREEDY)
+
+
+def test_default_device_of_torch_is_not_where_a_model_lies(model):
+    rows, mask = left_padded(ids(20, 2), 5)
+    lists = [rows[0].tolist(), rows[1, 5:].tolist()]
+
+    def answers():
+        both = model.generate(rows, attention_mask=mask, **GREEDY)
+        question = model.generate(lists, context=model.compress(rows[:1]), **GREEDY)
+        return both, question, model.generate(lists, **GREEDY)[:, -6:]
+
+    expected = answers()
+    torch.set_default_device("meta")
+    try:
+        found = answers()
+    finally:
+        torch.set_default_device(None)
+    assert all(map(torch.equal, found, expected))

@@ -32,6 +32,9 @@ CONFIGS = {
     "ffn": VariatorConfig(k=2, sites=("ffn",), r=5),
     "ffn+kv": VariatorConfig(k={"ffn": 4, "kv": 3}, sites=("ffn", "kv"), r=5, dense_head=2, dense_tail=3),
     "attention": VariatorConfig(k=3, sites=("ffn", "attention"), r=5),
+    "compressor per site": VariatorConfig(
+        k=3, sites=("ffn", "attention"), r=5, compressor={"ffn": "mean", "attention": "weighted"}
+    ),
     "bare": VariatorConfig(k=2, sites=("ffn", "kv"), compressor="mean", decompressor="copy"),
     "per layer": VariatorConfig(
         k=2, sites=("ffn", "kv"), r=5, k_per_layer={"ffn": (1, 2, 5), "kv": (3, 1, 2)}

@@ -176,6 +176,11 @@ GOOD = {"title": "t", "model": "tiny-t5", "columns": ["rte"], "rows": {"Variator
         ({"paper": {"B": {}}}, "unknown 'B'"),
         ({"methods": {"ltp": {"train": {}}}}, "unknown 'train'"),
         ({"extends": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
+        ({"adapt": {"config": "a.yaml"}}, "'adapt': flags stand here, not in a file that config names"),
+        (
+            {"rows": {"A": {"plugin": {"k": 2}}}, "pretrain": {"grid": {"learning_rate": [1e-4]}}},
+            "pretrain has no grid",
+        ),
         ({"seeds": 0}, "seeds: 0 is no number of adaptations; give 1 or more"),
         ({"seeds": [0, 1]}, "is no number of adaptations"),
         ({"seeds": 2, "adapt": {"grid": {"seed": [0, 1]}}}, "seeds counts up from one whole number"),
@@ -222,6 +227,44 @@ def test_the_more_particular_flags_win(tmp_path):
     assert table.flags("adapt") == dict(seed=1, r=2, max_steps=1)
 
 
+def test_what_a_row_says_leaves_the_grid(tmp_path):
+    grid = {"learning_rate": [1e-4, 5e-5], "batch_size": [16, 32]}
+    rows = {"LTP": {"method": "ltp", "adapt": {"learning_rate": 1e-3}}}
+    recipe = GOOD | {"adapt": {"grid": grid}, "tasks": {"rte": {"batch_size": 8}}, "rows": rows}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(recipe))
+    table = read_table(tmp_path / "t.yaml")
+    row = table.rows[-1]
+    assert table.flags("adapt", row, "rte").items() >= {"learning_rate": 1e-3, "batch_size": 8}.items()
+    assert "grid" not in table.flags("adapt", row, "rte")
+    assert table.flags("adapt", row)["grid"] == {"batch_size": [16, 32]}
+    assert table.flags("adapt")["grid"] == grid
+
+
+@pytest.mark.parametrize("more", [{"save_every": 0}, {"seed": 1}])
+def test_what_decides_the_result_makes_another_run(tmp_path, more):
+    rows = {"A": {"method": "ltp"}, "B": {"method": "ltp", "adapt": more}}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(GOOD | {"rows": rows}))
+    table, planned = read_table(tmp_path / "t.yaml"), []
+    runner = Runner(table, tmp_path, dry=True, say=planned.append)
+    for row in table.rows:
+        runner.cell(row, table.columns[0])
+    assert len([line for line in planned if line.startswith("adapt")]) == 2
+
+
+def test_costs_are_those_of_the_plugin_and_student_that_are_made(tmp_path):
+    def costs(**row):
+        (tmp_path / "t.yaml").write_text(yaml.safe_dump(GOOD | {"rows": {"A": row}}))
+        return row_costs(read_table(tmp_path / "t.yaml"), "t5-base")["A"]
+
+    plain = {"plugin": {"k": 4}, "pretrain": False}
+    assert (
+        costs(**plain, adapt={"r": 256}) == costs(plugin={"k": 4, "r": 256}, pretrain=False) != costs(**plain)
+    )
+    student = {"method": "distill"}
+    made = costs(**student, pretrain={"student_layers": 6})
+    assert made == costs(**student, pretrain=False, adapt={"student_layers": 6}) != costs(**student)
+
+
 def test_grid_takes_the_best_of_all_combinations(tmp_path, data):
     recipe = {
         "extends": str(FOLDER / "smoke" / SHARED),
@@ -247,13 +290,14 @@ def test_best_of_a_grid_does_not_count_what_was_never_kept(tmp_path):
         "its best": (2, [[0, 84.0], [2, 83.8], [4, 83.0]]),
         "its start": (0, [[0, 84.0], [2, 80.0]]),
         "its last": (None, [[0, 84.0], [2, 83.0], [4, 82.0]]),
-        "closed form": (None, [[0, 83.9]]),
+        "its only one": (None, [[0, 83.9]]),
+        "closed form": (None, []),
     }
     for name, (step, history) in folders.items():
         (tmp_path / name).mkdir()
-        figures = {"held_out_history": history, "best_step": step}
+        figures = {"held_out_history": history, "best_step": step, "held_out": {"f1": 83.5, "accuracy": 1.0}}
         (tmp_path / name / "training.json").write_text(json.dumps({"figures": figures}))
-    assert [_best_score(tmp_path / name) for name in folders] == [83.8, 84.0, 82.0, 83.9]
+    assert [_best_score(tmp_path / name) for name in folders] == [83.8, 84.0, 82.0, 83.9, 83.5]
 
 
 def test_several_seeds_share_their_teacher_and_show_their_spread(tmp_path, data):
@@ -352,6 +396,32 @@ def test_table_goes_on_where_the_teacher_is_gone(tmp_path, data):
         shutil.rmtree(folder)
     assert run(recipe, tmp_path, data, "--again", *rows, "--dry-run") == first
     assert figures_only(run(recipe, tmp_path, data, "--again", *rows)) == figures_only(first)
+
+
+def test_what_a_lost_teacher_taught_is_taught_anew(tmp_path, data, monkeypatch):
+    recipe = FOLDER / "smoke/table3.yaml"
+    run(recipe, tmp_path, data, "--rows", "Variator (FFN)")
+    (teacher,) = (tmp_path / "runs").glob("finetune-*")
+    (taught,) = (tmp_path / "runs").glob("adapt-*")
+    before = (taught / "training.json").read_bytes()
+    run(recipe, tmp_path, data, "--again", "--rows", "Variator (FFN)")
+    assert (taught / "training.json").read_bytes() == before
+    result = json.loads((teacher / "training.json").read_text())
+    result["figures"]["loss_history"][-1][1] += 1e-6  # as another machine would have it
+    (teacher / "training.json").write_text(json.dumps(result))
+    run(recipe, tmp_path, data, "--again", "--rows", "Variator (FFN)", "--dry-run")
+    assert (taught / "training.json").read_bytes() == before
+    run(recipe, tmp_path, data, "--again", "--rows", "Variator (FFN)")
+    assert (taught / "training.json").read_bytes() != before
+
+
+def test_results_of_another_model_are_not_overwritten(tmp_path, data):
+    recipe = FOLDER / "smoke/table3.yaml"
+    run(recipe, tmp_path, data, "--rows", "Original")
+    with pytest.raises(
+        VariatorError, match="has the cells of tiny-t5: give those of t5-small another folder"
+    ):
+        run(recipe, tmp_path, data, "--model", "t5-small", "--rows", "Original")
 
 
 def test_column_is_of_one_teacher(tmp_path, data):

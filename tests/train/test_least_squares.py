@@ -210,3 +210,24 @@ def test_what_has_no_adapter_is_refused(settings, message):
     model = make_variator("llama", VariatorConfig(k=2, r=5, **settings))
     with pytest.raises(VariatorError, match=message):
         LeastSquares(model, batches("llama", ragged=False)).fit()
+
+
+def test_batches_without_a_group_are_passed_by():
+    """As micro-batches of the shortest rows have none, at least none of a layer's large ratio."""
+
+    def fitted(made):
+        config = VariatorConfig(
+            k=2, sites=("ffn",), k_per_layer={"ffn": (2, 12, 2)}, r=8, dense_head=4, dense_tail=0
+        )
+        model = make_variator("llama", config)
+        LeastSquares(model, made).fit()
+        return {name: value.clone() for name, value in model.plugin().state_dict().items()}
+
+    long = batches("llama", ragged=False)
+    short = [{"input_ids": row} for row in prompts(11, 4)]
+    alone, beside = fitted(long), fitted([*long, *short])
+    same = {name for name in alone if torch.equal(alone[name], beside[name])}
+    changed = {name.split(".decompressor")[0] for name in alone.keys() - same}
+    assert changed == {"ffn.0", "ffn.1", "ffn.2"}  # by layer 0's groups of 2, and what layer 1 then reads
+    with pytest.raises(VariatorError, match="no row has a group of 12 tokens for ffn 1"):
+        fitted(short)

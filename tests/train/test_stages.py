@@ -156,6 +156,11 @@ def test_pretrained_plugin_is_where_adaptation_starts(teachers, data, tmp_path, 
         torch.testing.assert_close(on[name], value, rtol=0, atol=1e-6)
 
 
+def test_window_longer_than_berts_positions_is_refused(tmp_path):
+    with pytest.raises(VariatorError, match=r"--seq-length 1023: .* 1024 positions; give 1022 or less"):
+        train(tmp_path, "--random-init", model="tiny-bert", k=4, r=4, seq_length=1023, max_length=None)
+
+
 def test_lora_is_small_and_loads_merged(teachers, data, tmp_path):
     figures = train(
         tmp_path / "lora", "--lora", stage="finetune", model=teachers["t5"], task="rte", data_dir=data, lora_r=2,

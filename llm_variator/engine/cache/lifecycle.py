@@ -102,7 +102,7 @@ def columns_of(layer: Any, heads: int) -> list[Tensor]:
     if isinstance(layer, CompressedLayer):
         return [layer.columns] * heads
     if not layer.is_initialized:
-        return [torch.empty(1, 0, dtype=torch.long)] * heads
+        return [torch.empty(1, 0, dtype=torch.long, device="cpu")] * heads
     end = layer.get_seq_length()  # dense; of a sliding window the last ones
     return [torch.arange(end - layer.keys.shape[-2], end, device=layer.keys.device)[None]] * heads
 

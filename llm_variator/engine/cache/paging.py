@@ -289,7 +289,7 @@ class PagedStore(KVStore):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         if self.tables:
-            self._pick(torch.arange(len(self.tables))[indices.cpu()].tolist())
+            self._pick(torch.arange(len(self.tables), device="cpu")[indices.cpu()].tolist())
 
     def sizes(self) -> Sizes:
         """Whole blocks; shared are those of several tables."""

@@ -78,7 +78,9 @@ class SelectedLayer(DynamicLayer):
     def __init__(self, heads: int) -> None:
         self.tokens = 0
         self.classes = [
-            HeadClass(tuple(range(heads)), DynamicLayer(), torch.empty(1, heads, 0, dtype=torch.int32))
+            HeadClass(
+                tuple(range(heads)), DynamicLayer(), torch.empty(1, heads, 0, dtype=torch.int32, device="cpu")
+            )
         ]
         self.open: Open | None = None
         """Of prompts that are being read."""

@@ -208,7 +208,15 @@ class CompressedContext:
         if talk is not None:
             more, talk = self._continued(talk, answer, merged)
             given = {}
-        new = encode(more, self.tokenizer, attention_mask, special=False, embeds=embeds, options=given)
+        new = encode(
+            more,
+            self.tokenizer,
+            attention_mask,
+            special=False,
+            embeds=embeds,
+            options=given,
+            answer=answer,
+        )
         new = new.to(self.input_ids.device)
         rows = max(self.rows, len(new.ids))
         if len(new.ids) not in (1, rows) or self.rows not in (1, rows):

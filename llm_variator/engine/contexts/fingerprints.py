@@ -64,9 +64,10 @@ def function_state(base: Any) -> dict[str, str]:
     """What decides the function that a model computes: adapters in use, settings, and in this process its weights."""
     adapters = []
     for name, module in base.named_modules():
-        if isinstance(module.__dict__.get("scaling"), dict):  # a layer of PEFT's
+        if isinstance(getattr(module, "disable_adapters", None), bool):  # a layer of PEFT's
             used = [] if module.disable_adapters else list(module.active_adapters)
-            scales = {one: module.scaling.get(one) for one in used}
+            scaling = module.__dict__.get("scaling")  # of LoRA and its like
+            scales = {one: scaling.get(one) if isinstance(scaling, dict) else None for one in used}
             adapters.append([name, scales, sorted(map(str, getattr(module, "merged_adapters", ())))])
     config = {name: value for name, value in base.config.to_dict().items() if name not in _IDLE}
     # not where they lie, so that a model may move; a parameter on disk (meta) is another object after every pass

@@ -76,6 +76,7 @@ def encode(
     special: bool = True,
     embeds: Tensor | None = None,
     options: Mapping[str, Any] | None = None,
+    answer: bool = False,
 ) -> Prompt:
     """The prompt in whatever form a user gives it.
 
@@ -87,6 +88,7 @@ def encode(
         special: whether a text gets the tokenizer's special tokens.
         embeds: (rows, n, d), or (n, d), in place of `what`.
         options: of the chat template: `template_options`.
+        answer: whether messages end where an answer begins.
 
     Raises:
         VariatorError: the form is unknown, a tokenizer is missing, or a row is empty.
@@ -120,15 +122,16 @@ def encode(
         return Prompt.of(ids, mask)
     several = isinstance(what, (list, tuple)) and not _is_chat(what) and not _is_ids(what)
     rows = list(what) if several else [what]
-    tokens = [_row(row, tokenizer, special, options) for row in rows]
+    tokens = [_row(row, tokenizer, special, options, answer) for row in rows]
     if mask is not None:
         tokens = _without_padding(tokens, mask)
     refuse_empty(min(map(len, tokens), default=0), None)
     if not all(0 <= token < 2**31 for row in tokens for token in row):
         raise VariatorError("token ids must lie in the vocabulary")
     width = max(map(len, tokens))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens])
-    return Prompt(ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens]))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device="cpu")
+    seen = [[0] * (width - len(row)) + [1] * len(row) for row in tokens]
+    return Prompt(ids, torch.tensor(seen, device="cpu"))
 
 
 def _without_padding(rows: list[list[int]], mask: Any) -> list[list[int]]:
@@ -268,7 +271,9 @@ def continued_chat(
     return ids[len(seen) :]
 
 
-def _row(row: Any, tokenizer: Any, special: bool, options: Mapping[str, Any] | None) -> list[int]:
+def _row(
+    row: Any, tokenizer: Any, special: bool, options: Mapping[str, Any] | None, answer: bool
+) -> list[int]:
     if _is_ids(row) or row is None or (isinstance(row, (list, tuple)) and not row):
         return [int(token) for token in row or ()]
     if tokenizer is None and (isinstance(row, str) or _is_chat(row)):
@@ -276,7 +281,7 @@ def _row(row: Any, tokenizer: Any, special: bool, options: Mapping[str, Any] | N
     if isinstance(row, str):
         return _tokens(tokenizer, row, special)
     if _is_chat(row):
-        return _template(tokenizer, row, prompt=False, options=options)
+        return _template(tokenizer, row, prompt=answer, options=options)
     raise VariatorError(
         f"expected token ids, text or chat messages, one or several; got a {type(row).__name__}"
     )

@@ -13,6 +13,7 @@ Last layer of a decoder: what nobody reads is left out, see `last_layer`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -126,7 +127,10 @@ class Architecture:
         count = len(self.blocks(base))
         switch = HookSwitch(lambda: self._hang(base, count))
         stack = self.stack(base)
-        begin = partial(begin_pass, cache_name=cache_argument(base)) if self.decoder else begin_encoding
+        if self.decoder:
+            begin = partial(begin_pass, cache_name=cache_argument(base))
+        else:
+            begin = partial(begin_encoding, names=list(inspect.signature(type(stack).forward).parameters)[1:])
         starts = [stack.register_forward_pre_hook(Hook(switch.before(begin)), with_kwargs=True)]
         if (reader := self.answering(base)) is not None:
             answer = partial(begin_answer, cache_name=cache_argument(reader))

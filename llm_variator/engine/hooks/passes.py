@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def begin_pass(
             "custom_generate): have it call the VariatorModel"
         )
     session.now = None
-    if (tokens := _tokens(args, kwargs)) is None:
+    if (tokens := _tokens(kwargs)) is None:
         return None  # the model raises its own error
     refuse_empty(tokens.shape[0], None)
     plugin, config = session.plugin, host.config
@@ -173,17 +174,24 @@ def _columns_read(host: Any, kwargs: dict[str, Any]) -> int | None:
     return keep
 
 
-def begin_encoding(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def begin_encoding(
+    encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: Sequence[str]
+) -> None:
     """Pre-hook of an encoder: all its tokens are compressed.
+
+    `names`: of what it takes by position, as a head may give BERT its ids and their mask.
 
     Raises:
         VariatorError: the input does not suit a compressed prompt.
     """
     session = current()
-    if session is None or session.plugin is None or (tokens := _tokens(args, kwargs)) is None:
+    if session is None or session.plugin is None:
+        return
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if (tokens := _tokens(given)) is None:
         return
     session.now = None
-    session.now = Pass(session.plugin, _encoded(session, tokens, kwargs.get("attention_mask")))
+    session.now = Pass(session.plugin, _encoded(session, tokens, given.get("attention_mask")))
     session.passes += 1
 
 
@@ -230,10 +238,10 @@ def begin_answer(
     return args, {**kwargs, "encoder_hidden_states": entries, "encoder_attention_mask": mask}
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """(rows, width, ...) what a model reads: BERT's heads pass their ids by position, the rest by name."""
-    ids = args[0] if args else kwargs.get("input_ids")
-    return kwargs.get("inputs_embeds") if ids is None else ids
+def _tokens(given: Mapping[str, Any]) -> Tensor | None:
+    """(rows, width, ...) what a model reads."""
+    ids = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
 
 
 def _valid(mask: Any, width: int) -> Tensor | None:

@@ -100,8 +100,16 @@ def test_messages_after_a_text(model, tokenizer):
     context = model.compress("A document.", tokenizer=tokenizer)
     given = dict(tools=[SCHEMA])
     out = model.generate(ASKED, context=context, chat_template_kwargs=given, **GREEDY)
-    printed = tokenizer.apply_chat_template(ASKED, tokenize=False, **given)
+    printed = tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True, **given)
     assert tokenizer.decode(out[0, :-4]) == printed
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_messages_alone(model, tokenizer, active):
+    """An answer follows, as after a context."""
+    with model.use_plugin("default" if active else None):
+        out = model.generate(ASKED, tokenizer=tokenizer, **GREEDY)
+    assert tokenizer.decode(out[0, :-4]) == "<user>Why?</s><assistant>"
 
 
 def test_calls_of_tools(model, tokenizer):

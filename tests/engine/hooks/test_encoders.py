@@ -224,6 +224,29 @@ def test_arguments_by_position_count(encoder):
     assert torch.equal(by_name, by_position)
 
 
+@torch.no_grad()
+def test_a_head_that_gives_the_mask_by_position(encoder):
+    """As people write their own heads; T5's stack takes its mask there too."""
+    batch = pad(prompts(10, 16), "right")
+    model = make_variator(encoder, CONFIGS["ffn+kv"])
+    stack = model.base.bert if encoder == "bert" else model.base.encoder
+
+    class Own(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return stack(input_ids, attention_mask)[0]
+
+    states = {}
+    for name, one in (("by position", Own()), ("by name", lambda **given: stack(**given)[0])):
+        forward = model.base.forward
+        model.base.forward = lambda one=one, **given: one(**given)
+        states[name] = model(**batch)
+        model.base.forward = forward
+    assert torch.equal(states["by position"], states["by name"])
+    alone = model(batch["input_ids"][:1, :10], **decoded(model.base), output_hidden_states=True)
+    expected = alone.hidden_states[-1] if encoder == "bert" else alone.encoder_last_hidden_state
+    torch.testing.assert_close(states["by position"][:1, :10], expected)
+
+
 def test_embeddings_instead_of_ids(encoder):
     model = make_variator(encoder, CONFIGS["ffn+kv"])
     (ids,) = prompts(21)
