@@ -128,7 +128,7 @@ class Architecture:
         switch = HookSwitch(lambda: self._hang(base, count))
         stack = self.stack(base)
         if self.decoder:
-            begin = partial(begin_pass, cache_name=cache_argument(base))
+            begin: Any = partial(begin_pass, cache_name=cache_argument(base))
         else:
             begin = partial(begin_encoding, names=list(inspect.signature(type(stack).forward).parameters)[1:])
         starts = [stack.register_forward_pre_hook(Hook(switch.before(begin)), with_kwargs=True)]
