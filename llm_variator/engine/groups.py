@@ -225,9 +225,8 @@ class Indices:
         slots = torch.full((rows * width,), FILLER, device=here)  # column -> entry
         own = self.columns != FILLER
         self._entries = own.flatten().nonzero().squeeze(-1)  # (real entries,) into the entries
-        self._placed = (self.columns + torch.arange(rows, device=here)[:, None] * width)[
-            own
-        ]  # ... and their columns
+        starts = torch.arange(rows, device=here)[:, None] * width
+        self._placed = (self.columns + starts)[own]  # ... and their columns
         slots[self._placed] = self._entries
         self._member_slots = slots[self._members[:, -1]]
         self._dense_slots = slots[self._dense]
