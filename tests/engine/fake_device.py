@@ -42,7 +42,8 @@ def tensor(*args, device=None, **kwargs) -> Tensor:
     if not isinstance(made, FakeTensor):
         return made
     caller = sys._getframe(1).f_globals["__name__"]
-    made_of_numbers += device is not None and caller.startswith("llm_variator")
+    there = device is not None and torch.device(device).type != "cpu"
+    made_of_numbers += there and caller.startswith("llm_variator")
     return torch.empty(made.shape, dtype=made.dtype, device=device)
 
 
